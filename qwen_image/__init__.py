@@ -1,0 +1,1 @@
+"""The frozen Qwen-Image pipeline: loading, text encoding, VAE, transformer, σ schedule, sampling. Knows nothing of training."""
