@@ -1,0 +1,25 @@
+"""What all tests share: no network, one thread, and one tiny model built for the whole session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch and the tokenizers are imported; child processes inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a complete model of the real classes and random weights (float32, seed 0). Don't write into it."""
+    import torch
+
+    from demo.tiny_model import build_tiny_model
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    return build_tiny_model(tmp_path_factory.mktemp("tiny_model"))
