@@ -1,0 +1,367 @@
+"""The one definition of every training option: name, type, default, help text and check.
+
+    python train/train_lora.py --help
+    deepspeed train/train_lora.py --config run.yaml --learning_rate 2e-4      # flags override the file
+
+A YAML file holds the same names without the dashes; an unknown name or a wrong type is an error that names the line.
+Relative paths, in the file too, start from the working directory. No torch here: `--help` has to be quick.
+"""
+
+import argparse
+import dataclasses
+import glob
+import os
+import re
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from train.options import (
+    Count,
+    NotNegative,
+    Number,
+    Pixels,
+    Positive,
+    Precision,
+    Range,
+    Share,
+    Whole,
+    convert,
+    did_you_mean,
+    read_yaml,
+)
+
+HEADINGS = {  # the first field of each group in --help and in config.yaml
+    "model": "model",
+    "data": "data",
+    "lora_rank": "LoRA",
+    "timestep_sampling": "flow matching",
+    "max_steps": "optimisation",
+    "deepspeed": "memory",
+    "output_path": "saving and resuming",
+    "log_steps": "logging",
+    "validation_samples": "validation",
+    "sample_prompts": "sampling",
+}
+COMMA_LISTS = ("lora_target_modules",)  # other lists are repeated flags: a prompt may hold commas
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a training run depends on, besides the DeepSpeed JSON. Values are converted and checked on creation.
+
+    Raises ValueError with one line that names the field, the value and the limit.
+    """
+
+    # ---- model
+    model: Annotated[str, "folder in the Hugging Face layout, or a hub id such as Qwen/Qwen-Image"]
+    revision: Annotated[str | None, "branch, tag or commit of a hub id"] = None
+    transformer_path: Annotated[str | None, "file, folder or glob to use for the transformer"] = None
+    text_encoder_path: Annotated[str | None, "file, folder or glob to use for the text encoder"] = None
+    vae_path: Annotated[str | None, "file, folder or glob to use for the VAE"] = None
+    tokenizer_path: Annotated[str | None, "folder to use for the tokenizer"] = None
+    dtype: Annotated[Precision, "of the frozen weights and the activations"] = "bfloat16"
+
+    # ---- data
+    data: Annotated[str, "folder of shards (make_shards.py) or of encoded shards (encode_shards.py)"]
+    dataset_repeat: Annotated[Count, "how often every sample occurs in an epoch"] = 1
+    batch_size: Annotated[Count, "samples of a micro-batch on each rank"] = 1
+    num_workers: Annotated[Whole, "loader processes of each rank; 0 = load in the training process"] = 2
+    shuffle_window: Annotated[Count, "K: how many shards are shuffled together"] = 16
+    tail: Annotated[
+        Literal["auto", "wrap", "drop"],
+        "a bucket's last, incomplete batch: wrap fills it from the bucket's start, drop leaves it out of the epoch; "
+        "auto wraps small data sets",
+    ] = "auto"
+    loader: Annotated[Literal["indexed"], "how shards are read: by random access through their index"] = "indexed"
+    max_prompt_tokens: Annotated[
+        Annotated[int, Range(1, 1024)], "longer captions are cut; sampling cuts at 512, the encoder allows 1024"
+    ] = 512
+    text_padding: Annotated[Count, "pad a batch's text to a multiple of this many tokens (fewer shapes)"] = 1
+
+    # ---- LoRA
+    lora_rank: Annotated[Count, "rank of the LoRA matrices"] = 32
+    lora_alpha: Annotated[Positive | None, "the update is scaled by alpha / rank; not given: alpha = rank"] = None
+    lora_dropout: Annotated[Annotated[float, Range(0.0, 0.99)], "dropout before lora_A"] = 0.0
+    lora_target_modules: Annotated[tuple[str, ...], "comma-separated names of the linear layers to adapt"] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+    )
+    lora_rslora: Annotated[bool, "rank-stabilised LoRA: scale by alpha / sqrt(rank)"] = False
+    lora_dora: Annotated[bool, "DoRA: train the magnitude of the weights too"] = False
+    lora_dtype: Annotated[Literal["float32", "bfloat16"], "of the trained LoRA weights"] = "float32"
+    lora_checkpoint: Annotated[Path | None, "LoRA file to start from (weights only, steps count from 0)"] = None
+
+    # ---- flow matching
+    timestep_sampling: Annotated[
+        Literal["qwen_shift", "logit_normal", "uniform", "shift", "diffsynth"], "how the noise level sigma is drawn"
+    ] = "qwen_shift"
+    logit_mean: Annotated[Number, "mean of the normal draw of logit_normal"] = 0.0
+    logit_std: Annotated[Positive, "standard deviation of the normal draw of logit_normal"] = 1.0
+    timestep_shift: Annotated[Positive, "constant shift of `shift`"] = 2.2
+    loss_weighting: Annotated[
+        Literal["none", "bsmntw", "sigma_sqrt", "cosmap"], "weight of the loss as a function of sigma"
+    ] = "none"
+    caption_dropout: Annotated[Share, "share of samples trained with the empty caption"] = 0.0
+
+    # ---- optimisation
+    max_steps: Annotated[Count | None, "stop after this many optimizer steps (instead of num_epochs)"] = None
+    num_epochs: Annotated[Count | None, "passes over the data; 1 when max_steps is not given either"] = None
+    gradient_accumulation_steps: Annotated[Count, "micro-batches of one optimizer step on each rank"] = 1
+    learning_rate: Annotated[Positive, "peak learning rate of AdamW"] = 1e-4
+    weight_decay: Annotated[NotNegative, "decoupled weight decay of AdamW"] = 0.01
+    adam_beta1: Annotated[Annotated[float, Range(0.0, 0.9999999)], "decay of AdamW's first moment"] = 0.9
+    adam_beta2: Annotated[Annotated[float, Range(0.0, 0.9999999)], "decay of AdamW's second moment"] = 0.999
+    adam_epsilon: Annotated[Positive, "added to the denominator of AdamW"] = 1e-8
+    max_grad_norm: Annotated[NotNegative, "clip the global gradient norm to this; 0 = no clipping"] = 1.0
+    lr_scheduler: Annotated[Literal["constant", "cosine", "linear"], "course of the learning rate after warm-up"] = (
+        "constant"
+    )
+    lr_warmup_steps: Annotated[Whole, "optimizer steps of linear warm-up from 0"] = 0
+    seed: Annotated[Whole, "of the order, the noise, sigma, caption dropout and the initial LoRA weights"] = 0
+
+    # ---- memory
+    deepspeed: Annotated[Path, "DeepSpeed JSON, such as ds_configs/zero2.json"]
+    activation_checkpointing: Annotated[
+        Whole | Literal["none", "full", "auto"], "which blocks are recomputed: none, all, as few as fit, or a number"
+    ] = "full"
+    deterministic: Annotated[bool, "bit-reproducible kernels, slower"] = False
+
+    # ---- saving and resuming
+    output_path: Annotated[Path, "run folder: config, metrics, LoRA files, checkpoints"]
+    save_steps: Annotated[Whole, "write lora-<step>.safetensors this often; 0 = at the end only"] = 500
+    checkpoint_steps: Annotated[
+        Whole | None, "write a resumable checkpoint (optimizer state) this often; not given: save_steps"
+    ] = None
+    keep_checkpoints: Annotated[Whole, "how many of the newest checkpoints stay; 0 = all"] = 2
+    save_dtype: Annotated[Literal["float32", "bfloat16"], "of the weights in LoRA files"] = "float32"
+    resume: Annotated[str, "auto (newest checkpoint in output_path, if any), never, or a checkpoint's path"] = "auto"
+    resume_ignore_data: Annotated[bool, "resume although the data set has changed; its order starts anew"] = False
+    on_nonfinite: Annotated[Literal["stop", "skip"], "what a NaN or infinite gradient does: end, or skip the step"] = (
+        "stop"
+    )
+    on_broken_sample: Annotated[Literal["skip", "stop"], "what a sample that cannot be read does"] = "skip"
+
+    # ---- logging
+    log_steps: Annotated[Count, "optimizer steps between two rows of metrics.jsonl"] = 10
+    wandb_mode: Annotated[
+        Literal["auto", "online", "offline", "disabled"], "auto = online when an API key is found, else offline"
+    ] = "auto"
+    wandb_project: Annotated[str, "W&B project"] = "qwen-image-lora"
+    wandb_run_name: Annotated[str | None, "W&B run name; not given: the name of the run folder"] = None
+
+    # ---- validation
+    validation_samples: Annotated[Whole, "samples held out of the training data; 0 = no validation"] = 0
+    validation_steps: Annotated[
+        Whole | None, "steps between validations; 0 = at the end only; not given: save_steps"
+    ] = None
+
+    # ---- sampling
+    sample_prompts: Annotated[tuple[str, ...], "prompts of the sample images (repeat the flag; a list in YAML)"] = ()
+    sample_steps: Annotated[Whole | None, "steps between sample images; 0 = at the end only; not given: save_steps"] = (
+        None
+    )
+    sample_height: Annotated[Pixels, "height of sample images in pixels"] = 1024
+    sample_width: Annotated[Pixels, "width of sample images in pixels"] = 1024
+    sample_num_inference_steps: Annotated[Count, "denoising steps of sample images"] = 30
+    sample_true_cfg_scale: Annotated[Annotated[float, Range(1.0)], "guidance; 1 = none"] = 4.0
+
+    def __post_init__(self) -> None:
+        for name, hint in HINTS.items():
+            try:
+                object.__setattr__(self, name, convert(getattr(self, name), hint, comma_list=name in COMMA_LISTS))
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+        if self.max_steps is not None and self.num_epochs is not None:
+            raise ValueError(f"give max_steps ({self.max_steps}) or num_epochs ({self.num_epochs}), not both")
+        if self.max_steps is None and self.num_epochs is None:
+            object.__setattr__(self, "num_epochs", 1)
+        if self.max_steps is not None and self.lr_warmup_steps > self.max_steps:
+            raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must not be above max_steps ({self.max_steps})")
+        for name in ("model", "data", "resume", "wandb_project", "lora_target_modules"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+
+    @property
+    def alpha(self) -> float:
+        """LoRA alpha: `lora_alpha`, or the rank."""
+        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Optimizer steps between two checkpoints; 0 = at the end only."""
+        return self.save_steps if self.checkpoint_steps is None else self.checkpoint_steps
+
+    @property
+    def validate_every(self) -> int:
+        """Optimizer steps between two validations; 0 = at the end only."""
+        return self.save_steps if self.validation_steps is None else self.validation_steps
+
+    @property
+    def sample_every(self) -> int:
+        """Optimizer steps between two sets of sample images; 0 = at the end only."""
+        return self.save_steps if self.sample_steps is None else self.sample_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values (str, int, float, bool, list, None), for YAML, JSON and W&B."""
+        plain: dict[str, Any] = {}
+        for name in HINTS:
+            value = getattr(self, name)
+            plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as a file for `--config`: reading it back gives an equal configuration."""
+        import yaml
+
+        lines: list[str] = []
+        for name, value in self.to_dict().items():
+            if name in HEADINGS:
+                lines.append(f"{'' if not lines else chr(10)}# {HEADINGS[name]}\n")
+            lines.append(yaml.safe_dump({name: value}, allow_unicode=True, width=10_000))
+        return "".join(lines)
+
+
+HINTS: dict[str, Any] = typing.get_type_hints(TrainConfig, include_extras=True)
+REQUIRED = [field.name for field in dataclasses.fields(TrainConfig) if field.default is dataclasses.MISSING]
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name not in REQUIRED}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag raises ValueError instead of printing the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of train_lora.py: one for each field of TrainConfig; their values stay text until `parse`."""
+    parser = Parser(
+        prog="train_lora.py",
+        description="Train a LoRA for Qwen-Image under DeepSpeed.",
+        epilog="deepspeed train/train_lora.py --deepspeed ds_configs/zero2.json --model MODEL --data SHARDS "
+        "--output_path RUN",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="RUN.YAML", help="file of these options; flags override it")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the launcher passes it
+    group = parser.add_argument_group("")
+    for name, hint in HINTS.items():
+        if name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[name])
+        kind, text = typing.get_args(hint)[0], next(note for note in hint.__metadata__[::-1] if isinstance(note, str))
+        extra: dict[str, Any] = {"metavar": metavar(kind)}
+        if kind is bool:
+            extra |= {"nargs": "?", "const": "true"}
+        elif typing.get_origin(kind) is tuple and name not in COMMA_LISTS:
+            extra |= {"nargs": "+", "action": "extend"}
+        group.add_argument(f"--{name}", help=f"{text} [{shown_default(name)}]".replace("%", "%%"), **extra)
+    return parser
+
+
+def metavar(kind: Any) -> str:
+    """What stands for the value in --help: the choices, or the type."""
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(typing.get_args(kind)) + "}"
+    members = [member for member in typing.get_args(kind) or (kind,) if member not in (type(None), ...)]
+    if typing.get_origin(kind) is Annotated:
+        members = members[:1]
+    if len(members) > 1:
+        return "|".join(metavar(member).strip("{}").replace(",", "|") for member in members)
+    if members[0] is not kind:
+        return metavar(members[0])
+    return {bool: "true|false", int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+
+
+def shown_default(name: str) -> str:
+    """A field's default as --help shows it."""
+    if name in REQUIRED:
+        return "required"
+    default = DEFAULTS[name]
+    if isinstance(default, tuple):
+        return ",".join(default) or "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "not given" if default is None else str(default)
+
+
+def parse(argv: list[str] | None = None) -> TrainConfig:
+    """The configuration from flags (default: `sys.argv`) over the YAML file of `--config` over the defaults.
+
+    Of the pair max_steps / num_epochs a flag replaces whichever the file holds.
+    Raises ValueError or FileNotFoundError with one line for unknown, missing, badly typed or contradicting options.
+    """
+    known, unknown = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        guess = did_you_mean(flag.lstrip("-"), HINTS).replace("mean ", "mean --")
+        raise ValueError(f"unknown flag {flag}{guess}" if flag.startswith("-") else f"unexpected argument {flag!r}")
+    flags = vars(known)
+    flags.pop("local_rank", None)
+    file = flags.pop("config", None)
+    values = read_yaml(Path(file).expanduser(), HINTS, COMMA_LISTS) if file else {}
+    for name, text in flags.items():
+        try:
+            flags[name] = convert(text, HINTS[name], name in COMMA_LISTS)
+        except ValueError as error:
+            raise ValueError(f"--{name} {error}") from None
+    if "max_steps" in flags or "num_epochs" in flags:
+        values = {name: value for name, value in values.items() if name not in ("max_steps", "num_epochs")}
+    values |= flags
+    missing = [f"--{name}" for name in REQUIRED if name not in values]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}: give the flag, or the name in a file for --config")
+    return TrainConfig(**values)
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Look at every path of `config` before anything heavy is read; creates nothing.
+
+    Raises FileNotFoundError, NotADirectoryError or PermissionError with one line that names the option and the path.
+    """
+    if not config.deepspeed.is_file():
+        raise FileNotFoundError(f"deepspeed: no file at {config.deepspeed} (ds_configs/ holds four to choose from)")
+    check_model(config)
+    if config.lora_checkpoint is not None and not config.lora_checkpoint.is_file():
+        raise FileNotFoundError(f"lora_checkpoint: no file at {config.lora_checkpoint}")
+    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
+        raise FileNotFoundError(f"resume: no checkpoint at {config.resume} (or say auto, or never)")
+    data = Path(config.data)
+    if not data.is_dir():
+        raise FileNotFoundError(f"data: no folder at {data}")
+    if not (data / "manifest.json").is_file() and not any(data.glob("*.tar")):
+        raise FileNotFoundError(f"data: no shards in {data}; data_prep/make_shards.py makes them from an image folder")
+    check_writable(config.output_path)
+
+
+def check_model(config: TrainConfig) -> None:
+    """`model` is a folder or looks like a hub id, and each component path matches something."""
+    model = Path(config.model).expanduser()
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) is not None and not config.model.startswith(".")
+    if model.exists():
+        if not (model / "model_index.json").is_file() and not (config.transformer_path and config.vae_path):
+            raise FileNotFoundError(f"model: {model} holds no model_index.json, so it is no Hugging Face model folder")
+        if config.revision is not None:
+            raise ValueError(f"revision ({config.revision}) belongs to a hub id, but model is the folder {model}")
+    elif not hub_id:
+        raise FileNotFoundError(f"model: no folder at {config.model}, and it is no hub id like Qwen/Qwen-Image")
+    for name in ("transformer_path", "text_encoder_path", "vae_path", "tokenizer_path"):
+        pattern = getattr(config, name)
+        if pattern is not None and not glob.glob(os.path.expanduser(pattern)):
+            raise FileNotFoundError(f"{name}: nothing matches {pattern}")
+
+
+def check_writable(folder: Path) -> None:
+    """`folder`, or the nearest parent that exists, is a folder we may write to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"output_path: {nearest} is a file, so {folder} cannot be a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"output_path: no permission to write in {nearest}")
