@@ -1,0 +1,306 @@
+"""A folder of real photographs with captions, taken from installed packages: nothing is downloaded.
+
+    python demo/photos.py --output_path photos
+
+scikit-image, scikit-learn and matplotlib ship a few photographs in their wheels. They are laid out as users have them,
+the image beside a text file with its caption; details are cut from the larger ones, each with a caption of its own.
+Every caption was written while looking at the picture. The pictures keep their owners' licences (the packages name
+them), therefore the folder is made here and not part of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# Where each package keeps its photographs, relative to the package's folder.
+PHOTO_FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-data/sample_data"}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One sample: `source` is "package/file"; `box` (left, top, right, bottom in pixels) cuts a detail out of it."""
+
+    name: str
+    source: str
+    caption: str
+    box: tuple[int, int, int, int] | None = None
+
+
+PHOTOS = [
+    Photo(
+        "astronaut",
+        "skimage/astronaut.png",
+        "A studio portrait of a smiling woman with short blond hair in an orange astronaut suit, a black and white "
+        "helmet in front of her, an American flag on the left and a model of a space shuttle on the right.",
+    ),
+    Photo(
+        "astronaut_face",
+        "skimage/astronaut.png",
+        "The face of a smiling woman with short blond hair in front of a pale, mottled background.",
+        (130, 0, 310, 180),
+    ),
+    Photo(
+        "astronaut_helmet",
+        "skimage/astronaut.png",
+        "A white space helmet with a glossy black visor, held before an orange suit.",
+        (272, 332, 512, 512),
+    ),
+    Photo(
+        "space_shuttle_model",
+        "skimage/astronaut.png",
+        "A model of a white space shuttle with two white boosters and a brown fuel tank on a black stand.",
+        (345, 0, 490, 300),
+    ),
+    Photo(
+        "brick", "skimage/brick.png", "Long narrow paving bricks laid in rows, seen at an angle, in black and white."
+    ),
+    Photo(
+        "brick_detail",
+        "skimage/brick.png",
+        "Narrow dark bricks with light joints, a close view in black and white.",
+        (128, 256, 384, 512),
+    ),
+    Photo(
+        "photographer",
+        "skimage/camera.png",
+        "A black and white photograph of a man in a dark coat who looks through a camera on a tripod, on a wide lawn "
+        "with white buildings far behind.",
+    ),
+    Photo(
+        "photographer_face",
+        "skimage/camera.png",
+        "A man with dark hair and gloves bends to a camera and looks through it, in black and white.",
+        (130, 50, 350, 240),
+    ),
+    Photo(
+        "cell",
+        "skimage/cell.png",
+        "A microscope image of one round bright cell with a dark rim on a plain grey background.",
+    ),
+    Photo(
+        "cat",
+        "skimage/chelsea.png",
+        "A close-up of a tabby cat with brown striped fur, green eyes, a pink nose and long white whiskers.",
+    ),
+    Photo(
+        "cat_eyes",
+        "skimage/chelsea.png",
+        "Two green eyes of a tabby cat between brown stripes of fur.",
+        (100, 50, 360, 190),
+    ),
+    Photo(
+        "coffee",
+        "skimage/coffee.png",
+        "A red cup of espresso on a red saucer with a metal spoon, on a brown wooden table, seen from above.",
+    ),
+    Photo(
+        "coffee_cup",
+        "skimage/coffee.png",
+        "A red espresso cup with a white inside, half full of coffee.",
+        (150, 0, 420, 320),
+    ),
+    Photo(
+        "coins",
+        "skimage/coins.png",
+        "Four rows of six old coins with worn portraits on a dark background, in black and white.",
+    ),
+    Photo(
+        "grass",
+        "skimage/grass.png",
+        "Grass, clover and small leaves on the ground, seen from above, in black and white.",
+    ),
+    Photo(
+        "grass_detail",
+        "skimage/grass.png",
+        "Blades of grass in all directions, a close view in black and white.",
+        (256, 128, 512, 384),
+    ),
+    Photo("gravel", "skimage/gravel.png", "Grey gravel of small angular stones fills the picture, in black and white."),
+    Photo(
+        "gravel_detail",
+        "skimage/gravel.png",
+        "Angular grey stones, a close view in black and white.",
+        (0, 256, 256, 512),
+    ),
+    Photo(
+        "deep_field",
+        "skimage/hubble_deep_field.jpg",
+        "Thousands of distant galaxies, small spots of orange, blue and white light, on a black sky.",
+    ),
+    Photo(
+        "deep_field_left",
+        "skimage/hubble_deep_field.jpg",
+        "Small galaxies, red, blue and white, on a black sky, with a pale green one left of the middle.",
+        (0, 200, 400, 600),
+    ),
+    Photo(
+        "deep_field_right",
+        "skimage/hubble_deep_field.jpg",
+        "Small galaxies on a black sky, among them a large orange one.",
+        (560, 300, 960, 700),
+    ),
+    Photo(
+        "tissue",
+        "skimage/ihc.png",
+        "A microscope image of tissue: glands stained brown among pale tissue with small blue nuclei.",
+    ),
+    Photo(
+        "tissue_detail",
+        "skimage/ihc.png",
+        "A round gland stained brown in pale tissue with blue nuclei, through a microscope.",
+        (220, 280, 420, 512),
+    ),
+    Photo(
+        "moon",
+        "skimage/moon.png",
+        "The grey surface of the moon with small craters and dark spots, in black and white.",
+    ),
+    Photo(
+        "moon_crater",
+        "skimage/moon.png",
+        "A round crater with a bright wall on the smooth grey surface of the moon.",
+        (60, 30, 220, 150),
+    ),
+    Photo(
+        "motorcycle",
+        "skimage/motorcycle_left.png",
+        "A red motorcycle with a black seat stands on the concrete floor of a garage, before a wooden bench and shelves "
+        "with boxes.",
+    ),
+    Photo(
+        "motorcycle_again",
+        "skimage/motorcycle_right.png",
+        "A parked red motorcycle with chrome exhaust in a garage; shelves with cardboard boxes stand behind it.",
+    ),
+    Photo(
+        "motorcycle_engine",
+        "skimage/motorcycle_left.png",
+        "The metal engine of a red motorcycle below its tank.",
+        (300, 160, 520, 400),
+    ),
+    Photo(
+        "motorcycle_wheel",
+        "skimage/motorcycle_right.png",
+        "The front wheel of a motorcycle with a black tyre and a red mudguard on a concrete floor.",
+        (430, 240, 660, 470),
+    ),
+    Photo(
+        "page",
+        "skimage/page.png",
+        "A page of printed English text under the heading “Region-based segmentation”, unevenly lit.",
+    ),
+    Photo(
+        "retina",
+        "skimage/retina.jpg",
+        "The back of an eye: an orange disc with branching red blood vessels and one bright spot, on black.",
+    ),
+    Photo(
+        "retina_nerve",
+        "skimage/retina.jpg",
+        "The bright yellow spot in the back of an eye where red blood vessels meet.",
+        (100, 480, 500, 880),
+    ),
+    Photo(
+        "rocket",
+        "skimage/rocket.jpg",
+        "A white rocket on its launch pad at dusk between tall steel towers, with bright lamps along the ground.",
+    ),
+    Photo(
+        "rocket_upright",
+        "skimage/rocket.jpg",
+        "A tall white rocket under a dark blue evening sky.",
+        (250, 80, 400, 427),
+    ),
+    Photo(
+        "temple",
+        "sklearn/china.jpg",
+        "A Chinese tower of several storeys with orange tiled roofs and red columns above trees, a lake behind it.",
+    ),
+    Photo(
+        "temple_roofs",
+        "sklearn/china.jpg",
+        "Curved orange tiled roofs with green edges on a red Chinese tower.",
+        (60, 20, 360, 320),
+    ),
+    Photo(
+        "temple_lake",
+        "sklearn/china.jpg",
+        "A wide lake with tiny boats under a pale sky, trees in front.",
+        (340, 140, 640, 427),
+    ),
+    Photo(
+        "dahlia",
+        "sklearn/flower.jpg",
+        "An orange dahlia in full bloom before blurred dark green leaves, a second flower at the lower edge.",
+    ),
+    Photo(
+        "dahlia_detail",
+        "sklearn/flower.jpg",
+        "The round orange petals of a dahlia, arranged in rings around its red centre.",
+        (160, 70, 460, 370),
+    ),
+    Photo(
+        "officer",
+        "matplotlib/grace_hopper.jpg",
+        "A portrait of an elderly woman with glasses in a dark navy uniform and cap, before an American flag and a "
+        "blue background.",
+    ),
+]
+
+
+def write_photo_folder(folder: str | Path) -> list[Path]:
+    """Write every photo as `name.jpg` or `name.png` with `name.txt` beside it; returns the image paths.
+
+    Whole photographs are copied byte for byte; details are saved in the format of their source.
+    Raises FileNotFoundError when a package that carries a photo is not installed.
+    """
+    from PIL import Image
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for photo in PHOTOS:
+        source = _source_path(photo.source)
+        target = folder / (photo.name + source.suffix)
+        if photo.box is None:
+            shutil.copyfile(source, target)
+        else:
+            with Image.open(source) as image:
+                image.crop(photo.box).save(target, **({"quality": 95} if source.suffix == ".jpg" else {}))
+        target.with_suffix(".txt").write_text(photo.caption + "\n", encoding="utf-8")
+        written.append(target)
+    return written
+
+
+def _source_path(source: str) -> Path:
+    package, file = source.split("/")
+    spec = importlib.util.find_spec(package)  # locates the package without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the photographs need {package}, which is not installed: pip install -e '.[demo]'")
+    path = Path(spec.submodule_search_locations[0]) / PHOTO_FOLDERS[package] / file
+    if not path.is_file():
+        raise FileNotFoundError(f"this version of {package} carries no {file}: {path} is missing")
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the folder from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_path", type=Path, required=True, help="folder to write images and captions into")
+    folder = parser.parse_args(argv).output_path
+    try:
+        images = write_photo_folder(folder)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {len(images)} photos with captions into {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
