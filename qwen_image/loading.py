@@ -1,0 +1,210 @@
+"""From a hub id, a local folder, single files or globs to weights in memory, streamed tensor by tensor.
+
+Only Qwen-Image and Qwen-Image-2512 (the 60-block text-to-image MMDiT) are supported; relatives are refused before
+anything large is read.
+"""
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
+_TEXT_TO_IMAGE_PIPELINES = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+_UNSUPPORTED_FAMILIES = re.compile(r"qwen-image-(2\.1|edit|layered)", re.IGNORECASE)
+# Single-file checkpoints put the transformer under one of these (ComfyUI, original releases).
+_SINGLE_FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of the model: its configuration folder and its weight files (none for tokenizer and scheduler)."""
+
+    folder: Path
+    weights: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where each component lies, and what to call the model in metadata."""
+
+    name: str  # the hub id, or the local folder's name
+    revision: str | None  # commit hash of a hub snapshot; None for local folders
+    components: dict[str, Component]
+
+    def __getitem__(self, component: str) -> Component:
+        return self.components[component]
+
+    def fingerprint(self, component: str) -> str:
+        """16 hex digits over configuration, tensor names, shapes, dtypes and 4 KiB of each file's data: cheap, not proof."""
+        digest = hashlib.sha256()
+        config = self[component].folder / "config.json"
+        if config.is_file():
+            digest.update(config.read_bytes())
+        for path in self[component].weights:
+            with path.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(header_bytes + 4096))
+            digest.update(str(path.stat().st_size).encode())
+        return digest.hexdigest()[:16]
+
+
+def resolve_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    components: tuple[str, ...] = COMPONENTS,
+    transformer_path: str | None = None,
+    text_encoder_path: str | None = None,
+    vae_path: str | None = None,
+    tokenizer_path: str | None = None,
+) -> ModelFiles:
+    """Find the files of `components`, downloading a hub id's snapshot when `model` is no local folder.
+
+    `model` is a folder in the Hugging Face layout or a hub id such as `Qwen/Qwen-Image`. A `*_path` overrides one
+    component with a folder, a safetensors file or a glob of them; files take their configuration from `model`.
+    Raises FileNotFoundError for what is missing and ValueError for models of other families.
+    """
+    overrides = {
+        "transformer": transformer_path,
+        "text_encoder": text_encoder_path,
+        "vae": vae_path,
+        "tokenizer": tokenizer_path,
+    }
+    root, name, commit = _model_folder(model, revision, components, overrides)
+    _check_family(root, model)
+    return ModelFiles(name, commit, {c: _component(root, c, overrides.get(c)) for c in components})
+
+
+def _model_folder(
+    model: str, revision: str | None, components: tuple[str, ...], overrides: dict[str, str | None]
+) -> tuple[Path, str, str | None]:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder, folder.resolve().name, None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise FileNotFoundError(
+            f"model folder {model} does not exist; give a folder in the Hugging Face layout or a hub id such as Qwen/Qwen-Image"
+        )
+    if _UNSUPPORTED_FAMILIES.search(model):
+        raise ValueError(f"{model} is not supported: only Qwen/Qwen-Image and Qwen/Qwen-Image-2512 can be trained so far")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["model_index.json"]
+    for component in components:
+        patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*.jinja"]
+        if not overrides.get(component):
+            patterns.append(f"{component}/*.safetensors")
+    try:
+        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{model} is no local folder and could not be fetched from the hub: {reason}") from error
+    return snapshot, model, snapshot.name
+
+
+def _check_family(root: Path, model: str) -> None:
+    index = root / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{model}: model_index.json is missing, so this is no model folder in the Hugging Face layout")
+    pipeline = json.loads(index.read_text()).get("_class_name")
+    if pipeline not in _TEXT_TO_IMAGE_PIPELINES:
+        raise ValueError(
+            f"{model} is a {pipeline}; only text-to-image models of QwenImagePipeline (Qwen-Image, Qwen-Image-2512) "
+            "can be trained so far"
+        )
+
+
+def _component(root: Path, component: str, override: str | None) -> Component:
+    folder = root / component
+    if override is None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{root}: component {component}/ is missing; copy it there or give its path by flag")
+        return Component(folder, _folder_weights(folder, component))
+    path = Path(override).expanduser()
+    if path.is_dir():
+        return Component(path, _folder_weights(path, component))
+    files = tuple(Path(match) for match in sorted(glob.glob(str(path))))
+    if not files:
+        raise FileNotFoundError(f"--{component}_path {override} matches no file")
+    wrong = [file.name for file in files if file.suffix != ".safetensors"]
+    if wrong:
+        raise ValueError(f"--{component}_path {override}: {wrong[0]} is no .safetensors file")
+    return Component(folder, files)
+
+
+def _folder_weights(folder: Path, component: str) -> tuple[Path, ...]:
+    """The safetensors files of one component's folder: those of its index, or the only ones there."""
+    if component in ("tokenizer", "scheduler"):
+        return ()
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")
+        return tuple(folder / name for name in names)
+    files = tuple(path for path in sorted(folder.glob("*.safetensors")) if ".fp16." not in path.name)
+    if not files:
+        raise FileNotFoundError(f"{folder}: no .safetensors file found")
+    return files
+
+
+def stream_tensors(files: tuple[Path, ...], device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor, one at a time, single-file prefixes removed."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                names = list(file.keys())
+                prefix = next((p for p in _SINGLE_FILE_PREFIXES if names and names[0].startswith(p)), "")
+                for name in names:
+                    yield name.removeprefix(prefix), file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no readable safetensors file ({error}); download it again") from error
+
+
+def load_weights(
+    module: nn.Module, files: tuple[Path, ...], dtype: torch.dtype, device: torch.device | str = "cpu", progress: bool = False
+) -> None:
+    """Fill a module built on the meta device from safetensors, each tensor cast and moved by itself; freezes all.
+
+    Peak memory is the model plus one tensor. Raises ValueError when names or shapes are another model's.
+    """
+    from tqdm import tqdm
+
+    expected = {name: parameter.shape for name, parameter in module.named_parameters()}
+    unexpected: list[str] = []
+    stream = tqdm(
+        stream_tensors(files, device), total=len(expected), desc="loading weights", unit="tensor", disable=not progress
+    )
+    loaded: set[str] = set()
+    for name, tensor in stream:
+        if name not in expected:
+            unexpected.append(name)
+            continue
+        if tensor.shape != expected[name]:
+            raise ValueError(
+                f"{files[0].parent}: {name} has shape {list(tensor.shape)}, but the configuration says "
+                f"{list(expected[name])}; configuration and weights belong to different models"
+            )
+        parent_name, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        setattr(module.get_submodule(parent_name), leaf, parameter)
+        loaded.add(name)
+    missing = sorted(expected.keys() - loaded)
+    if missing or unexpected:
+        raise ValueError(
+            f"{files[0].parent}: these weights are not this model's: {len(missing)} tensors missing"
+            + (f" (first {missing[0]})" if missing else "")
+            + f", {len(unexpected)} unknown"
+            + (f" (first {unexpected[0]})" if unexpected else "")
+        )

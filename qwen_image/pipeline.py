@@ -1,0 +1,164 @@
+"""Qwen-Image as one pipeline: the same functions serve sampling and the training loss, so they cannot disagree.
+
+    pipeline = QwenImagePipeline.from_pretrained("Qwen/Qwen-Image", dtype=torch.bfloat16, device="cuda")
+    images = pipeline.generate(["a lighthouse at dusk"], height=1024, width=1024, seeds=[0])
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qwen_image.loading import ModelFiles, load_weights, resolve_model
+from qwen_image.scheduler import SigmaSchedule, euler_step
+from qwen_image.text_encoder import Prompt, TextEncoder
+from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.vae import SPATIAL_FACTOR, VAE, check_image_size, uint8_from_pixels
+
+DEFAULT_NEGATIVE_PROMPT = " "
+DEFAULT_MAX_TOKENS = 512
+
+
+def pack_latents(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, 1, H/8, W/8] → tokens [B, (H/16)·(W/16), 4·C]: each token holds a 2 × 2 patch, channel-major."""
+    batch, channels, _, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack_latents(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The inverse of `pack_latents` for an image of rows × columns tokens."""
+    batch, _, channels = tokens.shape
+    patches = tokens.reshape(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels // 4, 1, rows * 2, columns * 2)
+
+
+def predict_velocity(
+    transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: Prompt, rows: int, columns: int
+) -> torch.Tensor:
+    """Velocity of packed latents [B, rows·columns, 64] at σ [B] (float32) under a prompt; same shape and dtype.
+
+    The time input is 1000·σ rounded to the latents' dtype, then divided by 1000: inference's rounding, which training
+    must share (bf16 has steps of 4 near 1000).
+    """
+    timestep = (sigma * 1000).to(latents.dtype) / 1000
+    return transformer(latents, timestep, prompt.embeds.to(latents.dtype), prompt.mask, rows, columns)
+
+
+def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance, rescaled token by token to the norm of the positive prediction."""
+    guided = negative + scale * (positive - negative)
+    return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+@dataclass
+class QwenImagePipeline:
+    """The four components; those that a task doesn't need are None (training from encoded shards loads no encoder)."""
+
+    transformer: nn.Module | None
+    text_encoder: TextEncoder | None
+    vae: VAE | None
+    schedule: SigmaSchedule
+    files: ModelFiles
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        components: tuple[str, ...] = ("transformer", "text_encoder", "vae"),
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
+        **paths: str | None,
+    ) -> "QwenImagePipeline":
+        """Load `components` of a local folder or hub id; `paths` are `resolve_model`'s revision and `*_path` overrides."""
+        needed = (*components, "scheduler") + (("tokenizer",) if "text_encoder" in components else ())
+        files = resolve_model(model, components=needed, **paths)
+        schedule = SigmaSchedule.from_config_file(files["scheduler"].folder / "scheduler_config.json")
+        transformer = text_encoder = vae = None
+        if "transformer" in components:
+            transformer = load_transformer(files, dtype, device, progress)
+        if "text_encoder" in components:
+            text_encoder = TextEncoder.from_files(files["text_encoder"], files["tokenizer"], dtype, device)
+        if "vae" in components:
+            vae = VAE.from_files(files["vae"], dtype, device)
+        return cls(transformer, text_encoder, vae, schedule, files)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[str] | Prompt,
+        *,
+        negative_prompt: str | Prompt | None = DEFAULT_NEGATIVE_PROMPT,
+        height: int = 1024,
+        width: int = 1024,
+        num_inference_steps: int = 50,
+        true_cfg_scale: float = 4.0,
+        seeds: list[int] | None = None,
+        noise: torch.Tensor | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """One image a prompt: uint8 [B, H, W, 3] on the CPU.
+
+        The noise of image i is drawn on the CPU from `seeds[i]` (default: its position), so an image doesn't depend on
+        its batch or device; `noise` [B, 16, 1, H/8, W/8] replaces it. Guidance runs when `true_cfg_scale` > 1 and there
+        is a negative prompt. Prompts may be embeddings, then no text encoder is needed.
+        """
+        check_image_size(height, width)
+        if self.transformer is None or self.vae is None:
+            raise ValueError("generating images needs the components transformer and vae")
+        parameter = next(self.transformer.parameters())
+        prompt = self._prompt(prompts, max_tokens).to(parameter.device, parameter.dtype)
+        batch = len(prompt.embeds)
+        negative = None
+        if true_cfg_scale > 1 and negative_prompt is not None:
+            texts = [negative_prompt] * batch if isinstance(negative_prompt, str) else negative_prompt
+            negative = self._prompt(texts, max_tokens).to(parameter.device, parameter.dtype)
+        if noise is None:
+            noise = draw_noise(seeds if seeds is not None else list(range(batch)), height, width, parameter.dtype)
+        if len(noise) != batch:
+            raise ValueError(f"{len(noise)} seeds were given for {batch} prompts")
+        rows, columns = height // (2 * SPATIAL_FACTOR), width // (2 * SPATIAL_FACTOR)
+        latents = pack_latents(noise.to(parameter.device, parameter.dtype))
+        sigmas = self.schedule.sigmas(num_inference_steps, rows * columns).to(parameter.device)
+        for step in range(num_inference_steps):
+            sigma = sigmas[step].expand(batch)
+            velocity = predict_velocity(self.transformer, latents, sigma, prompt, rows, columns)
+            if negative is not None:
+                opposite = predict_velocity(self.transformer, latents, sigma, negative, rows, columns)
+                velocity = guide(velocity, opposite, true_cfg_scale)
+            latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
+            if on_step is not None:
+                on_step(step + 1, num_inference_steps)
+        return uint8_from_pixels(self.vae.decode(unpack_latents(latents, rows, columns)))
+
+    def _prompt(self, prompts: list[str] | Prompt, max_tokens: int) -> Prompt:
+        if isinstance(prompts, Prompt):
+            return prompts
+        if self.text_encoder is None:
+            raise ValueError("prompts in words need the component text_encoder; load it or pass embeddings")
+        return self.text_encoder.encode(prompts, max_tokens)
+
+
+def draw_noise(seeds: list[int], height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Starting noise [B, 16, 1, H/8, W/8] on the CPU, image i from its own seed: diffusers' for the same generators."""
+    shape = (1, 16, 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds])
+
+
+def load_transformer(
+    files: ModelFiles, dtype: torch.dtype, device: torch.device | str = "cpu", progress: bool = False
+) -> QwenImageTransformer:
+    """The transformer on `device`, frozen, in evaluation mode; no second copy of the weights ever exists."""
+    component = files["transformer"]
+    config_file = component.folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{config_file} is missing; single files take their configuration from --model's folder")
+    config = TransformerConfig.from_config_file(config_file)
+    with torch.device("meta"):
+        transformer = QwenImageTransformer(config)
+    load_weights(transformer, component.weights, dtype, device, progress)
+    return transformer.eval()

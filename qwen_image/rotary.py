@@ -1,0 +1,54 @@
+"""Rotary positions of text and image tokens, with real numbers only (complex ones fall out of torch.compile).
+
+Source: diffusers 0.42.1 `QwenEmbedRope` with `scale_rope=True`. Three axes (frame, row, column); rows and columns are
+centred; text continues on the diagonal, after the longer half of the image.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+THETA = 10000.0
+
+
+class Rotary(NamedTuple):
+    """cos and sin of every token's angles, float32 [1, T + S, 1, head_dim]; each pair of channels shares its angle."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@lru_cache(maxsize=64)
+def rotary_table(text_tokens: int, rows: int, columns: int, axes_dims: tuple[int, int, int], device: torch.device) -> Rotary:
+    """Angles for the joint sequence [text, image] of an image of rows × columns packed tokens."""
+    row = torch.arange(rows) - (rows - rows // 2)
+    column = torch.arange(columns) - (columns - columns // 2)
+    text = torch.arange(text_tokens) + max(rows // 2, columns // 2)
+    image_positions = (
+        torch.zeros(rows * columns, dtype=torch.long),  # one frame
+        row.repeat_interleave(columns),
+        column.repeat(rows),
+    )
+    angles = torch.cat(
+        [
+            torch.cat([_angles(text, dim), _angles(position, dim)])
+            for position, dim in zip(image_positions, axes_dims, strict=True)
+        ],
+        dim=1,
+    )
+    angles = angles.repeat_interleave(2, dim=1)[None, :, None]
+    return Rotary(angles.cos().to(device), angles.sin().to(device))
+
+
+def _angles(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """float32 [N, dim / 2]: position times θ^(−2i/dim)."""
+    frequencies = 1.0 / torch.pow(THETA, torch.arange(0, dim, 2).float().div(dim))
+    return torch.outer(positions.float(), frequencies)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring channels (x₀, x₁), (x₂, x₃) … of x [B, L, heads, head_dim] in float32; keeps x's dtype."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    rotated = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return (x.float() * cos + rotated * sin).to(x.dtype)

@@ -1,0 +1,99 @@
+"""Captions to prompt embeddings, exactly as Qwen-Image's inference pipeline makes them (diffusers 0.42.1).
+
+The caption goes into a fixed chat template, through Qwen2.5-VL's language model (after its final norm), and the tokens
+that the template puts before the caption are dropped. The five tokens after the caption stay, so "" has five tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from qwen_image.loading import Component, stream_tensors
+
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+MAX_TOKENS = 1024  # of caption plus template end; sampling uses 512 by default
+
+
+class Prompt(NamedTuple):
+    """A batch of prompt embeddings, right-padded with zeros."""
+
+    embeds: torch.Tensor  # [B, T, D]
+    mask: torch.Tensor | None  # bool [B, T], True for real tokens; None when nothing is padding
+
+    @classmethod
+    def from_list(cls, embeds: list[torch.Tensor], multiple: int = 1) -> "Prompt":
+        """Pad a list of [T_i, D] to one length, rounded up to a multiple (fewer shapes mean fewer compilations)."""
+        lengths = [len(item) for item in embeds]
+        length = -(-max(lengths) // multiple) * multiple
+        padded = embeds[0].new_zeros(len(embeds), length, embeds[0].shape[1])
+        for row, item in zip(padded, embeds, strict=True):
+            row[: len(item)] = item
+        if min(lengths) == length:
+            return cls(padded, None)
+        mask = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
+        return cls(padded, mask.to(padded.device))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Prompt":
+        return Prompt(self.embeds.to(device, dtype), None if self.mask is None else self.mask.to(device))
+
+
+class TextEncoder:
+    """Tokenizer and language model of Qwen2.5-VL. The vision tower and the vocabulary head are not kept in memory."""
+
+    def __init__(self, tokenizer, language_model: torch.nn.Module):
+        self.tokenizer = tokenizer
+        self.language_model = language_model.eval().requires_grad_(False)
+        before_caption = TEMPLATE.partition("{}")[0]
+        self.template_drop = len(tokenizer(before_caption).input_ids)  # 34 with Qwen's tokenizer
+
+    @classmethod
+    def from_files(
+        cls, text_encoder: Component, tokenizer: Component, dtype: torch.dtype, device: torch.device | str
+    ) -> "TextEncoder":
+        """Load with transformers' own class, so that names of older and newer checkpoints map alike."""
+        from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        config_file = text_encoder.folder / "config.json"
+        if not config_file.is_file():
+            raise FileNotFoundError(f"{config_file} is missing; the text encoder is Qwen2.5-VL in the Hugging Face layout")
+        config = Qwen2_5_VLConfig.from_pretrained(text_encoder.folder)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=dict(stream_tensors(text_encoder.weights)), dtype=dtype
+        )
+        language_model = model.model.language_model.to(device)
+        return cls(AutoTokenizer.from_pretrained(tokenizer.folder, padding_side="right"), language_model)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.language_model.parameters()).device
+
+    def tokenize(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, each int64 [B, L], template included; longer captions are cut at 1024 tokens."""
+        tokens = self.tokenizer(
+            [TEMPLATE.format(caption) for caption in captions],
+            max_length=MAX_TOKENS + self.template_drop,
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return tokens.input_ids, tokens.attention_mask
+
+    @torch.no_grad()
+    def encode_list(self, captions: list[str], max_tokens: int = MAX_TOKENS) -> list[torch.Tensor]:
+        """One [T_i, D] tensor a caption, T_i ≤ max_tokens, without padding."""
+        if not 1 <= max_tokens <= MAX_TOKENS:
+            raise ValueError(f"max_tokens must lie between 1 and {MAX_TOKENS}, got {max_tokens}")
+        input_ids, attention_mask = self.tokenize(captions)
+        hidden = self.language_model(
+            input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device), use_cache=False
+        ).last_hidden_state
+        lengths = attention_mask.sum(1).tolist()
+        end = self.template_drop + max_tokens
+        return [row[self.template_drop : min(length, end)] for row, length in zip(hidden, lengths, strict=True)]
+
+    def encode(self, captions: list[str], max_tokens: int = MAX_TOKENS) -> Prompt:
+        """Embeddings [B, T, D] and mask of a batch of captions."""
+        return Prompt.from_list(self.encode_list(captions, max_tokens))

@@ -1,0 +1,255 @@
+"""Qwen-Image's MMDiT: 60 double-stream blocks over text and image tokens. Parameter names are the checkpoint's.
+
+Source of the architecture: diffusers 0.42.1 `QwenImageTransformer2DModel`. Differences, none of which changes the
+output: rotary positions use real numbers, the mask exists only where padding exists, modulation is computed outside
+the blocks (so that a table can replace it), and the last block skips the text half that nobody reads.
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qwen_image.rotary import Rotary, apply_rotary, rotary_table
+
+NORM_EPS = 1e-6
+SINUSOID_CHANNELS = 256
+SINUSOID_SCALE = 1000
+# Modules of the last block that only feed its unused text output: they get no gradient, so LoRA must not target them.
+DEAD_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The fields of `transformer/config.json` that shape the model; defaults are Qwen-Image's (20 B parameters)."""
+
+    patch_size: int = 2
+    in_channels: int = 64
+    out_channels: int = 16
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_config_file(cls, path: Path) -> "TransformerConfig":
+        """Read `config.json`. Raises ValueError for a model of another family, naming what differs."""
+        config = json.loads(path.read_text())
+        if config.get("_class_name") != "QwenImageTransformer2DModel":
+            raise ValueError(f"{path}: this is a {config.get('_class_name')}, not Qwen-Image's transformer")
+        for flag, family in (
+            ("zero_cond_t", "Qwen-Image-Edit-2511"),
+            ("use_additional_t_cond", "Qwen-Image-Layered"),
+            ("use_layer3d_rope", "Qwen-Image-Layered"),
+            ("guidance_embeds", "a guidance-distilled model"),
+        ):
+            if config.get(flag):
+                raise ValueError(
+                    f"{path}: {flag} is set, which marks {family}; only Qwen-Image and Qwen-Image-2512 can be trained"
+                )
+        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        known["axes_dims_rope"] = tuple(known.get("axes_dims_rope", cls.axes_dims_rope))
+        return cls(**known)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that leaves its memory uninitialised: weights always come from a checkpoint."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis, in float32, rounded to the weight's dtype before the product."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS)
+        return x.to(self.weight.dtype) * self.weight
+
+
+class GELUProjection(nn.Module):
+    """Linear, then GELU with the tanh approximation. The attribute `proj` is part of the checkpoint's names."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.proj = Linear(dim, hidden_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """dim → 4·dim → dim. The list `net` with its gap at 1 is part of the checkpoint's names."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class JointAttention(nn.Module):
+    """One attention over [text, image]; each stream has its own projections and norms."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
+        self.norm_q, self.norm_k = RMSNorm(dim // heads), RMSNorm(dim // heads)
+        self.norm_added_q, self.norm_added_k = RMSNorm(dim // heads), RMSNorm(dim // heads)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.to_add_out = Linear(dim, dim)
+
+    def forward(
+        self, image: torch.Tensor, text: torch.Tensor, rotary: Rotary, mask: torch.Tensor | None, image_only: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """image [B,S,D], text [B,T,D], mask bool [B,1,1,T+S] or None → attended image and text (None if image_only)."""
+        text_tokens = text.shape[1]
+        cos, sin = rotary
+
+        def split_heads(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (self.heads, -1))
+
+        key = torch.cat([self.norm_added_k(split_heads(self.add_k_proj(text))), self.norm_k(split_heads(self.to_k(image)))], 1)
+        value = torch.cat([split_heads(self.add_v_proj(text)), split_heads(self.to_v(image))], 1)
+        query = self.norm_q(split_heads(self.to_q(image)))
+        if image_only:
+            query = apply_rotary(query, cos[:, text_tokens:], sin[:, text_tokens:])
+        else:
+            query = torch.cat([self.norm_added_q(split_heads(self.add_q_proj(text))), query], 1)
+            query = apply_rotary(query, cos, sin)
+        key = apply_rotary(key, cos, sin)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+        )
+        attended = attended.transpose(1, 2).flatten(2)
+        if image_only:
+            return self.to_out[0](attended), None
+        return self.to_out[0](attended[:, text_tokens:]), self.to_add_out(attended[:, :text_tokens])
+
+
+class Block(nn.Module):
+    """A double-stream block: modulated joint attention, then a modulated MLP per stream, both gated and residual."""
+
+    def __init__(self, dim: int, heads: int, is_last: bool):
+        super().__init__()
+        self.is_last = is_last
+        self.img_mod = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.txt_mod = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=NORM_EPS)
+        self.attn = JointAttention(dim, heads)
+        self.img_mlp = FeedForward(dim)
+        self.txt_mlp = FeedForward(dim)
+
+    def modulation(self, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """temb [B,D] → (image, text) modulation, each [B, 1, 6·D]: shift, scale, gate of attention, then of the MLP."""
+        return self.img_mod(temb).unsqueeze(1), self.txt_mod(temb).unsqueeze(1)
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        image_modulation: torch.Tensor,
+        text_modulation: torch.Tensor,
+        rotary: Rotary,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """image [B,S,D] and text [B,T,D] → the same shapes."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_modulation.chunk(6, dim=-1)
+        image_attended, text_attended = self.attn(
+            self.norm(image) * (1 + scale1) + shift1,
+            self.norm(text) * (1 + text_scale1) + text_shift1,
+            rotary,
+            mask,
+            image_only=self.is_last,
+        )
+        image = image + gate1 * image_attended
+        image = image + gate2 * self.img_mlp(self.norm(image) * (1 + scale2) + shift2)
+        if text_attended is not None:
+            text = text + text_gate1 * text_attended
+            text = text + text_gate2 * self.txt_mlp(self.norm(text) * (1 + text_scale2) + text_shift2)
+        return image, text
+
+
+class TimestepEmbedder(nn.Module):
+    """256 sinusoids (cosines first) → linear → SiLU → linear."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear_1 = Linear(SINUSOID_CHANNELS, dim)
+        self.linear_2 = Linear(dim, dim)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        """timestep [B] in the model's dtype, σ's range → [B, dim]."""
+        half = SINUSOID_CHANNELS // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+        angles = SINUSOID_SCALE * (timestep[:, None].float() * torch.exp(exponent))
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoid)))
+
+
+class QwenImageTransformer(nn.Module):
+    """The denoiser: packed latents, prompt embeddings and a noise level in, velocity out.
+
+    `checkpointed_blocks` is the number of leading blocks whose activations are recomputed in the backward pass.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim = config.inner_dim
+        self.config = config
+        self.checkpointed_blocks = 0
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
+        self.txt_norm = RMSNorm(config.joint_attention_dim)
+        self.img_in = Linear(config.in_channels, dim)
+        self.txt_in = Linear(config.joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            Block(dim, config.num_attention_heads, is_last=i == config.num_layers - 1) for i in range(config.num_layers)
+        )
+        self.norm_out = nn.ModuleDict({"linear": Linear(dim, 2 * dim)})
+        self.proj_out = Linear(dim, config.patch_size**2 * config.out_channels)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        prompt_mask: torch.Tensor | None,
+        rows: int,
+        columns: int,
+    ) -> torch.Tensor:
+        """Packed latents [B, rows·columns, 64], timestep [B], embeddings [B,T,3584], mask bool [B,T] or None → [B, S, 64]."""
+        image = self.img_in(latents)
+        text = self.txt_in(self.txt_norm(prompt_embeds))
+        temb = self.time_text_embed["timestep_embedder"](timestep.to(image.dtype))
+        rotary = rotary_table(text.shape[1], rows, columns, self.config.axes_dims_rope, image.device)
+        mask = None
+        if prompt_mask is not None:
+            mask = F.pad(prompt_mask, (0, image.shape[1]), value=True)[:, None, None]
+        for index, block in enumerate(self.transformer_blocks):
+            arguments = (image, text, *block.modulation(temb), rotary, mask)
+            if index < self.checkpointed_blocks and torch.is_grad_enabled():
+                image, text = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                image, text = block(*arguments)
+        scale, shift = self.norm_out["linear"](F.silu(temb)).unsqueeze(1).chunk(2, dim=-1)
+        image = F.layer_norm(image, image.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+        return self.proj_out(image)

@@ -1,0 +1,76 @@
+"""Images to normalised latents and back, with diffusers' AutoencoderKLQwenImage.
+
+z = (x − latents_mean) / latents_std per channel; mean and std come from the checkpoint's own configuration.
+"""
+
+import torch
+
+from qwen_image.loading import Component, load_weights
+
+SPATIAL_FACTOR = 8  # pixels a latent
+PIXEL_MULTIPLE = 16  # pixels a transformer token: 8 for the VAE, 2 for packing
+
+
+def check_image_size(height: int, width: int) -> None:
+    """Raise ValueError unless both sides are positive multiples of 16."""
+    if height < PIXEL_MULTIPLE or width < PIXEL_MULTIPLE or height % PIXEL_MULTIPLE or width % PIXEL_MULTIPLE:
+        raise ValueError(f"height and width must be positive multiples of {PIXEL_MULTIPLE}, got {height}×{width}")
+
+
+class VAE:
+    """The frozen autoencoder. Images are [B, 3, H, W] in [−1, 1], latents [B, 16, 1, H/8, W/8]."""
+
+    def __init__(self, model: torch.nn.Module, latents_mean: list[float], latents_std: list[float]):
+        self.model = model.eval().requires_grad_(False)
+        parameter = next(model.parameters())
+        shape = (1, -1, 1, 1, 1)
+        self.latents_mean = torch.tensor(latents_mean, device=parameter.device).view(shape)
+        self.latents_std = torch.tensor(latents_std, device=parameter.device).view(shape)
+
+    @classmethod
+    def from_files(cls, component: Component, dtype: torch.dtype, device: torch.device | str) -> "VAE":
+        from diffusers import AutoencoderKLQwenImage
+
+        config = AutoencoderKLQwenImage.load_config(component.folder)
+        if config.get("_class_name") != "AutoencoderKLQwenImage":
+            raise ValueError(f"{component.folder}: this is a {config.get('_class_name')}, not Qwen-Image's VAE")
+        with torch.device("meta"):
+            model = AutoencoderKLQwenImage.from_config(config)
+        load_weights(model, component.weights, dtype, device)
+        return cls(model, model.config.latents_mean, model.config.latents_std)
+
+    @property
+    def device(self) -> torch.device:
+        return self.latents_mean.device
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Posterior mode of images [B, 3, H, W] in [−1, 1], normalised: float32 [B, 16, 1, H/8, W/8]."""
+        return self.encode_moments(images)[0]
+
+    @torch.no_grad()
+    def encode_moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mode and standard deviation, both normalised float32 [B, 16, 1, H/8, W/8]."""
+        check_image_size(*images.shape[-2:])
+        parameter = next(self.model.parameters())
+        posterior = self.model.encode(images.to(parameter.device, parameter.dtype).unsqueeze(2)).latent_dist
+        mode = (posterior.mode().float() - self.latents_mean) / self.latents_std
+        return mode, posterior.std.float() / self.latents_std
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents [B, 16, 1, H/8, W/8] → images [B, 3, H, W], about [−1, 1], in the VAE's dtype."""
+        parameter = next(self.model.parameters())
+        denormalised = latents.to(parameter.device, torch.float32) * self.latents_std + self.latents_mean
+        return self.model.decode(denormalised.to(parameter.dtype), return_dict=False)[0][:, :, 0]
+
+
+def pixels_from_uint8(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 3, H, W] → float32 in [−1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def uint8_from_pixels(images: torch.Tensor) -> torch.Tensor:
+    """[B, 3, H, W] about [−1, 1] → uint8 [B, H, W, 3], rounded as diffusers' VaeImageProcessor does."""
+    unit = (images.float() * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    return (unit * 255).round().to(torch.uint8).cpu()
