@@ -1,0 +1,298 @@
+"""THE FORMAT of a data set on disk: names, members, manifest, index; writing one tar, reading one member.
+
+A data set is a folder:
+
+    000000.tar              members KEY.jpg KEY.json KEY.txt (or KEY.safetensors KEY.json KEY.txt), adjacent, in this order
+    000000.parquet          one row an INPUT of this shard, failed and filtered ones with their reason (SHARD_ROWS)
+    000000_stats.json       counts, bytes and hashes; written last: a shard without it does not exist
+    index.parquet           one row a SAMPLE of the whole set (INDEX_ROWS)
+    manifest.json           what the set is: class Manifest
+    sizes.json              {"000000.tar": samples}, which open_clip reads
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.files import commit, json_bytes, partial_path, write_file
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.parquet"
+SIZES = "sizes.json"
+EMPTY_PROMPT = "empty_prompt.safetensors"
+PAYLOADS = ("jpg", "png", "safetensors")
+
+_OFFSETS = [(f"{m}_{f}", pa.int64()) for m in ("payload", "json", "txt") for f in ("offset", "size")]
+INDEX_ROWS = pa.schema(
+    [("key", pa.string()), ("path", pa.string()), ("shard", pa.int32()), ("bucket", pa.int32())]
+    + _OFFSETS
+    + [("caption_length", pa.int32()), ("prompt_tokens", pa.int32())]
+)
+# Rows of NNNNNN.parquet. status: ok | filtered | failed; reason: one of a few short texts; detail: this case's values.
+# width, height: pixels of the bucket; original_*: upright pixels of the source; crop_*: box in those; -1 where unknown.
+SHARD_ROWS = pa.schema(
+    [("key", pa.string()), ("path", pa.string())]
+    + [(name, pa.string()) for name in ("status", "reason", "detail", "caption", "sha256")]
+    + [(name, pa.int32()) for name in ("width", "height", "original_width", "original_height")]
+    + [(f"crop_{side}", pa.int32()) for side in ("left", "top", "width", "height")]
+    + [("copied", pa.bool_()), ("frames", pa.int32())]
+    + _OFFSETS
+    + [("caption_length", pa.int32()), ("prompt_tokens", pa.int32())]
+)
+
+
+# ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sample_key(shard: int, index: int) -> str:
+    """12 digits: unique over the set, and without a dot, at which webdataset would cut the name."""
+    if not (0 <= shard < 10**6 and 0 <= index < 10**6):
+        raise ValueError(f"shard {shard}, sample {index}: a data set holds at most 1000000 shards of 1000000 samples")
+    return f"{shard:06d}{index:06d}"
+
+
+def tar_name(shard: int) -> str:
+    return f"{shard:06d}.tar"
+
+
+def rows_name(shard: int) -> str:
+    return f"{shard:06d}.parquet"
+
+
+def stats_name(shard: int) -> str:
+    return f"{shard:06d}_stats.json"
+
+
+def bucket_name(width: int, height: int) -> str:
+    """The bucket as it stands in a sample's json: '1024x768' (width x height, pixels)."""
+    return f"{width}x{height}"
+
+
+# ── manifest ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    id: int
+    width: int  # pixels, also in encoded sets (latents are width/8 wide)
+    height: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """manifest.json: what a data set is and how it was made."""
+
+    payload: str  # jpg | png | safetensors: suffix of each sample's first member
+    fingerprint: str  # sha256 over options and inputs (for an encoded set: over the image set and the encoders)
+    options: dict[str, Any]
+    buckets: list[Bucket]
+    totals: dict[str, Any]  # samples, bytes, and for image sets inputs, filtered, failed, reasons
+    shards: list[Shard]  # those with samples; the index's `shard` column is a position in this list
+    versions: dict[str, str]
+    encoding: dict[str, Any] | None = None  # encoders and conventions of an encoded set
+    format_version: int = FORMAT_VERSION
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json. It is written last: a folder with a manifest is complete."""
+    write_file(folder / MANIFEST, json_bytes(dataclasses.asdict(manifest)))
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read manifest.json.
+
+    Raises FileNotFoundError when there is none, ValueError when it is damaged or of another format version.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        what = "no such folder" if not path.parent.is_dir() else f"no {MANIFEST} in it"
+        raise FileNotFoundError(f"{folder} is not a finished data set: {what}. Make one with data_prep/make_shards.py")
+    try:
+        fields = json.loads(path.read_bytes())
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: pack again")
+        fields["buckets"] = [Bucket(**bucket) for bucket in fields["buckets"]]
+        fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
+        return Manifest(**fields)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run the program that made it again") from None
+
+
+# ── index ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """index.parquet as numpy columns [N], in the order of the tars."""
+
+    key: np.ndarray  # <U12; empty strings when read with strings=False
+    path: np.ndarray  # object (str): the source, for messages; empty strings when read with strings=False
+    shard: np.ndarray  # int32: position in manifest.shards
+    bucket: np.ndarray  # int32: Bucket.id
+    payload_offset: np.ndarray  # int64, bytes from the start of the tar to the member's content
+    payload_size: np.ndarray  # int64, bytes
+    json_offset: np.ndarray
+    json_size: np.ndarray
+    txt_offset: np.ndarray
+    txt_size: np.ndarray
+    caption_length: np.ndarray  # int32, characters
+    prompt_tokens: np.ndarray  # int32; 0 when unknown
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+
+def write_rows(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> None:
+    """Write a parquet file of `schema`; `columns` maps every column name to a sequence, all of one length."""
+    table = pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_file(path, sink.getvalue())
+
+
+def write_index(folder: Path, columns: Mapping[str, Any]) -> None:
+    """Write index.parquet from sequences of equal length, one for each column of INDEX_ROWS."""
+    write_rows(folder / INDEX, columns, INDEX_ROWS)
+
+
+def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
+    """Read index.parquet. `strings=False` leaves keys and paths out, which at 10 M samples are most of the memory."""
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {INDEX}: make it with data_prep/make_shards.py or scan.build_index")
+    names = [name for name in INDEX_ROWS.names if strings or name not in ("key", "path")]
+    table = pq.read_table(path, columns=names)
+    columns = {name: table[name].to_numpy() for name in names}
+    blank = np.zeros(len(table), "U1")
+    columns["key"] = columns["key"].astype("U12") if strings else blank
+    columns.setdefault("path", blank)
+    return ShardIndex(**columns)
+
+
+# ── one tar ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TarShardWriter:
+    """Writes one tar whose bytes depend on its members alone (mtime 0, uid 0, mode 644, ustar headers).
+
+    The file appears under its name only when `finish` was called, or the `with` block ended without an exception.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self.sha256 = ""
+        self._hash = hashlib.sha256()
+        self._partial = partial_path(path)
+        self._file: IO[bytes] | None = open(self._partial, "wb", buffering=1 << 20)  # noqa: SIM115
+
+    def add(self, key: str, members: Iterable[tuple[str, bytes]]) -> dict[str, tuple[int, int]]:
+        """Append the members KEY.suffix of one sample, in the order given; return {suffix: (offset, size)}."""
+        places = {}
+        for suffix, data in members:
+            header = tarfile.TarInfo(f"{key}.{suffix}")
+            header.size = len(data)
+            self._write(header.tobuf(tarfile.USTAR_FORMAT))
+            places[suffix] = (self.bytes, len(data))
+            self._write(data)
+            self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return places
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None, "the shard is finished"
+        self._file.write(data)
+        self._hash.update(data)
+        self.bytes += len(data)
+
+    def finish(self) -> None:
+        """End the archive, fsync, rename. Afterwards `bytes` and `sha256` are those of the file."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.bytes % tarfile.RECORDSIZE))
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        commit(self._partial, self.path)
+        self.sha256 = self._hash.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._file is not None:
+            self.finish()
+        elif self._file is not None:
+            # Closing flushes, which fails again on a full disk; the first exception is the one to show.
+            try:
+                self._file.close()
+            except OSError:
+                pass
+            self._file = None
+            self._partial.unlink(missing_ok=True)
+
+
+class ShardReader:
+    """Random access into the tars of a data set. Picklable: each process opens its own descriptors, when it needs them."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest | None = None) -> None:
+        self.folder = Path(folder)
+        self.names = [shard.name for shard in (manifest or read_manifest(folder)).shards]
+        self._files: dict[int, int] = {}
+        self._process = os.getpid()
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset` of the tar at position `shard` of the manifest.
+
+        Raises FileNotFoundError when the tar is gone and ValueError when it is shorter than the index says.
+        """
+        if self._process != os.getpid():  # forked: the parent's descriptors are not ours to close
+            self._files, self._process = {}, os.getpid()
+        if shard not in self._files:
+            path = self.folder / self.names[shard]
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is named in the manifest but missing: pack again or copy it back")
+            self._files[shard] = os.open(path, os.O_RDONLY)
+        data = os.pread(self._files[shard], int(size), int(offset))
+        if len(data) != size:
+            raise ValueError(
+                f"{self.folder / self.names[shard]} ends before byte {offset + size}: the file is truncated"
+            )
+        return data
+
+    def close(self) -> None:
+        if self._process == os.getpid():
+            for file in self._files.values():
+                os.close(file)
+        self._files = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _process=os.getpid())
