@@ -16,10 +16,11 @@ import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from train.options import (
     Count,
+    FlagParser,
     NotNegative,
     Number,
     Pixels,
@@ -28,6 +29,7 @@ from train.options import (
     Range,
     Share,
     Whole,
+    add_flag,
     convert,
     did_you_mean,
     read_yaml,
@@ -230,66 +232,35 @@ class TrainConfig:
 
 HINTS: dict[str, Any] = typing.get_type_hints(TrainConfig, include_extras=True)
 REQUIRED = [field.name for field in dataclasses.fields(TrainConfig) if field.default is dataclasses.MISSING]
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name not in REQUIRED}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag raises ValueError instead of printing the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of train_lora.py: one for each field of TrainConfig; their values stay text until `parse`."""
-    parser = Parser(
+    parser = FlagParser(
         prog="train_lora.py",
+        usage="deepspeed train/train_lora.py --deepspeed ds_configs/zero2.json --model MODEL --data SHARDS "
+        "--output_path RUN [--config RUN.YAML] [flags]",
         description="Train a LoRA for Qwen-Image under DeepSpeed.",
-        epilog="deepspeed train/train_lora.py --deepspeed ds_configs/zero2.json --model MODEL --data SHARDS "
-        "--output_path RUN",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RUN.YAML", help="file of these options; flags override it")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the launcher passes it
     group = parser.add_argument_group("")
-    for name, hint in HINTS.items():
-        if name in HEADINGS:
-            group = parser.add_argument_group(HEADINGS[name])
-        kind, text = typing.get_args(hint)[0], next(note for note in hint.__metadata__[::-1] if isinstance(note, str))
-        extra: dict[str, Any] = {"metavar": metavar(kind)}
-        if kind is bool:
-            extra |= {"nargs": "?", "const": "true"}
-        elif typing.get_origin(kind) is tuple and name not in COMMA_LISTS:
-            extra |= {"nargs": "+", "action": "extend"}
-        group.add_argument(f"--{name}", help=f"{text} [{shown_default(name)}]".replace("%", "%%"), **extra)
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[field.name])
+        add_flag(group, field.name, HINTS[field.name], shown_default(field), field.name in COMMA_LISTS)
     return parser
 
 
-def metavar(kind: Any) -> str:
-    """What stands for the value in --help: the choices, or the type."""
-    if typing.get_origin(kind) is Literal:
-        return "{" + ",".join(typing.get_args(kind)) + "}"
-    members = [member for member in typing.get_args(kind) or (kind,) if member not in (type(None), ...)]
-    if typing.get_origin(kind) is Annotated:
-        members = members[:1]
-    if len(members) > 1:
-        return "|".join(metavar(member).strip("{}").replace(",", "|") for member in members)
-    if members[0] is not kind:
-        return metavar(members[0])
-    return {bool: "true|false", int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
-
-
-def shown_default(name: str) -> str:
-    """A field's default as --help shows it."""
-    if name in REQUIRED:
+def shown_default(field: dataclasses.Field[Any]) -> str:
+    """A field's default as --help shows it; empty for None, whose help text says what "not given" means."""
+    if field.default is dataclasses.MISSING:
         return "required"
-    default = DEFAULTS[name]
-    if isinstance(default, tuple):
-        return ",".join(default) or "none"
-    if isinstance(default, bool):
-        return str(default).lower()
-    return "not given" if default is None else str(default)
+    if field.default is None:
+        return ""
+    return ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
 
 
 def parse(argv: list[str] | None = None) -> TrainConfig:

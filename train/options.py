@@ -1,9 +1,10 @@
 """Typed options: turn the text of flags and YAML files into checked values of a dataclass's fields.
 
-An option's type is its annotation, `Annotated[type, "help text"]`; the types understood are bool, int, float, str, Path,
-Literal, tuple[str, ...] and unions of them. Errors are ValueErrors of one line.
+An option's type is its annotation, `Annotated[type, "help text"]`; the types understood are bool, int, float, str,
+Path, Literal, tuple[str, ...] and unions of them. Errors are ValueErrors of one line.
 """
 
+import argparse
 import difflib
 import math
 import re
@@ -12,7 +13,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Range:
     low: float
     high: float = math.inf
     above: bool = False
-    step: int = 1
+    step: float | None = None
 
     def problem(self, value: float) -> str | None:
         """What is wrong with `value`, or None."""
@@ -32,7 +33,7 @@ class Range:
             return f"must be {'above' if self.above else 'at least'} {self.low}"
         if value > self.high:
             return f"must be at most {self.high}"
-        if value % self.step if self.step > 1 else False:
+        if self.step is not None and value % self.step:
             return f"must be a multiple of {self.step}"
         return None
 
@@ -129,6 +130,42 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+class FlagParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag raises ValueError instead of printing the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def add_flag(group: argparse._ArgumentGroup, name: str, hint: Any, default: str, comma_list: bool) -> None:
+    """Add `--name` to a group of --help; its value stays text, for `convert`.
+
+    A bool may stand alone; a list that is not split at commas takes several values and may be repeated.
+    """
+    kind, *notes = typing.get_args(hint)
+    extra: dict[str, Any] = {"metavar": metavar(kind)}
+    if kind is bool:
+        extra |= {"nargs": "?", "const": "true"}
+    elif typing.get_origin(kind) is tuple and not comma_list:
+        extra |= {"nargs": "+", "action": "extend"}
+    text = next(note for note in reversed(notes) if isinstance(note, str))
+    group.add_argument(f"--{name}", help=(f"{text} [{default}]" if default else text).replace("%", "%%"), **extra)
+
+
+def metavar(kind: Any) -> str:
+    """What stands for the value in --help: the choices, or the type."""
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(typing.get_args(kind)) + "}"
+    members = [member for member in typing.get_args(kind) or (kind,) if member not in (type(None), ...)]
+    if typing.get_origin(kind) is Annotated:
+        members = members[:1]
+    if len(members) > 1:
+        return "|".join(metavar(member).strip("{}").replace(",", "|") for member in members)
+    if members[0] is not kind:
+        return metavar(members[0])
+    return {bool: "true|false", int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+
+
 def read_yaml(path: Path, hints: dict[str, Any], comma_lists: Iterable[str] = ()) -> dict[str, Any]:
     """The options in the YAML file `path`, converted by `hints`.
 
@@ -152,8 +189,8 @@ def read_yaml(path: Path, hints: dict[str, Any], comma_lists: Iterable[str] = ()
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
-    if not isinstance(content, dict) or not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path} must hold lines of `name: value`, got a {type(content).__name__}")
+    if root.id != "mapping":
+        raise ValueError(f"{path} must hold lines of `name: value`, got a {root.id}")
     values: dict[str, Any] = {}
     for key_node, _ in root.value:
         name, place = key_node.value, f"{path}, line {key_node.start_mark.line + 1}"
