@@ -56,9 +56,7 @@ PHOTOS = [
         "A model of a white space shuttle with two white boosters and a brown fuel tank on a black stand.",
         (345, 0, 490, 300),
     ),
-    Photo(
-        "brick", "skimage/brick.png", "Long narrow paving bricks laid in rows, seen at an angle, in black and white."
-    ),
+    Photo("brick", "skimage/brick.png", "Long narrow paving bricks in rows, seen at an angle, in black and white."),
     Photo(
         "brick_detail",
         "skimage/brick.png",

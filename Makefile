@@ -1,0 +1,44 @@
+# One target a check; pre-commit and CI call the same ones. `make demo` and `make test` set up what they need.
+#   make demo PYTHON=python3.12 VENV=/somewhere/venv
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+DEMO_OUTPUT ?= demo_output
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types format
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## virtual environment with everything (done by the others when needed)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed: make PYTHON=python3.12 …" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]'
+	@touch $@
+
+demo: $(STAMP)  ## photos -> shards -> latents -> LoRA -> sample images, with a tiny model; minutes on two CPU cores
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python demo/run.py --output_path $(DEMO_OUTPUT)
+
+test: $(STAMP)  ## all tests but the slow ones
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types test  ## what CI runs
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the files as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
