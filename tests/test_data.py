@@ -1,0 +1,325 @@
+"""Samples, batches and the loader, on data sets of a few tiny samples written here."""
+
+import io
+import itertools
+import pickle
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import simplejpeg
+import torch
+from PIL import Image
+
+from data_prep.shards import (
+    EMPTY_PROMPT,
+    Bucket,
+    Manifest,
+    Shard,
+    TarShardWriter,
+    json_bytes,
+    sample_key,
+    write_index,
+    write_manifest,
+)
+from train.data import Batch, BrokenSample, ShardDataset, collate, decode_image, make_batch, pad_prompts
+from train.flow import Draws, SigmaSampling, sample_draws
+from train.loader import BatchLoader
+
+MEMBERS = ("payload", "json", "txt")
+SIZES = [(32, 16), (16, 32)]  # width, height of the buckets
+
+
+def pixels_of(number: int) -> np.ndarray:
+    width, height = SIZES[number % 2]
+    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def latent_of(number: int) -> torch.Tensor:
+    width, height = SIZES[number % 2]
+    return torch.full((16, height // 8, width // 8), float(number), dtype=torch.bfloat16)
+
+
+def embeds_of(number: int) -> torch.Tensor:
+    return torch.full((5 + number % 4, 8), float(number + 1), dtype=torch.bfloat16)
+
+
+def payload_of(number: int, payload: str) -> bytes:
+    if payload == "safetensors":
+        return safetensors.torch.save({"latent": latent_of(number), "prompt_embeds": embeds_of(number)})
+    if payload == "jpg":
+        return simplejpeg.encode_jpeg(pixels_of(number), quality=95, colorsubsampling="444")
+    file = io.BytesIO()
+    Image.fromarray(pixels_of(number)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_set(folder: Path, samples: int = 12, payload: str = "safetensors", shard_size: int = 5) -> Path:
+    """A complete data set; sample `number` has the caption `caption <number>` and lies in bucket number % 2."""
+    folder.mkdir(parents=True)
+    rows: dict[str, list] = {name: [] for name in ("key", "path", "shard", "bucket", "caption_length", "prompt_tokens")}
+    places = {f"{m}_{f}": [] for m in MEMBERS for f in ("offset", "size")}
+    shards = []
+    for shard, first in enumerate(range(0, samples, shard_size)):
+        numbers = range(first, min(first + shard_size, samples))
+        with TarShardWriter(folder / f"{shard:06d}.tar") as tar:
+            for number in numbers:
+                key, caption = sample_key(shard, number - first), f"caption {number} é"
+                facts = json_bytes({"key": key, "path": f"photos/{number}.jpg"})
+                members = [(payload, payload_of(number, payload)), ("json", facts), ("txt", caption.encode())]
+                for (suffix, place), name in zip(
+                    tar.add(key, members).items(), ("payload", "json", "txt"), strict=True
+                ):
+                    assert suffix in (name, payload)
+                    places[f"{name}_offset"].append(place[0])
+                    places[f"{name}_size"].append(place[1])
+                row = (key, f"photos/{number}.jpg", shard, number % 2, len(caption), 0)
+                for column, value in zip(rows, row, strict=True):
+                    rows[column].append(value)
+        shards.append(Shard(f"{shard:06d}.tar", len(numbers), tar.bytes, tar.sha256))
+    write_index(folder, rows | places)
+    counts = [(samples + 1) // 2, samples // 2]
+    buckets = [Bucket(i, *size, counts[i]) for i, size in enumerate(SIZES)]
+    write_manifest(folder, Manifest(payload, "f" * 64, {}, buckets, {"samples": samples}, shards, {}))
+    if payload == "safetensors":
+        safetensors.torch.save_file(
+            {"prompt_embeds": torch.full((5, 8), -1.0, dtype=torch.bfloat16)}, folder / EMPTY_PROMPT
+        )
+    return folder
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> Path:
+    return write_set(tmp_path / "encoded")
+
+
+def draw(epoch: int, index: int, shape: tuple[int, ...], dropout: float = 0.0, seed: int = 0) -> Draws:
+    return sample_draws(seed, epoch, index, shape, SigmaSampling(), dropout)
+
+
+def taken(folder: Path, count: int, batch_size: int = 2, **options) -> list[Batch]:
+    dataset = ShardDataset(folder)
+    order = dataset.order(batch_size, seed=3)
+    with BatchLoader(dataset, order, SigmaSampling(), **options) as loader:
+        return list(itertools.islice(loader, count))
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    for name, value in vars(a).items():
+        other = getattr(b, name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other), name
+        else:
+            assert value == other, name
+
+
+# ── samples ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_sample_reads_back_as_written(encoded):
+    dataset = pickle.loads(pickle.dumps(ShardDataset(encoded)))
+    for number in range(12):
+        sample = dataset.read(number)
+        assert (sample.key, sample.caption) == (sample_key(number // 5, number % 5), f"caption {number} é")
+        assert (sample.width, sample.height) == SIZES[number % 2] == dataset.size(number)
+        assert torch.equal(sample.latent, latent_of(number)) and torch.equal(sample.prompt_embeds, embeds_of(number))
+        assert dataset.source(number) == f"photos/{number}.jpg"
+    assert dataset.encoded and dataset.fingerprint == "f" * 64 and dataset.empty_prompt.shape == (5, 8)
+
+
+@pytest.mark.parametrize("payload", ["jpg", "png"])
+def test_images_decode_to_rgb_channels_first(tmp_path, payload):
+    dataset = ShardDataset(write_set(tmp_path / "images", payload=payload))
+    for number in range(4):
+        sample = dataset.read(number)
+        expected = torch.from_numpy(pixels_of(number)).permute(2, 0, 1)
+        assert sample.pixels.dtype == torch.uint8 and sample.pixels.shape == expected.shape
+        error = (sample.pixels.int() - expected.int()).abs()
+        assert error.max() == 0 if payload == "png" else error.float().mean() < 4
+        assert sample.caption == f"caption {number} é" and sample.latent is None
+
+
+def test_a_cmyk_jpeg_goes_through_pillow():
+    file = io.BytesIO()
+    Image.new("CMYK", (32, 16), (255, 0, 0, 0)).save(file, "JPEG")
+    assert decode_image(file.getvalue(), 32, 16).shape == (3, 16, 32)
+
+
+def test_long_prompts_are_cut_as_the_pipeline_does(encoded):
+    sample = ShardDataset(encoded, max_prompt_tokens=6).read(3)
+    assert torch.equal(sample.prompt_embeds, embeds_of(3)[:6])
+
+
+def test_validation_samples_are_held_out_and_chosen_by_name(encoded, tmp_path):
+    dataset = ShardDataset(encoded, validation_samples=4)
+    images = ShardDataset(write_set(tmp_path / "images", payload="png", shard_size=12), validation_samples=4)
+    assert dataset.validation.tolist() == images.validation.tolist() and len(dataset.validation) == 4
+    assert set(ShardDataset(encoded, validation_samples=2).validation) < set(dataset.validation)
+    assert sorted([*dataset.training, *dataset.validation]) == list(range(12))
+    trained = dataset.order(2).plan(0) % 12
+    assert not set(trained.ravel()) & set(dataset.validation)
+    with pytest.raises(ValueError, match="12 samples, validation_samples=12"):
+        ShardDataset(encoded, validation_samples=12)
+
+
+def test_what_is_missing_is_named(encoded, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder at"):
+        ShardDataset(tmp_path / "nothing")
+    (encoded / EMPTY_PROMPT).unlink()
+    with pytest.raises(FileNotFoundError, match=r"empty_prompt\.safetensors is missing"):
+        ShardDataset(encoded)
+
+
+# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_batch_holds_what_its_samples_hold(encoded):
+    dataset = ShardDataset(encoded)
+    batch = make_batch(dataset, 7, 2, [2, 4, 2 + 12], partial(draw, dropout=0.0))
+    assert batch.latents.shape == batch.noise.shape == (3, 16, 1, 2, 4) and (batch.width, batch.height) == (32, 16)
+    assert torch.equal(batch.latents[:, 0, 0, 0, 0], torch.tensor([2.0, 4.0, 2.0], dtype=torch.bfloat16))
+    assert batch.prompt_embeds.shape == (3, 7, 8)
+    assert batch.prompt_mask.sum(1).tolist() == [7, 5, 7]
+    assert (batch.prompt_embeds[~batch.prompt_mask] == 0).all()
+    assert torch.equal(batch.prompt_embeds[1, :5], embeds_of(4))
+    assert not torch.equal(batch.noise[0], batch.noise[2]), "a repeated sample must get noise of its own"
+    for row, index in enumerate([2, 4, 14]):
+        expected = draw(2, index, (16, 2, 4))
+        assert torch.equal(batch.noise[row, :, 0], expected.noise)
+        assert batch.sigma[row].item() == pytest.approx(expected.sigma)
+    assert batch.captions == ["caption 2 é", "caption 4 é", "caption 2 é"]
+    assert (batch.place, batch.epoch, batch.indices) == (7, 2, [2, 4, 14])
+
+
+def test_no_padding_no_mask_and_rounding_up():
+    prompts = [torch.ones(5, 2), torch.ones(5, 2)]
+    assert pad_prompts(prompts)[1] is None
+    embeds, mask = pad_prompts(prompts, multiple=8)
+    assert embeds.shape == (2, 8, 2) and mask.sum(1).tolist() == [5, 5]
+    assert pad_prompts([torch.ones(8, 2)], multiple=8)[1] is None
+
+
+def test_a_dropped_caption_becomes_the_empty_prompt_not_zeros(encoded):
+    dataset = ShardDataset(encoded)
+    samples = [dataset.read(1), dataset.read(3)]
+    draws = [Draws(torch.zeros(16, 4, 2), 0.5, drop) for drop in (True, False)]
+    tensors = collate(samples, draws, dataset.empty_prompt)
+    assert tensors["captions"] == ["", "caption 3 é"] and tensors["drop"].tolist() == [True, False]
+    assert (tensors["prompt_embeds"][0, :5] == -1).all() and (tensors["prompt_embeds"][0, 5:] == 0).all()
+    assert tensors["prompt_mask"].sum(1).tolist() == [5, 8]
+
+
+def test_caption_dropout_has_its_rate_and_changes_with_the_epoch(encoded):
+    dataset = ShardDataset(encoded)
+    drops = np.array(
+        [
+            make_batch(dataset, 0, epoch, range(0, 12, 2), partial(draw, dropout=0.25)).drop.tolist()
+            for epoch in range(60)
+        ]
+    )
+    assert 0.15 < drops.mean() < 0.35 and (drops[0] != drops[1:]).any()
+
+
+def test_map_reaches_every_tensor_and_leaves_the_rest(encoded):
+    batch = make_batch(ShardDataset(encoded), 0, 0, [2, 4], draw)
+    moved = batch.to("meta")
+    tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert tensors == {"noise", "sigma", "drop", "latents", "prompt_embeds", "prompt_mask"}
+    assert all(getattr(moved, name).device.type == "meta" for name in tensors) and moved.keys == batch.keys
+
+
+# ── broken members ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def break_sample(folder: Path, number: int) -> None:
+    index = ShardDataset(folder).index
+    with open(folder / f"{index.shard[number]:06d}.tar", "r+b") as file:
+        file.seek(int(index.payload_offset[number]))
+        file.write(b"\xff" * 16)
+
+
+def test_a_broken_sample_is_named_counted_and_replaced(encoded):
+    break_sample(encoded, 4)
+    dataset = ShardDataset(encoded)
+    with pytest.raises(BrokenSample, match=r"^000000000004 in .*000000\.tar: "):
+        dataset.read(4)
+    batch = make_batch(dataset, 0, 0, [4, 8], draw)
+    assert batch.keys == ["000001000001", "000001000003"] and batch.indices == [4, 8]
+    assert torch.equal(batch.noise[0, :, 0], draw(0, 4, (16, 2, 4)).noise), "the draws stay those of the place"
+    assert len(batch.broken) == 1 and "000000000004" in batch.broken[0]
+    said: list[str] = []
+    with BatchLoader(dataset, dataset.order(2, seed=3), SigmaSampling(), say=said.append) as loader:
+        batches = list(itertools.islice(loader, 2 * loader.order.length))
+    assert loader.broken == 2 == sum(len(batch.broken) for batch in batches)
+    assert len(said) == 1 and said[0].startswith("broken sample replaced by its neighbour: 000000000004 in ")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_on_broken_sample_stop_raises_one_line(encoded, workers):
+    break_sample(encoded, 4)
+    with pytest.raises(BrokenSample, match="000000000004") as caught:
+        taken(encoded, 6, num_workers=workers, on_broken_sample="stop")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_that_is_all_broken_ends_the_run(encoded):
+    for number in range(0, 12, 2):
+        break_sample(encoded, number)
+    with pytest.raises(BrokenSample, match="are broken too"):
+        make_batch(ShardDataset(encoded), 0, 0, [0, 2], draw)
+
+
+def test_a_truncated_shard_is_a_broken_sample(encoded):
+    with open(encoded / "000002.tar", "r+b") as file:
+        file.truncate(600)
+    with pytest.raises(BrokenSample, match=r"000002\.tar.*truncated"):
+        ShardDataset(encoded).read(11)
+
+
+def test_an_image_of_another_size_than_its_bucket_is_refused():
+    data = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match="image is 16x16, its bucket 32x16"):
+        decode_image(data, 32, 16)
+
+
+# ── the loader ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(encoded, workers):
+    here, there = taken(encoded, 9), taken(encoded, 9, num_workers=workers)
+    for a, b in zip(here, there, strict=True):
+        assert_equal(a, b)
+
+
+def test_two_ranks_see_what_one_rank_with_accumulation_sees(encoded):
+    alone = taken(encoded, 12, accumulation=2, caption_dropout=0.3)
+    ranks = [taken(encoded, 6, rank=rank, world=2, caption_dropout=0.3) for rank in range(2)]
+    for a, b in zip(alone, [batch for pair in zip(*ranks, strict=True) for batch in pair], strict=True):
+        assert_equal(a, b)
+
+
+def test_state_counts_steps_taken_not_batches_read(encoded):
+    dataset = ShardDataset(encoded)
+    order = dataset.order(2, seed=3)
+    whole = taken(encoded, 12, accumulation=2)
+    with BatchLoader(dataset, order, SigmaSampling(), accumulation=2, num_workers=1) as loader:
+        batches = iter(loader)
+        for _ in range(2):
+            next(batches), next(batches)
+            loader.stepped()
+        next(batches)  # read, but its step is not taken
+        state = loader.state()
+    assert state["consumed"] == 4 and loader.epoch == pytest.approx(4 / order.length)
+    assert state["order"]["seed"] == 3 and state["order"]["batch_size"] == 2
+    resumed = taken(encoded, 8, accumulation=2, consumed=state["consumed"])
+    for a, b in zip(whole[4:], resumed, strict=True):
+        assert_equal(a, b)
+
+
+def test_iterating_twice_goes_on(encoded):
+    dataset = ShardDataset(encoded)
+    with BatchLoader(dataset, dataset.order(2), SigmaSampling()) as loader:
+        assert [next(iter(loader)).place for _ in range(3)] == [0, 1, 2]

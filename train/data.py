@@ -1,0 +1,327 @@
+"""Samples and batches: from a folder of shards (images or encoded) to the tensors of one micro-batch.
+
+    dataset = ShardDataset("ENCODED", validation_samples=16)
+    order = dataset.order(batch_size=4, seed=0)
+    epoch, indices = order.micro_batch(place)
+    batch = make_batch(dataset, place, epoch, indices, draw)        # draw: train.flow.sample_draws with its rest bound
+
+Everything here is random access by index and free of state: which sample comes when is train/order.py's business, who
+reads it in which process is train/loader.py's.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from data_prep.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, ShardIndex, ShardReader, read_index, read_manifest
+from train.flow import Draws
+from train.order import WINDOW, Order, Tail
+
+LATENT_CHANNELS = 16
+VAE_FACTOR = 8  # pixels a latent on each side
+
+ATTEMPTS = 16  # so many broken samples in a row are bad luck, more are a broken data set
+
+# (epoch, virtual index, latent_shape) -> Draws: train.flow.sample_draws with seed, distribution and dropout bound
+DrawSample = Callable[[int, int, tuple[int, ...]], Draws]
+
+# A sample's members stand next to each other in our shards: one read fetches them when no more than this lies between.
+_GAP = 1 << 16
+
+
+class BrokenSample(ValueError):
+    """A sample that can't be read; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it stands in the shard: encoded (`latent`, `prompt_embeds`) or an image (`pixels`)."""
+
+    index: int
+    key: str
+    width: int  # pixels
+    height: int
+    caption: str
+    latent: torch.Tensor | None = None  # [16, H/8, W/8], normalised, as stored (bf16)
+    prompt_embeds: torch.Tensor | None = None  # [T, D], cut to max_prompt_tokens
+    pixels: torch.Tensor | None = None  # uint8 [3, H, W], RGB
+
+
+class ShardDataset:
+    """Random access to the samples of a folder of shards; image shards and encoded shards alike. Picklable.
+
+    Args:
+        folder: what make_shards.py or encode_shards.py wrote, or plain WebDataset shards (indexed once, see below).
+        validation_samples: this many samples are held out of training: those with the smallest sha256 of their source
+            path. So the choice depends on nothing but the sample's name, and is the same for images and encoded shards.
+        max_prompt_tokens: encoded prompts are cut to their first so many tokens, as the pipeline does.
+        say: where notes go (one line each).
+
+    Attributes:
+        encoded: the shards hold latents and prompt embeddings.
+        training, validation: int64 arrays of sample indices; together all samples.
+        empty_prompt: [5, D] embedding of the empty caption for caption dropout; None for image shards.
+
+    Raises:
+        FileNotFoundError: no such folder, no shards, a shard or the empty prompt is missing.
+        ValueError: damaged manifest or index, or fewer samples than `validation_samples` + 1.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        validation_samples: int = 0,
+        max_prompt_tokens: int = 512,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.folder = Path(folder)
+        self.manifest, self.index = _open(self.folder, say)
+        self.max_prompt_tokens = max_prompt_tokens
+        self.encoded = self.manifest.payload == "safetensors"
+        self._sizes = {bucket.id: (bucket.width, bucket.height) for bucket in self.manifest.buckets}
+        self._reader = ShardReader(self.folder, self.manifest)
+        if len(self) <= validation_samples:
+            raise ValueError(
+                f"{folder} holds {len(self)} samples, validation_samples={validation_samples} of them held out: "
+                "nothing is left to train on"
+            )
+        self.validation = _smallest_hashes(self.folder, validation_samples)
+        self.training = np.delete(np.arange(len(self), dtype=np.int64), self.validation)
+        self.empty_prompt: torch.Tensor | None = None
+        if self.encoded:
+            path = self.folder / EMPTY_PROMPT
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing (caption dropout needs it): run encode_shards.py again")
+            self.empty_prompt = safetensors.torch.load_file(path)["prompt_embeds"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names this data set; a checkpoint of another one is refused."""
+        return self.manifest.fingerprint
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels, without reading the sample."""
+        return self._sizes[int(self.index.bucket[index])]
+
+    def order(
+        self, batch_size: int, seed: int = 0, window: int = WINDOW, tail: Tail = "auto", repeat: int = 1
+    ) -> Order:
+        """The order of training over everything that isn't held out."""
+        return Order(self.index.bucket, self.index.shard, batch_size, seed, window, tail, repeat, self.training)
+
+    def read(self, index: int) -> Sample:
+        """One sample. Raises BrokenSample when it can't be read or isn't what the index says."""
+        key = f"sample {index}"
+        try:
+            members = self._members(int(index))
+            key = members["key"].decode(errors="replace")
+            width, height = self.size(index)
+            sample = Sample(int(index), key, width, height, members["txt"].decode("utf-8"))
+            if not self.encoded:
+                return replace(sample, pixels=decode_image(members["payload"], width, height))
+            tensors = safetensors.torch.load(members["payload"])
+            latent, embeds = tensors["latent"], tensors["prompt_embeds"]
+            expected = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
+            if tuple(latent.shape) != expected:
+                raise ValueError(
+                    f"latent has shape {tuple(latent.shape)}, its bucket {width}x{height} needs {expected}"
+                )
+            if embeds.ndim != 2 or len(embeds) == 0:
+                raise ValueError(f"prompt_embeds has shape {tuple(embeds.shape)}, must be [T, D] with T at least 1")
+            return replace(sample, latent=latent, prompt_embeds=embeds[: self.max_prompt_tokens])
+        except Exception as error:  # decoders raise whatever they like; nothing is hidden, the message carries it all
+            shard = self._reader.names[int(self.index.shard[index])]
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise BrokenSample(f"{key} in {self.folder / shard}: {why}") from error
+
+    def source(self, index: int) -> str:
+        """Where the sample came from (the path in its json), for messages."""
+        i = self.index
+        data = self._reader.read(int(i.shard[index]), int(i.json_offset[index]), int(i.json_size[index]))
+        return str(json.loads(data).get("path", "")) if data else ""
+
+    def same_bucket(self, index: int) -> Iterator[int]:
+        """The other training samples of this sample's bucket, in a fixed order that starts after it."""
+        members = self.training[self.index.bucket[self.training] == self.index.bucket[index]]
+        start = int(np.searchsorted(members, index, side="right"))
+        return (int(other) for other in np.roll(members, -start) if other != index)
+
+    def _members(self, index: int) -> dict[str, bytes]:
+        """payload, txt and key, with one read where they are adjacent (the key stands in the payload's tar header)."""
+        i, shard = self.index, int(self.index.shard[index])
+        payload, payload_size = int(i.payload_offset[index]), int(i.payload_size[index])
+        txt, txt_size = int(i.txt_offset[index]), int(i.txt_size[index])
+        start, end = payload - tarfile.BLOCKSIZE, payload + payload_size
+        one_read = txt_size > 0 and 0 <= txt - end <= _GAP
+        data = self._reader.read(shard, start, (txt + txt_size if one_read else end) - start)
+        caption = data[txt - start :] if one_read else self._reader.read(shard, txt, txt_size) if txt_size else b""
+        name = data[: data.index(b"\0")].rpartition(b"/")[2] if data[0] else b""
+        return {"key": name.split(b".")[0], "payload": data[payload - start : end - start], "txt": caption}
+
+
+def decode_image(data: bytes, width: int, height: int) -> torch.Tensor:
+    """uint8 [3, H, W], RGB, of the bytes of a JPEG or PNG that has the size of its bucket. Raises ValueError if not."""
+    pixels: np.ndarray | None = None
+    if data[:2] == b"\xff\xd8":
+        import simplejpeg
+
+        try:
+            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        except ValueError:
+            pixels = None  # CMYK and the like; Pillow decides, and says what is wrong
+    if pixels is None:
+        from PIL import Image
+
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    if pixels.shape != (height, width, 3):
+        raise ValueError(f"image is {pixels.shape[1]}x{pixels.shape[0]}, its bucket {width}x{height}")
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+
+
+@dataclass
+class Batch:
+    """One micro-batch: samples of one bucket with all that chance decided for them. B samples."""
+
+    place: int  # in the global stream of micro-batches
+    epoch: int
+    indices: list[int]  # virtual indices (Order.locate): sample + N · repeat number
+    keys: list[str]
+    width: int  # pixels
+    height: int
+    captions: list[str]  # "" where dropped
+    noise: torch.Tensor  # float32 [B, 16, 1, H/8, W/8]
+    sigma: torch.Tensor  # float32 [B], k/1000
+    drop: torch.Tensor  # bool [B]: the caption was dropped
+    latents: torch.Tensor | None = None  # [B, 16, 1, H/8, W/8], dtype as stored
+    pixels: torch.Tensor | None = None  # uint8 [B, 3, H, W]
+    prompt_embeds: torch.Tensor | None = None  # [B, T, D], zeros right of each prompt
+    prompt_mask: torch.Tensor | None = None  # bool [B, T]; None: no padding
+    broken: list[str] = field(default_factory=list)  # members that were replaced, and why
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The same batch with `function` applied to every tensor."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{n: function(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self, device: Any = None) -> "Batch":
+        return self.map(lambda tensor: tensor.pin_memory())
+
+
+def collate(
+    samples: Sequence[Sample], draws: Sequence[Draws], empty_prompt: torch.Tensor | None = None, text_multiple: int = 1
+) -> dict[str, Any]:
+    """The tensors of a batch (the fields of Batch from `keys` to `prompt_mask`) of samples of one size.
+
+    `text_multiple` rounds the padded length of the prompts up, so that fewer shapes occur (a compiler's wish).
+    """
+    drop = [draw.drop_caption for draw in draws]
+    batch: dict[str, Any] = {
+        "keys": [sample.key for sample in samples],
+        "width": samples[0].width,
+        "height": samples[0].height,
+        "captions": ["" if dropped else sample.caption for sample, dropped in zip(samples, drop, strict=True)],
+        "noise": torch.stack([draw.noise for draw in draws]).unsqueeze(2),
+        "sigma": torch.tensor([draw.sigma for draw in draws], dtype=torch.float32),
+        "drop": torch.tensor(drop),
+    }
+    if samples[0].pixels is not None:
+        return batch | {"pixels": torch.stack([s.pixels for s in samples if s.pixels is not None])}
+    assert empty_prompt is not None, "encoded samples need the embedding of the empty caption"
+    prompts = [empty_prompt if d else s.prompt_embeds for s, d in zip(samples, drop, strict=True)]
+    embeds, mask = pad_prompts([prompt for prompt in prompts if prompt is not None], text_multiple)
+    latents = torch.stack([s.latent for s in samples if s.latent is not None]).unsqueeze(2)
+    return batch | {"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask}
+
+
+def pad_prompts(prompts: Sequence[torch.Tensor], multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[T_i, D] each -> ([B, T, D] right-padded with zeros, bool mask [B, T] or None when nothing was padded)."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = math.ceil(int(lengths.max()) / multiple) * multiple
+    embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[1])
+    for row, prompt in zip(embeds, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    mask = torch.arange(longest)[None] < lengths[:, None]
+    return embeds, None if bool(mask.all()) else mask
+
+
+def make_batch(
+    dataset: ShardDataset,
+    place: int,
+    epoch: int,
+    indices: Sequence[int],
+    draw: DrawSample,
+    text_multiple: int = 1,
+    attempts: int = ATTEMPTS,
+) -> Batch:
+    """The micro-batch that `Order.micro_batch(place)` gave as (epoch, indices): a pure function, in whatever process.
+
+    A sample that can't be read gives way to the next readable one of its bucket (keeping the noise and σ that belong to
+    its own index) and is named in `broken`. Raises BrokenSample after more than `attempts` of them in a row.
+    """
+    broken: list[str] = []
+    samples = [_read_or_replace(dataset, int(index) % len(dataset), attempts, broken) for index in indices]
+    width, height = samples[0].width, samples[0].height
+    latent_shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
+    draws = [draw(epoch, int(index), latent_shape) for index in indices]
+    tensors = collate(samples, draws, dataset.empty_prompt, text_multiple)
+    return Batch(place=place, epoch=epoch, indices=[int(index) for index in indices], broken=broken, **tensors)
+
+
+def _read_or_replace(dataset: ShardDataset, index: int, attempts: int, broken: list[str]) -> Sample:
+    """Sample `index`, or the first readable one after it in its bucket; appends what was broken."""
+    try:
+        return dataset.read(index)
+    except BrokenSample as error:
+        if attempts == 0:
+            raise
+        broken.append(str(error))
+    for other in itertools.islice(dataset.same_bucket(index), attempts):
+        try:
+            return dataset.read(other)
+        except BrokenSample as error:
+            last = error
+    raise BrokenSample(f"{attempts} samples after a broken one are broken too (check_shards.py lists them): {last}")
+
+
+def _open(folder: Path, say: Callable[[str], None]) -> tuple[Manifest, ShardIndex]:
+    """Manifest and index of a folder; plain WebDataset shards get theirs by scanning, once."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    if (folder / MANIFEST).is_file() and (folder / INDEX).is_file():
+        return read_manifest(folder), read_index(folder, strings=False)
+    from data_prep.scan import build_index
+
+    say(f"{folder} has no index: scanning its shards once")
+    build_index(folder)
+    return read_manifest(folder), read_index(folder, strings=False)
+
+
+def _smallest_hashes(folder: Path, count: int) -> np.ndarray:
+    """Sorted indices of the `count` samples whose source path (key, where there is none) has the smallest sha256."""
+    if count == 0:
+        return np.array([], dtype=np.int64)
+    index = read_index(folder)
+    names = np.where(index.path.astype(bool), index.path, index.key)
+    digests = [hashlib.sha256(str(name).encode()).digest() for name in names]
+    return np.sort(np.array(sorted(range(len(digests)), key=digests.__getitem__)[:count], dtype=np.int64))
