@@ -139,7 +139,7 @@ def write_photo_folder(folder: str | Path) -> list[Path]:
             shutil.copyfile(source, target)
         else:
             with Image.open(source) as image:
-                image.crop(photo.box).save(target, **({"quality": 95} if source.suffix == ".jpg" else {}))
+                image.crop(photo.box).save(target, quality=95)  # PNG has no quality and ignores it
         target.with_suffix(".txt").write_text(photo.caption + "\n", encoding="utf-8")
         written.append(target)
     return written
