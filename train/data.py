@@ -10,10 +10,8 @@ reads it in which process is train/loader.py's.
 """
 
 import hashlib
-import io
 import itertools
 import json
-import math
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +22,9 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from data_prep.pixels import decode_stored
 from data_prep.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, ShardIndex, ShardReader, read_index, read_manifest
+from qwen_image.text_encoder import Prompt
 from train.flow import Draws
 from train.order import WINDOW, Order, Tail
 
@@ -174,23 +174,8 @@ class ShardDataset:
 
 
 def decode_image(data: bytes, width: int, height: int) -> torch.Tensor:
-    """uint8 [3, H, W], RGB, of the bytes of a JPEG or PNG that has the size of its bucket. Raises ValueError if not."""
-    pixels: np.ndarray | None = None
-    if data[:2] == b"\xff\xd8":
-        import simplejpeg
-
-        try:
-            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-        except ValueError:
-            pixels = None  # CMYK and the like; Pillow decides, and says what is wrong
-    if pixels is None:
-        from PIL import Image
-
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    if pixels.shape != (height, width, 3):
-        raise ValueError(f"image is {pixels.shape[1]}x{pixels.shape[0]}, its bucket {width}x{height}")
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+    """uint8 [3, H, W], RGB, of a stored image. Raises ValueError when it hasn't the size of its bucket."""
+    return torch.from_numpy(decode_stored(data, width, height).copy()).permute(2, 0, 1).contiguous()
 
 
 @dataclass
@@ -249,20 +234,9 @@ def collate(
         return batch | {"pixels": torch.stack([s.pixels for s in samples if s.pixels is not None])}
     assert empty_prompt is not None, "encoded samples need the embedding of the empty caption"
     prompts = [empty_prompt if d else s.prompt_embeds for s, d in zip(samples, drop, strict=True)]
-    embeds, mask = pad_prompts([prompt for prompt in prompts if prompt is not None], text_multiple)
+    embeds, mask = Prompt.from_list([prompt for prompt in prompts if prompt is not None], text_multiple)
     latents = torch.stack([s.latent for s in samples if s.latent is not None]).unsqueeze(2)
     return batch | {"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask}
-
-
-def pad_prompts(prompts: Sequence[torch.Tensor], multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[T_i, D] each -> ([B, T, D] right-padded with zeros, bool mask [B, T] or None when nothing was padded)."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = math.ceil(int(lengths.max()) / multiple) * multiple
-    embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[1])
-    for row, prompt in zip(embeds, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    mask = torch.arange(longest)[None] < lengths[:, None]
-    return embeds, None if bool(mask.all()) else mask
 
 
 def make_batch(
