@@ -24,7 +24,8 @@ from data_prep.shards import (
     write_index,
     write_manifest,
 )
-from train.data import Batch, BrokenSample, ShardDataset, collate, decode_image, make_batch, pad_prompts
+from qwen_image.text_encoder import Prompt
+from train.data import Batch, BrokenSample, ShardDataset, collate, decode_image, make_batch
 from train.flow import Draws, SigmaSampling, sample_draws
 from train.loader import BatchLoader
 
@@ -195,10 +196,10 @@ def test_a_batch_holds_what_its_samples_hold(encoded):
 
 def test_no_padding_no_mask_and_rounding_up():
     prompts = [torch.ones(5, 2), torch.ones(5, 2)]
-    assert pad_prompts(prompts)[1] is None
-    embeds, mask = pad_prompts(prompts, multiple=8)
+    assert Prompt.from_list(prompts)[1] is None
+    embeds, mask = Prompt.from_list(prompts, multiple=8)
     assert embeds.shape == (2, 8, 2) and mask.sum(1).tolist() == [5, 5]
-    assert pad_prompts([torch.ones(8, 2)], multiple=8)[1] is None
+    assert Prompt.from_list([torch.ones(8, 2)], multiple=8)[1] is None
 
 
 def test_a_dropped_caption_becomes_the_empty_prompt_not_zeros(encoded):
