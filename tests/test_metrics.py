@@ -1,0 +1,217 @@
+"""metrics.jsonl, the lines on stderr, and W&B that never ends a training."""
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.config import TrainConfig
+from train.metrics import Metrics
+from train.run_folder import prepare_run_folder
+
+
+def make_config(folder: Path, **changes: Any) -> TrainConfig:
+    options: dict[str, Any] = {"model": "owner/model", "data": "shards", "deepspeed": "z.json", "output_path": folder}
+    return TrainConfig(**({"wandb_mode": "disabled"} | options | changes))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+class FakeRun:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options, self.logged, self.finished, self.broken = options, [], False, False  # type: ignore[var-annotated]
+
+    def define_metric(self, *names: str, **options: str) -> None:
+        pass
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.broken:
+            raise RuntimeError("connection lost\nand more")
+        self.logged.append(row)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the package: remembers its runs; `unreachable` makes online runs fail."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: list[FakeRun] = []
+        self.unreachable, self.api = False, types.SimpleNamespace(api_key=None)
+        self.Settings, self.Image = dict, str
+
+    def init(self, **options: Any) -> FakeRun:
+        if self.unreachable and options["mode"] == "online":
+            raise TimeoutError("no answer in 30 s")
+        self.runs.append(FakeRun(options))
+        return self.runs[-1]
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return fake
+
+
+def test_a_row_a_logged_step_with_its_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("train.metrics.time.perf_counter", lambda: now)
+    metrics = Metrics(make_config(tmp_path), total_steps=20, samples_per_step=8)
+    now += 3.0
+    with metrics.paused():
+        now += 50.0
+    now += 1.0
+    metrics.log(2, epoch=0.5, loss=0.25, lr=1e-4, grad_norm=math.nan)
+    metrics.record(2, validation_loss=0.5)
+    metrics.close()
+    metrics.close()
+    first = {"step": 2, "epoch": 0.5, "loss": 0.25, "lr": 1e-4, "grad_norm": None}
+    assert rows(tmp_path) == [
+        first | {"seconds_per_step": 2.0, "samples_per_second": 4.0},
+        {"step": 2, "validation_loss": 0.5},
+    ]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "step 2/20  epoch 0.5  loss 0.25  lr 0.0001  grad_norm nan  2 s/step  00:00:36 left"
+    assert lines[1] == "step 2/20  validation_loss 0.5" and len(lines) == 2
+
+
+def test_the_bar_shows_loss_and_steps_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    metrics = Metrics(make_config(tmp_path), total_steps=4, samples_per_step=1, start_step=1)
+    for step in (2, 3):
+        metrics.advance()
+        metrics.log(step, loss=0.125)
+    metrics.close()
+    shown = capsys.readouterr().err
+    assert "3/4" in shown and "loss 0.125" in shown and "left" not in shown
+
+
+def test_resuming_removes_the_rows_after_the_resumed_step(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": step / 10}) for step in (10, 20, 30)]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join([*lines, '{"step": 3']), encoding="utf-8")
+    Metrics(make_config(tmp_path), total_steps=40, samples_per_step=1, start_step=20, rank=1).close()
+    assert len(file.read_text().splitlines()) == 4  # other ranks leave it alone
+    metrics = Metrics(make_config(tmp_path), total_steps=40, samples_per_step=1, start_step=20)
+    metrics.record(25, loss=9.0)
+    metrics.close()
+    assert rows(tmp_path) == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 25, "loss": 9.0}]
+    Metrics(make_config(tmp_path), total_steps=40, samples_per_step=1).close()
+    assert rows(tmp_path) == []  # a new run begins
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(make_config(tmp_path / "run", wandb_mode="offline"), 5, 1, rank=1)
+    metrics.advance()
+    metrics.log(1, loss=1.0)
+    metrics.record(1, validation_loss=1.0)
+    metrics.image(1, "sample", tmp_path / "a.png")
+    metrics.say("hello")
+    with metrics.paused():
+        pass
+    metrics.close()
+    assert not (tmp_path / "run").exists() and wandb.runs == [] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "key", "mode"),
+    [
+        ("auto", None, None, "offline"),
+        ("auto", None, "k", "online"),
+        ("auto", "offline", "k", "offline"),
+        ("online", "offline", "k", "online"),
+        ("offline", None, "k", "offline"),
+        ("auto", "disabled", "k", None),
+        ("disabled", None, "k", None),
+    ],
+)
+def test_the_mode_of_wandb(
+    tmp_path: Path,
+    wandb: FakeWandb,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    variable: str | None,
+    key: str | None,
+    mode: str | None,
+) -> None:
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    wandb.api.api_key = key
+    Metrics(make_config(tmp_path, wandb_mode=flag), 5, 1).close()
+    assert [run.options["mode"] for run in wandb.runs] == ([mode] if mode else [])
+    assert all(run.finished for run in wandb.runs)
+
+
+def test_wandb_gets_the_configuration_and_keeps_its_run(tmp_path: Path, wandb: FakeWandb) -> None:
+    config = make_config(tmp_path / "cats", wandb_mode="online", wandb_project="p", lora_rank=8)
+    for start in (0, 3, 0):
+        metrics = Metrics(config, 5, 2, start_step=start, facts={"trainable": 12})
+        metrics.log(start + 1, loss=0.5)
+        metrics.image(start + 1, "sample", tmp_path / "a.png")
+        metrics.close()
+    first, resumed, fresh = wandb.runs
+    assert first.options["id"] == resumed.options["id"] != fresh.options["id"]
+    assert [run.options["resume"] for run in wandb.runs] == [None, "allow", None]
+    assert first.options["config"]["lora_rank"] == 8 and first.options["config"]["trainable"] == 12
+    assert (first.options["project"], first.options["name"]) == ("p", "cats")
+    assert fresh.logged == [rows(tmp_path / "cats")[-1], {"step": 1, "sample": f"{tmp_path}/a.png"}]
+
+
+def test_a_wandb_that_fails_is_told_once_and_ends_nothing(
+    tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = Metrics(make_config(tmp_path, wandb_mode="offline"), 5, 1)
+    wandb.runs[0].broken = True
+    for step in (1, 2, 3):
+        metrics.record(step, loss=0.5)
+    metrics.close()
+    assert len(rows(tmp_path)) == 3
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "connection lost" in warnings[0]
+
+
+def test_an_unreachable_or_missing_wandb_ends_nothing(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb.unreachable = True
+    Metrics(make_config(tmp_path, wandb_mode="online"), 5, 1).close()
+    assert [run.options["mode"] for run in wandb.runs] == ["offline"]
+    assert "recorded offline (no answer in 30 s)" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    metrics = Metrics(make_config(tmp_path, wandb_mode="online"), 5, 1)
+    metrics.record(1, loss=0.5)
+    metrics.close()
+    assert "W&B is off" in capsys.readouterr().err and len(rows(tmp_path)) == 1
+
+
+def test_the_run_folder_says_what_made_the_run(tmp_path: Path) -> None:
+    from train.config import parse
+
+    config = make_config(tmp_path / "new" / "run", lora_rank=4)
+    versions = prepare_run_folder(config, {"train_batch_size": 2})
+    assert parse(["--config", str(config.output_path / "config.yaml")]) == config
+    assert json.loads((config.output_path / "deepspeed.json").read_text()) == {"train_batch_size": 2}
+    assert json.loads((config.output_path / "versions.json").read_text()) == versions
+    assert versions["torch"] and {"git_commit", "command", "python"} <= set(versions)
+
+
+def test_no_room_and_no_permission_are_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"the run needs 1000000000.0 GB: free some"):
+        prepare_run_folder(make_config(tmp_path), {}, needed_bytes=10**18)
+    (tmp_path / "file").touch()
+    with pytest.raises(PermissionError, match="output_path: cannot write to"):
+        prepare_run_folder(make_config(tmp_path / "file" / "run"), {})
