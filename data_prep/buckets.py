@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: from an image's size to the size it is stored in. Integers and fractions only, no rounding luck.
+"""Aspect-ratio buckets: from an image's size to the size it is stored in. Integers and fractions only.
 
 A bucket is (width, height) in pixels, both multiples of `step`, area at most that of its target. An image goes into the
 bucket of the nearest aspect ratio (|log ratio| distance), is scaled until it covers it, and its overhang is cropped
@@ -46,7 +46,7 @@ class BucketOptions:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an upright image of W x H pixels goes: its crop box in those pixels, and the bucket the box is scaled to."""
+    """Where an upright image goes: its crop box in its own pixels, and the bucket that the box is scaled to."""
 
     width: int
     height: int
@@ -104,7 +104,7 @@ def upscale(width: int, height: int, bucket: tuple[int, int]) -> Fraction:
 
 
 def cover_box(width: int, height: int, bucket: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The centred box (left, top, width, height) of a W x H image that has the bucket's ratio to within half a pixel."""
+    """Centred box (left, top, width, height) of a W x H image that has the bucket's ratio to within half a pixel."""
     if width * bucket[1] <= height * bucket[0]:  # relatively narrower than the bucket: all of the width
         box_width, box_height = width, min(height, max(1, _round_divide(width * bucket[1], bucket[0])))
     else:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PARTIAL = ".partial-"  # prefix of every file that is not finished yet
 
@@ -33,6 +37,24 @@ def write_file(path: Path, data: bytes) -> None:
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
+            os.fsync(file.fileno())
+        commit(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_row_groups(path: Path, batches: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write a parquet file, one row group a batch; a batch maps every column of the schema to a sequence."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    partial = partial_path(path)
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for columns in batches:
+                arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
+                writer.write_table(pa.table(arrays, schema=schema))
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
         commit(partial, path)
     finally:

@@ -2,7 +2,7 @@
 
 A data set is a folder:
 
-    000000.tar              members KEY.jpg KEY.json KEY.txt (or KEY.safetensors KEY.json KEY.txt), adjacent, in this order
+    000000.tar              members KEY.jpg KEY.json KEY.txt (or .safetensors .json .txt), adjacent, in this order
     000000.parquet          one row an INPUT of this shard, failed and filtered ones with their reason (SHARD_ROWS)
     000000_stats.json       counts, bytes and hashes; written last: a shard without it does not exist
     index.parquet           one row a SAMPLE of the whole set (INDEX_ROWS)
@@ -24,9 +24,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from data_prep.files import commit, json_bytes, partial_path, write_file
+from data_prep.files import commit, json_bytes, partial_path, write_file, write_row_groups
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -166,30 +165,13 @@ class ShardIndex:
 
 
 def write_rows(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> None:
-    """Write a parquet file of `schema`; `columns` maps every column name to a sequence, all of one length."""
-    table = pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_file(path, sink.getvalue())
+    """Write a parquet file of `schema`; `columns` maps every column's name to a sequence, all of one length."""
+    write_row_groups(path, [columns], schema)
 
 
 def write_index(folder: Path, columns: Mapping[str, Any]) -> None:
     """Write index.parquet from sequences of equal length, one for each column of INDEX_ROWS."""
     write_rows(folder / INDEX, columns, INDEX_ROWS)
-
-
-def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
-    """Read index.parquet. `strings=False` leaves keys and paths out, which at 10 M samples are most of the memory."""
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {INDEX}: make it with data_prep/make_shards.py or scan.build_index")
-    names = [name for name in INDEX_ROWS.names if strings or name not in ("key", "path")]
-    table = pq.read_table(path, columns=names)
-    columns = {name: table[name].to_numpy() for name in names}
-    blank = np.zeros(len(table), "U1")
-    columns["key"] = columns["key"].astype("U12") if strings else blank
-    columns.setdefault("path", blank)
-    return ShardIndex(**columns)
 
 
 # ── one tar ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -258,7 +240,7 @@ class TarShardWriter:
 
 
 class ShardReader:
-    """Random access into the tars of a data set. Picklable: each process opens its own descriptors, when it needs them."""
+    """Random access into the tars of a data set. Picklable: each process opens its own descriptors late."""
 
     def __init__(self, folder: str | Path, manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)

@@ -1,0 +1,1 @@
+"""Image folders to WebDataset shards, and shards to encoded shards."""

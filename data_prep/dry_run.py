@@ -1,0 +1,50 @@
+"""What a packing run would give, without writing: buckets, size and time from a few images that are really converted."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from data_prep.images import BadImage
+from data_prep.inputs import Input
+from data_prep.plan import BYTES_PER_PIXEL, Plan, PlanRows
+from data_prep.workers import Workers, store
+
+TRIED = 32  # images that are converted for the estimate, evenly spread over the plan
+
+
+def dry_run(plan: Plan, rows: PlanRows, workers: Workers, num_workers: int) -> None:
+    """Print counts per bucket, the expected size and time, reasons and the first failures."""
+    print(f"{plan.inputs} inputs -> {plan.samples} samples in {len(plan.shard_rows)} shards")
+    print("\n  bucket        samples")
+    for name, count in sorted(plan.buckets.items(), key=lambda item: -item[1]):
+        print(f"  {name:<12} {count:>8}  {'#' * max(1, round(40 * count / max(plan.buckets.values())))}")
+    if plan.reasons:
+        print("\n  left out")
+    for reason, count in sorted(plan.reasons.items(), key=lambda item: -item[1]):
+        print(f"  {count:>8}  {reason}")
+    for example in plan.examples:
+        print(f"            {example}")
+    tried = _tried(plan, rows)
+    list(workers.map(store, tried[:1], chunk=1))  # imports and warms
+    start, failed, size, foreseen = time.perf_counter(), 0, 0, 0.0
+    for item, result in zip(tried, workers.map(store, tried, chunk=1), strict=True):
+        if isinstance(result, BadImage):
+            failed += 1
+            print(f"            {item.path}: {result}")
+        else:
+            stored = result[0]
+            size += len(stored.data)
+            area = stored.placement.width * stored.placement.height
+            per_pixel = BYTES_PER_PIXEL[workers.job.options.format]
+            foreseen += item.size if stored.copied else per_pixel * area
+    seconds = (time.perf_counter() - start) * plan.samples / max(1, len(tried))
+    megabytes = plan.expected_bytes / 1e6 * (size / foreseen if foreseen else 1)
+    print(f"\nexpected: about {megabytes:.1f} MB and {seconds:.0f} s with --num_workers {num_workers}", end="")
+    print(f" (by converting {len(tried)} of them, {failed} failed); nothing was written")
+
+
+def _tried(plan: Plan, rows: PlanRows) -> list[Input]:
+    every = max(1, plan.samples // TRIED)
+    usable = (row.item for row in rows.all() if row.status == "ok")
+    return list(itertools.islice(itertools.islice(usable, 0, None, every), TRIED))

@@ -1,0 +1,17 @@
+"""One image that was found, before anything of it was read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image and its caption. `problem` is (reason, detail) when it is known already that it cannot be used."""
+
+    path: str  # relative to the base folder, '/' between parts; for messages and the json member
+    file: bytes  # relative path of the file on disk: bytes, because names need not be Unicode
+    offset: int  # bytes into that file (an image within a tar), else 0
+    size: int  # bytes; -1 when unknown because the file is missing
+    caption: str | None  # None: there is none
+    problem: tuple[str, str] | None = None

@@ -1,0 +1,129 @@
+"""One shard of the plan to its tar, its rows and its statistics; the statistics are written last and commit it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import json_bytes, write_file
+from data_prep.images import BadImage
+from data_prep.plan import Row
+from data_prep.shards import (
+    SHARD_ROWS,
+    TarShardWriter,
+    bucket_name,
+    rows_name,
+    sample_key,
+    stats_name,
+    tar_name,
+    write_rows,
+)
+from data_prep.workers import Workers, store
+
+STORE_CHUNK = 4  # images a task: small, because a shard ends when its last task does
+_MEMBERS = ("payload", "json", "txt")
+
+
+def read_stats(folder: Path, shard: int, fingerprint: str) -> dict[str, Any] | None:
+    """Statistics of a committed shard; None when it was not finished, belongs to another plan or lost its files."""
+    path = folder / stats_name(shard)
+    if not path.is_file():
+        return None
+    stats = json.loads(path.read_bytes())
+    if stats["fingerprint"] != fingerprint or not (folder / rows_name(shard)).is_file():
+        return None
+    tar = folder / tar_name(shard)
+    present = tar.stat().st_size if tar.is_file() else 0
+    return stats if present == stats["bytes"] else None
+
+
+def pack_shard(
+    folder: Path, shard: int, rows: list[Row], workers: Workers, fingerprint: str, progress: Any
+) -> dict[str, Any]:
+    """Store every usable image of one shard and commit it; return its statistics.
+
+    `progress` has update(n) and failed(n). The bytes written depend on the plan and the images alone. A shard of which
+    no image could be used has rows and statistics, but no tar. Raises OSError when the disk is full or not writable.
+    """
+    (folder / stats_name(shard)).unlink(missing_ok=True)
+    payload = workers.job.options.format
+    columns: dict[str, list[Any]] = {name: [] for name in SHARD_ROWS.names}
+    counts: Counter[str] = Counter(samples=0, filtered=0, failed=0, copied=0, animated=0, empty_captions=0)
+    reasons: Counter[str] = Counter()
+    buckets: Counter[str] = Counter()
+    results = workers.map(store, (row.item for row in rows if row.status == "ok"), STORE_CHUNK)
+    with TarShardWriter(folder / tar_name(shard)) as tar:
+        for index, row in enumerate(rows):
+            record = _blank(sample_key(shard, index), row)
+            if row.status == "ok":
+                result = next(results)
+                if isinstance(result, BadImage):
+                    record |= {"status": result.status, "reason": result.reason, "detail": result.detail}
+                else:
+                    stored, sha256 = result
+                    fields = _sample_fields(record["key"], row, stored, sha256)
+                    text = (row.item.caption or "").encode()
+                    body = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+                    places = tar.add(record["key"], [(payload, stored.data), ("json", body), ("txt", text)])
+                    for member, (offset, size) in zip(_MEMBERS, places.values(), strict=True):
+                        record |= {f"{member}_offset": offset, f"{member}_size": size}
+                    place = stored.placement
+                    record |= {name: getattr(place, name) for name in _PLACEMENT}
+                    record |= {"original_width": stored.original_width, "original_height": stored.original_height}
+                    record |= {"copied": stored.copied, "frames": stored.frames, "sha256": sha256}
+                    buckets[bucket_name(place.width, place.height)] += 1
+                    counts.update(copied=stored.copied, animated=stored.frames > 1, empty_captions=not text)
+            counts["samples" if record["status"] == "ok" else record["status"]] += 1
+            if record["status"] != "ok":
+                reasons[f"{record['status']}: {record['reason']}"] += 1
+            for name, values in columns.items():
+                values.append(record[name])
+            progress.update(1)
+            progress.failed(counts["failed"])
+    if not counts["samples"]:
+        tar.path.unlink()
+    write_rows(folder / rows_name(shard), columns, SHARD_ROWS)
+    stats = {
+        "fingerprint": fingerprint,
+        "inputs": len(rows),
+        **counts,
+        "bytes": tar.bytes if counts["samples"] else 0,
+        "sha256": tar.sha256 if counts["samples"] else "",
+        "rows_sha256": hashlib.sha256((folder / rows_name(shard)).read_bytes()).hexdigest(),
+        "reasons": dict(reasons),
+        "buckets": dict(buckets),
+    }
+    write_file(folder / stats_name(shard), json_bytes(stats))
+    return stats
+
+
+_PLACEMENT = ("width", "height", "crop_left", "crop_top", "crop_width", "crop_height")
+
+
+def _blank(key: str, row: Row) -> dict[str, Any]:
+    """The record of an input of which nothing was stored."""
+    record: dict[str, Any] = dict.fromkeys(SHARD_ROWS.names, -1)
+    record |= {"key": key, "path": row.item.path, "caption": row.item.caption, "sha256": ""}
+    record |= {"status": row.status, "reason": row.reason, "detail": row.detail, "copied": False, "frames": 0}
+    record |= {"caption_length": len(row.item.caption or ""), "prompt_tokens": 0}
+    return record
+
+
+def _sample_fields(key: str, row: Row, stored: Any, sha256: str) -> dict[str, Any]:
+    """The json member. sha256 is of the source's bytes, the crop box in the source's upright pixels."""
+    place = stored.placement
+    return {
+        "key": key,
+        "path": row.item.path,
+        "caption": row.item.caption or "",
+        "width": place.width,
+        "height": place.height,
+        "original_width": stored.original_width,
+        "original_height": stored.original_height,
+        "sha256": sha256,
+        "bucket": bucket_name(place.width, place.height),
+        "crop": [place.crop_left, place.crop_top, place.crop_width, place.crop_height],
+    }

@@ -1,0 +1,149 @@
+"""make_shards.py's command line: its flags, and the typed options that they make."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import platform
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_prep.images import ImageOptions
+    from data_prep.plan import PlanOptions
+    from data_prep.sources import Sources
+
+TOOLS = ("pillow", "simplejpeg", "torch", "numpy", "pyarrow")  # that the bytes of a set may depend on
+
+
+def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
+    """Read make_shards.py's command line."""
+    parser = argparse.ArgumentParser(
+        prog="make_shards.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("input").add_argument
+    add("--dataset_base_path", type=Path, required=True, help="folder of images, searched with all its subfolders")
+    add("--dataset_metadata_path", type=Path, help="csv, jsonl, json or parquet; else metadata.* in the folder is used")
+    add("--image_column", help="default: image, file_name or image_path")
+    add("--caption_column", help="default: prompt, text or caption")
+    add("--allow_links", action="store_true", help="follow links that lead out of the folder")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_path", type=Path, required=True, help="folder for the shards; made if it isn't there")
+    add("--image_format", choices=("jpg", "png"), default="jpg")
+    add("--quality", type=int, default=95, help="of jpg, 4:4:4 (default: %(default)s)")
+    add("--samples_per_shard", type=int, default=10_000, help="at most (default: %(default)s)")
+    add("--shard_megabytes", type=int, default=1000, help="about (default: %(default)s)")
+    add = parser.add_argument_group("size").add_argument
+    add("--height", type=int, help="one fixed size, with --width; multiples of 16")
+    add("--width", type=int)
+    add("--max_pixels", type=int, help="area of the buckets (default: 1048576)")
+    add("--resolutions", help="several areas by the side of their square, as in 512,768,1024; the largest that fits")
+    add("--bucket_step", type=int, default=16, choices=(16, 32, 64), help="sides are multiples of it")
+    add("--max_upscale", type=Fraction, default=Fraction(1), help="images are never enlarged by more (default: 1)")
+    add(
+        "--resize", choices=("auto", "torch", "pillow"), default="auto", help="auto: torch where it has the fast kernel"
+    )
+    add = parser.add_argument_group("filters").add_argument
+    add("--min_pixels", type=int, default=0, help="width x height of the source, at least")
+    add("--max_aspect_ratio", type=Fraction, default=Fraction(4), help="long side : short side (default: 4)")
+    add("--max_image_pixels", type=int, default=200_000_000, help="refuse larger ones unread (default: %(default)s)")
+    add("--on_missing_caption", choices=("skip", "empty", "error"), default="skip")
+    add("--on_duplicate_stem", choices=("warn", "error"), default="warn", help="a.jpg and a.png share a.txt")
+    add("--on_animation", choices=("first", "reject"), default="first", help="take the first frame, or leave it out")
+    add("--background", default="255,255,255", help="behind transparent pixels, R,G,B (default: white)")
+    add("--remove_duplicates", choices=("none", "exact", "perceptual"), default="none", help="keep the first of equals")
+    add("--duplicate_distance", type=int, default=4, help="differing bits of 64 for perceptual (default: %(default)s)")
+    add("--max_failed_ratio", type=float, default=0.5, help="stop above this share of failures (default: %(default)s)")
+    add = parser.add_argument_group("running").add_argument
+    add("--num_workers", type=int, help="processes; 0 works in this one (default: one a core)")
+    add("--task_id", type=int, default=0, help="this task of a Slurm array, from 0")
+    add("--num_tasks", type=int, default=1)
+    add("--plan_only", action="store_true", help="decide what goes where, and stop; tasks of an array then share it")
+    add("--dry_run", action="store_true", help="print what would come out, and write nothing")
+    return parser.parse_args(argv)
+
+
+def image_options(args: argparse.Namespace) -> ImageOptions:
+    """How images are judged and stored; `resize` is still to be set. Raises ValueError."""
+    from data_prep.buckets import BucketOptions
+    from data_prep.images import ImageOptions
+
+    chosen = [flag for flag in ("max_pixels", "resolutions") if getattr(args, flag) is not None]
+    if (args.height is None) != (args.width is None):
+        raise ValueError("--height and --width belong together: give both or neither")
+    if args.height is not None:
+        chosen.insert(0, "height --width")
+    if len(chosen) > 1:
+        raise ValueError(f"--{' and --'.join(chosen)} exclude each other: choose one")
+    areas: tuple[int, ...] = (args.max_pixels if args.max_pixels is not None else 1024 * 1024,)
+    if args.resolutions is not None:
+        areas = tuple(sorted({side * side for side in _integers("resolutions", args.resolutions)}, reverse=True))
+    fixed = (args.width, args.height) if args.height is not None else None
+    background = _integers("background", args.background)
+    if len(background) != 3 or not all(0 <= value <= 255 for value in background):
+        raise ValueError(f"--background {args.background}: must be three numbers from 0 to 255, as in 255,255,255")
+    return ImageOptions(
+        buckets=BucketOptions(areas, args.bucket_step, fixed, args.max_upscale, args.max_aspect_ratio),
+        format=args.image_format,
+        quality=args.quality,
+        background=(background[0], background[1], background[2]),
+        max_image_pixels=args.max_image_pixels,
+        min_pixels=args.min_pixels,
+        on_animation=args.on_animation,
+    )
+
+
+def plan_options(args: argparse.Namespace) -> PlanOptions:
+    from data_prep.plan import PlanOptions
+
+    return PlanOptions(
+        on_missing_caption=args.on_missing_caption,
+        remove_duplicates=args.remove_duplicates,
+        duplicate_distance=args.duplicate_distance,
+        samples_per_shard=args.samples_per_shard,
+        shard_bytes=args.shard_megabytes * 10**6,
+    )
+
+
+def sources(args: argparse.Namespace) -> Sources:
+    """Where the images come from. Raises FileNotFoundError or ValueError."""
+    from data_prep.sources import Sources
+
+    return Sources(
+        args.dataset_base_path,
+        args.dataset_metadata_path,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        exclude=args.output_path,
+        allow_links=args.allow_links,
+        on_duplicate_stem=args.on_duplicate_stem,
+    )
+
+
+def manifest_options(images: ImageOptions, planning: PlanOptions) -> dict[str, Any]:
+    """Everything that decides over the bytes of the shards, as it stands in the manifest."""
+    options = dataclasses.asdict(images) | dataclasses.asdict(planning)
+    buckets = options.pop("buckets")
+    ratios = {name: float(buckets.pop(name)) for name in ("max_upscale", "max_aspect_ratio")}
+    buckets = {name: list(value) if isinstance(value, tuple) else value for name, value in buckets.items()}
+    options["background"] = list(options["background"])
+    return options | {"bucket_" + name if name == "step" else name: value for name, value in buckets.items()} | ratios
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for tool in TOOLS:
+        try:
+            found[tool] = importlib.metadata.version(tool)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def _integers(flag: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{flag} {text}: must be whole numbers with commas between them") from None

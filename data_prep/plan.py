@@ -1,0 +1,300 @@
+"""The plan: which input goes into which shard, decided once from headers, before anything is packed.
+
+plan/plan.parquet holds one row an input and one row group a shard; plan/plan.json the options, the fingerprint over
+options and inputs, and what is expected. It is the same for every process and machine that sees the same inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.duplicates import Duplicates
+from data_prep.files import json_bytes, write_file, write_row_groups
+from data_prep.images import BadImage
+from data_prep.inputs import Input
+from data_prep.shards import bucket_name
+from data_prep.workers import Probe, Workers, probe
+
+PLAN_FOLDER = "plan"
+MAX_EXAMPLES = 10  # failures that are shown
+# Rows that a shard may hold for one sample, so that a shard of many failures still ends.
+MAX_ROWS_PER_SAMPLE = 4
+# Bytes a pixel of photographs, by which the size of a shard is foreseen (bench/data_prep.py).
+BYTES_PER_PIXEL = {"jpg": 0.5, "png": 2.0}
+PLAN_ROWS = pa.schema(
+    [
+        ("path", pa.string()),
+        ("file", pa.binary()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("caption", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """What the plan needs beyond the images' own options."""
+
+    on_missing_caption: str = "skip"  # skip | empty | error
+    remove_duplicates: str = "none"  # none | exact | perceptual
+    duplicate_distance: int = 4
+    samples_per_shard: int = 10_000
+    shard_bytes: int = 1_000_000_000
+
+    def __post_init__(self) -> None:
+        assert self.on_missing_caption in ("skip", "empty", "error"), self
+        if not 1 <= self.samples_per_shard <= 200_000:
+            raise ValueError(f"--samples_per_shard {self.samples_per_shard}: must be from 1 to 200000")
+        if self.shard_bytes < 1:
+            raise ValueError(f"--shard_megabytes {self.shard_bytes // 10**6}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One input with what the plan decided. `status` is ok, filtered or failed."""
+
+    item: Input
+    status: str
+    reason: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """plan.json: the shards and what is expected of them."""
+
+    fingerprint: str  # sha256 over options and inputs
+    inputs_sha256: str
+    options: dict[str, Any]
+    shard_rows: list[int]  # inputs of each shard
+    shard_samples: list[int]  # those that are expected to become samples
+    reasons: dict[str, int]  # "failed: truncated image" -> how many
+    examples: list[str]  # the first failures
+    buckets: dict[str, int]  # by bucket_name
+    expected_bytes: int
+    duplicate_stems: list[str]
+    versions: dict[str, str]
+
+    @property
+    def inputs(self) -> int:
+        return sum(self.shard_rows)
+
+    @property
+    def samples(self) -> int:
+        return sum(self.shard_samples)
+
+    @property
+    def failed(self) -> int:
+        return sum(count for reason, count in self.reasons.items() if reason.startswith("failed"))
+
+
+def fingerprint(options: dict[str, Any], inputs_sha256: str) -> str:
+    return hashlib.sha256(json_bytes([options, inputs_sha256])).hexdigest()
+
+
+class HashedInputs:
+    """Passes inputs through while hashing paths, places, sizes, captions and problems: the identity of a data set."""
+
+    def __init__(self, source: Iterable[Input]) -> None:
+        self._source = source
+        self._hash = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[Input]:
+        for item in self._source:
+            self._hash.update(digest_of(item))
+            yield item
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def digest_of(item: Input) -> bytes:
+    fields = [item.path, item.offset, item.size, item.caption, item.problem]
+    return hashlib.sha256(json.dumps(fields).encode()).digest()
+
+
+# ── making it ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Tally:
+    """What is counted while rows are decided."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.buckets: Counter[str] = Counter()
+        self.examples: list[str] = []
+        self.shard_rows: list[int] = []
+        self.shard_samples: list[int] = []
+        self.bytes = 0.0
+
+
+def make_plan(
+    source: Iterable[Input],
+    folder: Path,
+    workers: Workers,
+    plan_options: PlanOptions,
+    options: dict[str, Any],
+    versions: dict[str, str],
+    progress: Any,
+) -> Plan:
+    """Read every header, decide on every input, write plan.parquet and plan.json under `folder`; return the plan.
+
+    `progress` has update(n) (a tqdm bar). Raises ValueError where a missing caption is an error.
+    """
+    inputs = HashedInputs(source)
+    tally = _Tally()
+    (folder / PLAN_FOLDER).mkdir(exist_ok=True)
+    rows = _decide(inputs, workers, plan_options, tally, progress)
+    write_row_groups(folder / PLAN_FOLDER / "plan.parquet", _shards(rows, workers, plan_options, tally), PLAN_ROWS)
+    duplicate_stems = list(getattr(source, "duplicate_stems", []))
+    plan = Plan(
+        fingerprint(options, inputs.sha256),
+        inputs.sha256,
+        options,
+        tally.shard_rows,
+        tally.shard_samples,
+        dict(sorted(tally.reasons.items())),
+        tally.examples,
+        dict(sorted(tally.buckets.items())),
+        int(tally.bytes),
+        duplicate_stems,
+        versions,
+    )
+    write_file(folder / PLAN_FOLDER / "plan.json", json_bytes(dataclasses.asdict(plan)))
+    return plan
+
+
+def _decide(
+    inputs: Iterable[Input], workers: Workers, options: PlanOptions, tally: _Tally, progress: Any
+) -> Iterator[tuple[Row, Probe | None]]:
+    duplicates = Duplicates(options.remove_duplicates, options.duplicate_distance)
+    # Two readers of one stream, at most the workers' window apart: what is to be probed, and everything.
+    every, usable = itertools.tee(_captioned(inputs, options.on_missing_caption))
+    probes = workers.map(probe, (row.item for row in usable if row.status == "ok"), chunk=64)
+    for row in every:
+        progress.update(1)
+        if row.status == "ok":
+            found = next(probes)
+            if isinstance(found, BadImage):
+                row = Row(row.item, found.status, found.reason, found.detail)
+            elif first := duplicates.find(found.digest, row.item.path):
+                row = Row(row.item, "filtered", "duplicate", f"of {first}")
+            else:
+                yield row, found
+                continue
+        tally.reasons[f"{row.status}: {row.reason}"] += 1
+        if row.status == "failed" and len(tally.examples) < MAX_EXAMPLES:
+            tally.examples.append(f"{row.item.path}: {row.reason}" + (f" ({row.detail})" if row.detail else ""))
+        yield row, None
+
+
+def _captioned(inputs: Iterable[Input], on_missing: str) -> Iterator[Row]:
+    for item in inputs:
+        if item.problem:
+            yield Row(item, "failed", *item.problem)
+        elif item.caption or on_missing == "empty":
+            yield Row(dataclasses.replace(item, caption=item.caption or ""), "ok", "", "")
+        elif on_missing == "skip":
+            yield Row(item, "filtered", "no caption", "missing" if item.caption is None else "empty")
+        else:
+            kind = "has no caption" if item.caption is None else "has an empty caption"
+            raise ValueError(f"{item.path} {kind}: write one, or choose --on_missing_caption skip or empty")
+
+
+def _shards(
+    rows: Iterable[tuple[Row, Probe | None]], workers: Workers, options: PlanOptions, tally: _Tally
+) -> Iterator[dict[str, list[Any]]]:
+    """Cut the rows into shards; yield each as columns of PLAN_ROWS."""
+    bytes_per_pixel = BYTES_PER_PIXEL[workers.job.options.format]
+    shard: list[Row] = []
+    samples, size = 0, 0.0
+
+    def close() -> dict[str, list[Any]]:
+        tally.shard_rows.append(len(shard))
+        tally.shard_samples.append(samples)
+        tally.bytes += size
+        columns: dict[str, list[Any]] = {
+            name: [getattr(row.item, name) for row in shard] for name in ("path", "file", "offset", "size", "caption")
+        }
+        return columns | {name: [getattr(row, name) for row in shard] for name in ("status", "reason", "detail")}
+
+    for row, found in rows:
+        expected = 0.0
+        if found is not None:
+            place = found.placement
+            tally.buckets[bucket_name(place.width, place.height)] += 1
+            # 4 kB: three tar headers with padding, json and text.
+            expected = 4096 + (row.item.size if found.copied else bytes_per_pixel * place.width * place.height)
+        full = samples >= options.samples_per_shard or (samples and size + expected > options.shard_bytes)
+        if (found is not None and full) or len(shard) >= MAX_ROWS_PER_SAMPLE * options.samples_per_shard:
+            yield close()
+            shard, samples, size = [], 0, 0.0
+        shard.append(row)
+        samples, size = samples + (found is not None), size + expected
+    if shard:
+        yield close()
+
+
+# ── reading it ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan of an output folder; None when there is none, or it was not finished."""
+    path = folder / PLAN_FOLDER / "plan.json"
+    return Plan(**json.loads(path.read_bytes())) if path.is_file() else None
+
+
+class PlanRows:
+    """Rows of a plan, one shard at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = pq.ParquetFile(folder / PLAN_FOLDER / "plan.parquet")
+
+    def shard(self, number: int) -> list[Row]:
+        names = ("path", "file", "offset", "size", "caption")
+        return [
+            Row(Input(*(values[name] for name in names)), values["status"], values["reason"], values["detail"])
+            for values in self._file.read_row_group(number).to_pylist()
+        ]
+
+    def all(self) -> Iterator[Row]:
+        for number in range(self._file.num_row_groups):
+            yield from self.shard(number)
+
+
+def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, source: Iterable[Input]) -> str:
+    """What changed since the plan was made: options by name and value, inputs by count and first path."""
+    changes = [
+        f"{name} {plan.options.get(name)!r} -> {options.get(name)!r}"
+        for name in sorted(plan.options.keys() | options.keys())
+        if plan.options.get(name) != options.get(name)
+    ]
+    if not changes:
+        planned = {(row.item.path, row.item.offset): _identity(row.item) for row in PlanRows(folder).all()}
+        kinds: dict[str, list[str]] = {"new": [], "changed": [], "gone": []}
+        for item in source:
+            before = planned.pop((item.path, item.offset), None)
+            if before != _identity(item):
+                kinds["new" if before is None else "changed"].append(item.path)
+        kinds["gone"] = [path for path, _ in planned]
+        changes = [f"{len(paths)} inputs {kind}, first {paths[0]}" for kind, paths in kinds.items() if paths]
+    return "; ".join(changes) or "the order of the inputs"
+
+
+def _identity(item: Input) -> tuple[int, str]:
+    return item.size, item.caption or ""
