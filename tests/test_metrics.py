@@ -45,7 +45,7 @@ class FakeWandb(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("wandb")
         self.runs: list[FakeRun] = []
-        self.unreachable, self.api = False, types.SimpleNamespace(api_key=None)
+        self.unreachable = False
         self.Settings, self.Image = dict, str
 
     def init(self, **options: Any) -> FakeRun:
@@ -56,10 +56,12 @@ class FakeWandb(types.ModuleType):
 
 
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     return fake
 
 
@@ -131,12 +133,14 @@ def test_other_ranks_write_nothing(tmp_path: Path, wandb: FakeWandb, capsys: pyt
     ("flag", "variable", "key", "mode"),
     [
         ("auto", None, None, "offline"),
-        ("auto", None, "k", "online"),
-        ("auto", "offline", "k", "offline"),
-        ("online", "offline", "k", "online"),
-        ("offline", None, "k", "offline"),
-        ("auto", "disabled", "k", None),
-        ("disabled", None, "k", None),
+        ("auto", None, "variable", "online"),
+        ("auto", None, "api.wandb.ai", "online"),
+        ("auto", None, "other.host", "offline"),
+        ("auto", "offline", "variable", "offline"),
+        ("online", "offline", "variable", "online"),
+        ("offline", None, "variable", "offline"),
+        ("auto", "disabled", "variable", None),
+        ("disabled", None, "variable", None),
     ],
 )
 def test_the_mode_of_wandb(
@@ -150,7 +154,10 @@ def test_the_mode_of_wandb(
 ) -> None:
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
-    wandb.api.api_key = key
+    if key == "variable":
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    elif key:
+        (tmp_path / "netrc").write_text(f"machine {key} login user password {'k' * 40}\n", encoding="utf-8")
     Metrics(make_config(tmp_path, wandb_mode=flag), 5, 1).close()
     assert [run.options["mode"] for run in wandb.runs] == ([mode] if mode else [])
     assert all(run.finished for run in wandb.runs)

@@ -5,6 +5,7 @@ Only rank 0 writes; on every other rank the same calls do nothing. W&B may fail 
 
 import json
 import math
+import netrc
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from train.config import TrainConfig
 
@@ -136,7 +138,7 @@ class Metrics:
             import wandb
 
             if mode == "auto":
-                mode = "online" if wandb.api.api_key else "offline"
+                mode = "online" if has_wandb_key() else "offline"
             id_file = config.output_path / "wandb" / "run_id.txt"
             if start_step == 0 or not id_file.is_file():
                 id_file.parent.mkdir(exist_ok=True)
@@ -170,6 +172,17 @@ class Metrics:
         except Exception as error:
             complain(f"W&B failed and is off from here on ({first_line(error)}); metrics.jsonl holds everything")
             self._run = None
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B can log in without asking: WANDB_API_KEY, or what `wandb login` left in ~/.netrc (or $NETRC)."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def remove_rows_after(step: int, path: Path) -> None:
