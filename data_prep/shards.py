@@ -174,6 +174,20 @@ def write_index(folder: Path, columns: Mapping[str, Any]) -> None:
     write_rows(folder / INDEX, columns, INDEX_ROWS)
 
 
+def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
+    """Read index.parquet. `strings=False` leaves keys and paths out, which at 10 M samples are most of the memory."""
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {INDEX}: make it with data_prep/make_shards.py or scan.build_index")
+    names = [name for name in INDEX_ROWS.names if strings or name not in ("key", "path")]
+    table = pq.read_table(path, columns=names)
+    columns = {name: table[name].to_numpy() for name in names}
+    blank = np.zeros(len(table), "U1")
+    columns["key"] = columns["key"].astype("U12") if strings else blank
+    columns.setdefault("path", blank)
+    return ShardIndex(**columns)
+
+
 # ── one tar ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
