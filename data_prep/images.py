@@ -151,10 +151,9 @@ def _open(source: IO[bytes], options: ImageOptions) -> Image.Image:
 def _header(image: Image.Image) -> Header:
     try:
         # Pillow turns TIFFs itself. Its PNG getexif() decodes the pixels to reach EXIF data that may stand behind them.
-        exif_known = image.format != "TIFF" and (
-            image.format != "PNG" or "exif" in image.info or getattr(image, "fp", None) is None
-        )
-        orientation = image.getexif().get(0x0112, 1) if exif_known else 1
+        decoded = getattr(image, "fp", None) is None
+        readable = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info or decoded)
+        orientation = image.getexif().get(0x0112, 1) if readable else 1
     except Exception:  # broken EXIF data says nothing of the pixels
         orientation = 1
     orientation = orientation if orientation in TURNS else 1

@@ -24,6 +24,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_prep.files import commit, json_bytes, partial_path, write_file, write_row_groups
 
