@@ -9,12 +9,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+FINGERPRINT_PIECES = 64
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 _TEXT_TO_IMAGE_PIPELINES = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 _UNSUPPORTED_FAMILIES = re.compile(r"qwen-image-(2\.1|edit|layered)", re.IGNORECASE)
@@ -42,49 +44,61 @@ class ModelFiles:
         return self.components[component]
 
     def fingerprint(self, component: str) -> str:
-        """16 hex digits over configuration, tensor names, shapes, dtypes and 4 KiB of each file's data: cheap, not proof."""
+        """16 hex digits over configuration, file sizes and FINGERPRINT_PIECES pieces of 4 KiB of each weight file.
+
+        Cheap, not proof: two trained models of one architecture have equal headers, but not equal pieces.
+        """
         digest = hashlib.sha256()
         config = self[component].folder / "config.json"
         if config.is_file():
             digest.update(config.read_bytes())
         for path in self[component].weights:
+            size = path.stat().st_size
+            digest.update(str(size).encode())
             with path.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(header_bytes + 4096))
-            digest.update(str(path.stat().st_size).encode())
+                for piece in range(FINGERPRINT_PIECES):
+                    file.seek(size * piece // FINGERPRINT_PIECES)
+                    digest.update(file.read(4096))
         return digest.hexdigest()[:16]
 
 
-def resolve_model(
-    model: str,
-    *,
-    revision: str | None = None,
-    components: tuple[str, ...] = COMPONENTS,
-    transformer_path: str | None = None,
-    text_encoder_path: str | None = None,
-    vae_path: str | None = None,
-    tokenizer_path: str | None = None,
-) -> ModelFiles:
-    """Find the files of `components`, downloading a hub id's snapshot when `model` is no local folder.
+@dataclass(frozen=True)
+class ModelSource:
+    """What a user says of the model: a folder in the Hugging Face layout or a hub id, and overrides of components.
 
-    `model` is a folder in the Hugging Face layout or a hub id such as `Qwen/Qwen-Image`. A `*_path` overrides one
-    component with a folder, a safetensors file or a glob of them; files take their configuration from `model`.
+    A `*_path` is a folder, a safetensors file or a glob of them; files take their configuration from `model`.
+    """
+
+    model: str
+    revision: str | None = None
+    transformer_path: str | None = None
+    text_encoder_path: str | None = None
+    vae_path: str | None = None
+    tokenizer_path: str | None = None
+
+    @classmethod
+    def from_options(cls, options: Any) -> "ModelSource":
+        """The source that an object with these attributes (parsed flags, a configuration) describes."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+
+    def override(self, component: str) -> str | None:
+        return getattr(self, f"{component}_path", None)
+
+
+def resolve_model(
+    source: ModelSource, components: tuple[str, ...] = COMPONENTS, *, local_only: bool = False
+) -> ModelFiles:
+    """Find the files of `components`, downloading a hub id's snapshot (unless `local_only`).
+
     Raises FileNotFoundError for what is missing and ValueError for models of other families.
     """
-    overrides = {
-        "transformer": transformer_path,
-        "text_encoder": text_encoder_path,
-        "vae": vae_path,
-        "tokenizer": tokenizer_path,
-    }
-    root, name, commit = _model_folder(model, revision, components, overrides)
-    _check_family(root, model)
-    return ModelFiles(name, commit, {c: _component(root, c, overrides.get(c)) for c in components})
+    root, name, commit = _model_folder(source, components, local_only)
+    _check_family(root, source.model)
+    return ModelFiles(name, commit, {c: _component(root, c, source.override(c)) for c in components})
 
 
-def _model_folder(
-    model: str, revision: str | None, components: tuple[str, ...], overrides: dict[str, str | None]
-) -> tuple[Path, str, str | None]:
+def _model_folder(source: ModelSource, components: tuple[str, ...], local_only: bool) -> tuple[Path, str, str | None]:
+    model = source.model
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder, folder.resolve().name, None
@@ -93,27 +107,35 @@ def _model_folder(
             f"model folder {model} does not exist; give a folder in the Hugging Face layout or a hub id such as Qwen/Qwen-Image"
         )
     if _UNSUPPORTED_FAMILIES.search(model):
-        raise ValueError(f"{model} is not supported: only Qwen/Qwen-Image and Qwen/Qwen-Image-2512 can be trained so far")
+        raise ValueError(
+            f"{model} is not supported: only Qwen/Qwen-Image and Qwen/Qwen-Image-2512 can be trained so far"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = ["model_index.json"]
     for component in components:
         patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*.jinja"]
-        if not overrides.get(component):
+        if not source.override(component):
             patterns.append(f"{component}/*.safetensors")
     try:
-        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        snapshot = Path(
+            snapshot_download(model, revision=source.revision, allow_patterns=patterns, local_files_only=local_only)
+        )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{model} is no local folder and could not be fetched from the hub: {reason}") from error
+        raise FileNotFoundError(
+            f"{model} is no local folder and could not be fetched from the hub: {reason}"
+        ) from error
     return snapshot, model, snapshot.name
 
 
 def _check_family(root: Path, model: str) -> None:
     index = root / "model_index.json"
     if not index.is_file():
-        raise FileNotFoundError(f"{model}: model_index.json is missing, so this is no model folder in the Hugging Face layout")
+        raise FileNotFoundError(
+            f"{model}: model_index.json is missing, so this is no model folder in the Hugging Face layout"
+        )
     pipeline = json.loads(index.read_text()).get("_class_name")
     if pipeline not in _TEXT_TO_IMAGE_PIPELINES:
         raise ValueError(
@@ -126,7 +148,9 @@ def _component(root: Path, component: str, override: str | None) -> Component:
     folder = root / component
     if override is None:
         if not folder.is_dir():
-            raise FileNotFoundError(f"{root}: component {component}/ is missing; copy it there or give its path by flag")
+            raise FileNotFoundError(
+                f"{root}: component {component}/ is missing; copy it there or give its path by flag"
+            )
         return Component(folder, _folder_weights(folder, component))
     path = Path(override).expanduser()
     if path.is_dir():
@@ -149,7 +173,9 @@ def _folder_weights(folder: Path, component: str) -> tuple[Path, ...]:
         names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")
+            raise FileNotFoundError(
+                f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}"
+            )
         return tuple(folder / name for name in names)
     files = tuple(path for path in sorted(folder.glob("*.safetensors")) if ".fp16." not in path.name)
     if not files:
@@ -173,7 +199,11 @@ def stream_tensors(files: tuple[Path, ...], device: torch.device | str = "cpu") 
 
 
 def load_weights(
-    module: nn.Module, files: tuple[Path, ...], dtype: torch.dtype, device: torch.device | str = "cpu", progress: bool = False
+    module: nn.Module,
+    files: tuple[Path, ...],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> None:
     """Fill a module built on the meta device from safetensors, each tensor cast and moved by itself; freezes all.
 

@@ -1,7 +1,7 @@
 """Qwen-Image as one pipeline: the same functions serve sampling and the training loss, so they cannot disagree.
 
-    pipeline = QwenImagePipeline.from_pretrained("Qwen/Qwen-Image", dtype=torch.bfloat16, device="cuda")
-    images = pipeline.generate(["a lighthouse at dusk"], height=1024, width=1024, seeds=[0])
+pipeline = QwenImagePipeline.from_pretrained("Qwen/Qwen-Image", dtype=torch.bfloat16, device="cuda")
+images = pipeline.generate(["a lighthouse at dusk"], height=1024, width=1024, seeds=[0])
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qwen_image.loading import ModelFiles, load_weights, resolve_model
+from qwen_image.loading import ModelFiles, ModelSource, load_weights, resolve_model
 from qwen_image.scheduler import SigmaSchedule, euler_step
 from qwen_image.text_encoder import Prompt, TextEncoder
 from qwen_image.transformer import QwenImageTransformer, TransformerConfig
@@ -56,7 +56,7 @@ def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch
 class QwenImagePipeline:
     """The four components; those that a task doesn't need are None (training from encoded shards loads no encoder)."""
 
-    transformer: nn.Module | None
+    transformer: QwenImageTransformer | None
     text_encoder: TextEncoder | None
     vae: VAE | None
     schedule: SigmaSchedule
@@ -65,17 +65,17 @@ class QwenImagePipeline:
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        source: str | ModelSource,
         *,
         components: tuple[str, ...] = ("transformer", "text_encoder", "vae"),
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         progress: bool = False,
-        **paths: str | None,
     ) -> "QwenImagePipeline":
-        """Load `components` of a local folder or hub id; `paths` are `resolve_model`'s revision and `*_path` overrides."""
+        """Load `components` of a local folder, a hub id, or a source with overrides of single components."""
+        source = ModelSource(source) if isinstance(source, str) else source
         needed = (*components, "scheduler") + (("tokenizer",) if "text_encoder" in components else ())
-        files = resolve_model(model, components=needed, **paths)
+        files = resolve_model(source, needed)
         schedule = SigmaSchedule.from_config_file(files["scheduler"].folder / "scheduler_config.json")
         transformer = text_encoder = vae = None
         if "transformer" in components:
@@ -156,7 +156,9 @@ def load_transformer(
     component = files["transformer"]
     config_file = component.folder / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{config_file} is missing; single files take their configuration from --model's folder")
+        raise FileNotFoundError(
+            f"{config_file} is missing; single files take their configuration from --model's folder"
+        )
     config = TransformerConfig.from_config_file(config_file)
     with torch.device("meta"):
         transformer = QwenImageTransformer(config)

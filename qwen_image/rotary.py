@@ -20,7 +20,9 @@ class Rotary(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def rotary_table(text_tokens: int, rows: int, columns: int, axes_dims: tuple[int, int, int], device: torch.device) -> Rotary:
+def rotary_table(
+    text_tokens: int, rows: int, columns: int, axes_dims: tuple[int, int, int], device: torch.device
+) -> Rotary:
     """Angles for the joint sequence [text, image] of an image of rows × columns packed tokens."""
     row = torch.arange(rows) - (rows - rows // 2)
     column = torch.arange(columns) - (columns - columns // 2)

@@ -40,8 +40,13 @@ class SigmaSchedule:
         config = json.loads(path.read_text())
         unsupported = [name for name in _UNSUPPORTED_FLAGS if config.get(name)]
         if unsupported:
-            raise ValueError(f"{path}: {', '.join(unsupported)} is set, but only Qwen-Image's own schedule is supported")
-        if not config.get("use_dynamic_shifting", False) or config.get("time_shift_type", "exponential") != "exponential":
+            raise ValueError(
+                f"{path}: {', '.join(unsupported)} is set, but only Qwen-Image's own schedule is supported"
+            )
+        if (
+            not config.get("use_dynamic_shifting", False)
+            or config.get("time_shift_type", "exponential") != "exponential"
+        ):
             raise ValueError(
                 f"{path}: Qwen-Image shifts σ by the image's size (use_dynamic_shifting true, time_shift_type "
                 "exponential); this file belongs to another model"
@@ -57,9 +62,9 @@ class SigmaSchedule:
         """float32 [num_inference_steps + 1] on the CPU: from 1 down to `shift_terminal`, then 0."""
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        sigma = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).astype(np.float32)
+        sigma: np.ndarray = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).astype(np.float32)
         shift = math.exp(self.mu(image_tokens))
-        sigma = shift / (shift + (1 / sigma - 1))
+        sigma = shift / (shift + (1 / sigma - 1))  # numpy keeps float32 beside Python floats
         if self.shift_terminal:
             remaining = 1 - sigma
             # One step starts at σ = 1 and has nothing to stretch; diffusers divides 0 by 0 there.
@@ -74,6 +79,8 @@ def shift_sigma(u: torch.Tensor, mu: float) -> torch.Tensor:
     return factor * u / (1 + (factor - 1) * u)
 
 
-def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+def euler_step(
+    latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
+) -> torch.Tensor:
     """x + v·(σ_next − σ) in float32, returned in the velocity's dtype. Shapes of `latents` and `velocity` are equal."""
     return (latents.float() + (sigma_next - sigma) * velocity).to(velocity.dtype)

@@ -4,7 +4,7 @@ The caption goes into a fixed chat template, through Qwen2.5-VL's language model
 that the template puts before the caption are dropped. The five tokens after the caption stay, so "" has five tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,7 +43,7 @@ class Prompt(NamedTuple):
 class TextEncoder:
     """Tokenizer and language model of Qwen2.5-VL. The vision tower and the vocabulary head are not kept in memory."""
 
-    def __init__(self, tokenizer, language_model: torch.nn.Module):
+    def __init__(self, tokenizer: Any, language_model: Any):
         self.tokenizer = tokenizer
         self.language_model = language_model.eval().requires_grad_(False)
         before_caption = TEMPLATE.partition("{}")[0]
@@ -58,7 +58,9 @@ class TextEncoder:
 
         config_file = text_encoder.folder / "config.json"
         if not config_file.is_file():
-            raise FileNotFoundError(f"{config_file} is missing; the text encoder is Qwen2.5-VL in the Hugging Face layout")
+            raise FileNotFoundError(
+                f"{config_file} is missing; the text encoder is Qwen2.5-VL in the Hugging Face layout"
+            )
         config = Qwen2_5_VLConfig.from_pretrained(text_encoder.folder)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=dict(stream_tensors(text_encoder.weights)), dtype=dtype

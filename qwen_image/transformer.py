@@ -127,7 +127,9 @@ class JointAttention(nn.Module):
         def split_heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (self.heads, -1))
 
-        key = torch.cat([self.norm_added_k(split_heads(self.add_k_proj(text))), self.norm_k(split_heads(self.to_k(image)))], 1)
+        key = torch.cat(
+            [self.norm_added_k(split_heads(self.add_k_proj(text))), self.norm_k(split_heads(self.to_k(image)))], 1
+        )
         value = torch.cat([split_heads(self.add_v_proj(text)), split_heads(self.to_v(image))], 1)
         query = self.norm_q(split_heads(self.to_q(image)))
         if image_only:
@@ -245,6 +247,7 @@ class QwenImageTransformer(nn.Module):
         if prompt_mask is not None:
             mask = F.pad(prompt_mask, (0, image.shape[1]), value=True)[:, None, None]
         for index, block in enumerate(self.transformer_blocks):
+            assert isinstance(block, Block)
             arguments = (image, text, *block.modulation(temb), rotary, mask)
             if index < self.checkpointed_blocks and torch.is_grad_enabled():
                 image, text = checkpoint(block, *arguments, use_reentrant=False)

@@ -3,6 +3,8 @@
 z = (x − latents_mean) / latents_std per channel; mean and std come from the checkpoint's own configuration.
 """
 
+from typing import Any
+
 import torch
 
 from qwen_image.loading import Component, load_weights
@@ -20,7 +22,7 @@ def check_image_size(height: int, width: int) -> None:
 class VAE:
     """The frozen autoencoder. Images are [B, 3, H, W] in [−1, 1], latents [B, 16, 1, H/8, W/8]."""
 
-    def __init__(self, model: torch.nn.Module, latents_mean: list[float], latents_std: list[float]):
+    def __init__(self, model: Any, latents_mean: list[float], latents_std: list[float]):
         self.model = model.eval().requires_grad_(False)
         parameter = next(model.parameters())
         shape = (1, -1, 1, 1, 1)
@@ -42,6 +44,11 @@ class VAE:
     @property
     def device(self) -> torch.device:
         return self.latents_mean.device
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the VAE."""
+        self.model.to(device)
+        self.latents_mean, self.latents_std = self.latents_mean.to(device), self.latents_std.to(device)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,37 @@
+"""What an encoded data set says of its encoders, and whether a model may train on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LATENTS = "posterior mode, normalised: (x - latents_mean) / latents_std"
+PROMPTS = "last hidden state after the final norm, template tokens dropped, valid tokens only"
+# Two sets with different values in one of these cannot be mixed, and a model that has others refuses them.
+IDENTITY = ("vae", "text_encoder", "latents", "prompts", "template_drop", "dtype")
+
+
+def describe_encoding(
+    *, model: str, revision: str | None, vae: str, text_encoder: str, template_drop: int, latent_std: bool
+) -> dict[str, Any]:
+    """`Manifest.encoding`: `vae` and `text_encoder` are fingerprints of their weights, `model` is for people."""
+    return {
+        "model": model,
+        "revision": revision,
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "dtype": "bfloat16",
+        "latents": LATENTS,
+        "latent_std": latent_std,
+        "prompts": PROMPTS,
+        "template_drop": template_drop,
+    }
+
+
+def check_encoding(folder: str, encoding: dict[str, Any], own: dict[str, Any], model: str) -> None:
+    """Raise ValueError when the set in `folder` was encoded by other rules or encoders than `own` (what is known of them)."""
+    for name in IDENTITY:
+        if name in own and encoding.get(name) != own[name]:
+            raise ValueError(
+                f"{folder} was encoded by {encoding.get('model')} with {name} = {encoding.get(name)}, but {model} has "
+                f"{name} = {own[name]}: encode the image shards again with data_prep/encode_shards.py --model {model}"
+            )

@@ -1,0 +1,82 @@
+"""The frozen pipeline of a run: which components it needs, and whether its data was made for it."""
+
+import torch
+
+from data_prep.encoding import LATENTS, PROMPTS, check_encoding
+from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.pipeline import QwenImagePipeline
+from qwen_image.transformer import QwenImageTransformer
+from train.config import TrainConfig
+from train.data import ShardDataset
+from train.engine import DTYPES, Ranks
+from train.flow import SigmaSampling
+from train.module import OnlineEncoder
+
+
+def load_pipeline(config: TrainConfig, dataset: ShardDataset, ranks: Ranks) -> QwenImagePipeline:
+    """The transformer, and both encoders when the shards hold images, on this rank's device.
+
+    Raises ValueError when the shards were encoded for another model.
+    """
+    components = ("transformer",) if dataset.encoded else ("transformer", "text_encoder", "vae")
+    pipeline = QwenImagePipeline.from_pretrained(
+        ModelSource.from_options(config),
+        components=components,
+        dtype=DTYPES[config.dtype],
+        device=ranks.device,
+        progress=ranks.is_main,
+    )
+    assert pipeline.transformer is not None
+    if dataset.encoded:
+        check_data(config, dataset, pipeline.transformer.config.joint_attention_dim)
+    return pipeline
+
+
+def check_data(config: TrainConfig, dataset: ShardDataset, prompt_width: int) -> None:
+    """Refuse encoded shards of another model: by their conventions, the prompts' width, and the encoders if at hand."""
+    encoding = dataset.manifest.encoding or {}
+    own: dict[str, str] = {"latents": LATENTS, "prompts": PROMPTS}
+    for component in ("vae", "text_encoder"):
+        try:
+            files = resolve_model(ModelSource.from_options(config), (component,), local_only=True)
+            own[component] = files.fingerprint(component)
+        except FileNotFoundError:
+            continue  # training needs no encoder, so it may well lie elsewhere
+    check_encoding(config.data, encoding, own, config.model)
+    assert dataset.empty_prompt is not None
+    if dataset.empty_prompt.shape[1] != prompt_width:
+        raise ValueError(
+            f"{config.data}: prompt embeddings are {dataset.empty_prompt.shape[1]} wide, but {config.model} takes "
+            f"{prompt_width}: the shards were encoded for another model"
+        )
+
+
+def online_encoder(config: TrainConfig, pipeline: QwenImagePipeline) -> OnlineEncoder:
+    return OnlineEncoder(pipeline.vae, pipeline.text_encoder, config.max_prompt_tokens, config.text_padding)
+
+
+def sigma_sampling(config: TrainConfig, pipeline: QwenImagePipeline) -> SigmaSampling:
+    return SigmaSampling(
+        config.timestep_sampling, config.logit_mean, config.logit_std, config.timestep_shift, pipeline.schedule
+    )
+
+
+def seed_everything(config: TrainConfig) -> None:
+    """Seed what draws from global generators (LoRA dropout alone) and make kernels deterministic if asked."""
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def checkpointed_blocks(config: TrainConfig, transformer: QwenImageTransformer) -> int:
+    """How many blocks recompute their activations in the backward pass."""
+    blocks = transformer.config.num_layers
+    policy = config.activation_checkpointing
+    if policy == "none":
+        return 0
+    if policy in ("full", "auto"):
+        return blocks
+    if int(policy) > blocks:
+        raise ValueError(f"activation_checkpointing: {policy} blocks to recompute, but the model has {blocks}")
+    return int(policy)

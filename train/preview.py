@@ -1,0 +1,81 @@
+"""Sample images during training: the run's prompts, always with the same noise, so that steps can be compared."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+from PIL import Image
+
+from qwen_image.loading import ModelSource
+from qwen_image.pipeline import DEFAULT_NEGATIVE_PROMPT, QwenImagePipeline
+from qwen_image.text_encoder import Prompt
+from train.config import TrainConfig
+from train.engine import DTYPES, Ranks
+from train.grid import make_grid, save_png
+
+
+class Preview:
+    """The prompts of `--sample_prompts`, spread over the ranks; their embeddings are made once, at start.
+
+    When the shards are encoded, the text encoder is loaded for that and released, and the VAE waits on the CPU.
+    Every rank makes the same number of images (under ZeRO-3 each forward is a collective).
+    """
+
+    def __init__(self, config: TrainConfig, pipeline: QwenImagePipeline, ranks: Ranks):
+        self.config, self.pipeline, self.ranks = config, pipeline, ranks
+        prompts = list(config.sample_prompts)
+        per_rank = -(-len(prompts) // ranks.world)
+        places = [ranks.rank + turn * ranks.world for turn in range(per_rank)]
+        self.jobs = [(place, place % len(prompts)) for place in places] if prompts else []
+        if not prompts:
+            return
+        encoders = pipeline
+        if pipeline.text_encoder is None:
+            encoders = QwenImagePipeline.from_pretrained(
+                ModelSource.from_options(config),
+                components=("text_encoder", "vae"),
+                dtype=DTYPES[config.dtype],
+            )
+        assert encoders.text_encoder is not None and encoders.vae is not None
+        encoders.text_encoder.language_model.to(ranks.device)
+        texts = [*prompts, DEFAULT_NEGATIVE_PROMPT]
+        self.embeds = [
+            Prompt(embeds[None].cpu(), None)
+            for text in texts
+            for embeds in encoders.text_encoder.encode_list([text], config.max_prompt_tokens)
+        ]
+        self.vae = encoders.vae
+        self.vae_home = self.vae.device
+
+    def write(self, step: int) -> Path | None:
+        """Make the images of `step` as RUN/samples/step-<step>/NN.png and grid.png; returns the grid's path."""
+        if not self.jobs:
+            return None
+        config = self.config
+        folder = config.output_path / "samples" / f"step-{step:08d}"
+        transformer = self.pipeline.transformer
+        assert transformer is not None
+        was_training = transformer.training
+        transformer.eval()
+        self.vae.to(self.ranks.device)
+        pipeline = QwenImagePipeline(transformer, None, self.vae, self.pipeline.schedule, self.pipeline.files)
+        for place, prompt in self.jobs:
+            pixels = pipeline.generate(
+                self.embeds[prompt],
+                negative_prompt=self.embeds[-1],
+                height=config.sample_height,
+                width=config.sample_width,
+                num_inference_steps=config.sample_num_inference_steps,
+                true_cfg_scale=config.sample_true_cfg_scale,
+                seeds=[config.seed + prompt],
+            )
+            if place < len(config.sample_prompts):
+                parameters = {"prompt": config.sample_prompts[prompt], "seed": config.seed + prompt, "step": step}
+                save_png(folder / f"{prompt:02d}.png", Image.fromarray(pixels[0].numpy()), parameters)
+        self.vae.to(self.vae_home)
+        transformer.train(was_training)
+        dist.barrier()
+        grid = folder / "grid.png"
+        if self.ranks.is_main:
+            images = [Image.open(folder / f"{n:02d}.png").convert("RGB") for n in range(len(config.sample_prompts))]
+            make_grid([images], [f"step {step}"], list(config.sample_prompts)).save(grid)
+        return grid

@@ -1,0 +1,137 @@
+"""Images from prompts, with the base model and a LoRA.
+
+    python train/sample.py --model Qwen/Qwen-Image --lora RUN/lora.safetensors --prompt "a lighthouse at dusk" --output_path OUT
+    python train/sample.py --model MODEL --lora FILE --prompt "a lighthouse" --num_images 4 --compare --output_path OUT
+
+Every image is a PNG with its parameters inside; grid.png shows them side by side, with --compare also without the LoRA.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return sample(build_parser().parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout, or a hub id")
+    parser.add_argument("--lora", type=Path, help="LoRA file: ours, diffusers', DiffSynth's, ComfyUI's or kohya's")
+    parser.add_argument("--lora_strength", type=float, default=1.0, help="what the LoRA's update is multiplied with")
+    parser.add_argument("--prompt", action="append", required=True, help="repeat the flag for several prompts")
+    parser.add_argument("--negative_prompt", default=" ", help='what guidance leads away from (default " ")')
+    parser.add_argument("--output_path", required=True, type=Path, help="folder for the images")
+    parser.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
+    parser.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
+    parser.add_argument("--true_cfg_scale", type=float, default=4.0, help="guidance; 1 = none (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first image (default 0)")
+    parser.add_argument("--num_images", type=int, default=1, help="images a prompt, seeds counting up (default 1)")
+    parser.add_argument("--compare", action="store_true", help="make each image without the LoRA too")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    for name, what in (
+        ("revision", "branch, tag or commit of a hub id"),
+        ("transformer_path", "file, folder or glob to use for the transformer"),
+        ("text_encoder_path", "file, folder or glob to use for the text encoder"),
+        ("vae_path", "file, folder or glob to use for the VAE"),
+        ("tokenizer_path", "folder to use for the tokenizer"),
+    ):
+        parser.add_argument(f"--{name}", help=what)
+    return parser
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Generate the images that the arguments describe and write them with a grid."""
+    from qwen_image.vae import check_image_size
+
+    check_image_size(arguments.height, arguments.width)
+    if arguments.num_images < 1 or arguments.num_inference_steps < 1:
+        raise ValueError("--num_images and --num_inference_steps start at 1")
+    if arguments.compare and arguments.lora is None:
+        raise ValueError("--compare shows images with and without a LoRA: give one with --lora")
+    if arguments.lora is not None and not arguments.lora.is_file():
+        raise FileNotFoundError(f"--lora: no file at {arguments.lora}")
+    arguments.output_path.mkdir(parents=True, exist_ok=True)
+
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from qwen_image.loading import ModelSource
+    from qwen_image.pipeline import QwenImagePipeline
+    from train.grid import make_grid, save_png
+    from train.lora import attach_lora, read_lora, set_lora_enabled
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = QwenImagePipeline.from_pretrained(
+        ModelSource.from_options(arguments),
+        dtype=getattr(torch, arguments.dtype),
+        device=device,
+        progress=True,
+    )
+    assert pipeline.transformer is not None
+    if arguments.lora is not None:
+        attach_lora(pipeline.transformer, read_lora(arguments.lora, pipeline.transformer), arguments.lora_strength)
+
+    with_lora = [False, True] if arguments.compare else [arguments.lora is not None]
+    jobs = [(prompt, arguments.seed + i) for prompt in arguments.prompt for i in range(arguments.num_images)]
+    rows: list[list[Image.Image]] = []
+    with tqdm(total=len(with_lora) * len(jobs) * arguments.num_inference_steps, unit="step", disable=None) as progress:
+        for use_lora in with_lora:
+            if arguments.lora is not None:
+                set_lora_enabled(pipeline.transformer, use_lora)
+            rows.append([])
+            for number, (prompt, seed) in enumerate(jobs):
+                pixels = pipeline.generate(
+                    [prompt],
+                    negative_prompt=arguments.negative_prompt,
+                    height=arguments.height,
+                    width=arguments.width,
+                    num_inference_steps=arguments.num_inference_steps,
+                    true_cfg_scale=arguments.true_cfg_scale,
+                    seeds=[seed],
+                    on_step=lambda step, steps: progress.update(),
+                )
+                image = Image.fromarray(pixels[0].numpy())
+                name = f"{number:03d}-seed{seed}{'' if use_lora or not arguments.compare else '-base'}.png"
+                save_png(arguments.output_path / name, image, image_parameters(arguments, prompt, seed, use_lora))
+                rows[-1].append(image)
+    labels = [
+        f"with {arguments.lora.name}, strength {arguments.lora_strength:g}" if use else "base" for use in with_lora
+    ]
+    make_grid(rows, labels, [f"{prompt} (seed {seed})" for prompt, seed in jobs]).save(
+        arguments.output_path / "grid.png"
+    )
+    print(f"{sum(map(len, rows))} images and grid.png: {arguments.output_path}")
+    return 0
+
+
+def image_parameters(arguments: argparse.Namespace, prompt: str, seed: int, use_lora: bool) -> dict[str, Any]:
+    """What is needed to make the image again."""
+    return {
+        "prompt": prompt,
+        "negative_prompt": arguments.negative_prompt,
+        "seed": seed,
+        "height": arguments.height,
+        "width": arguments.width,
+        "num_inference_steps": arguments.num_inference_steps,
+        "true_cfg_scale": arguments.true_cfg_scale,
+        "model": arguments.model,
+        "lora": str(arguments.lora) if use_lora else None,
+        "lora_strength": arguments.lora_strength if use_lora else None,
+        "dtype": arguments.dtype,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

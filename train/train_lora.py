@@ -1,0 +1,201 @@
+"""Train a LoRA for Qwen-Image.
+
+    deepspeed train/train_lora.py --deepspeed ds_configs/zero2.json --model Qwen/Qwen-Image --data ENCODED --output_path RUN
+    deepspeed train/train_lora.py --config run.yaml --learning_rate 2e-4
+    torchrun --nproc_per_node 8 train/train_lora.py --config run.yaml
+    sbatch slurm/qwen_lora.sh run.yaml
+
+`--help` lists every option (train/config.py defines them). RUN receives config.yaml, versions.json, metrics.jsonl,
+lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes: 0 done, 2 bad input,
+3 loss or gradient no longer finite, 85 asked to leave by SIGTERM or SIGUSR1 (checkpoint saved, start again to go on).
+"""
+
+import os
+import sys
+import time
+
+from train.config import TrainConfig, check_paths, parse
+
+BAD_INPUT = 2
+NOT_FINITE = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        config = parse(argv)
+        check_paths(config)
+        return train(config)
+    except (ValueError, OSError) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
+            time.sleep(5)
+        print(f"error: {error}" + (f" (rank {rank})" if rank > 0 else ""), file=sys.stderr)
+        return BAD_INPUT
+
+
+def train(config: TrainConfig) -> int:
+    """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
+    import torch
+
+    from train import frozen
+    from train.checkpoint import Checkpoints, check_same
+    from train.data import ShardDataset
+    from train.deepspeed_config import load_deepspeed_config
+    from train.engine import DTYPES, initialize, join_process_group, learning_rate, mean_over_ranks, set_learning_rate
+    from train.export import LoraExport
+    from train.loader import BatchLoader
+    from train.lora import LoraSpec, inject_lora
+    from train.metrics import Metrics
+    from train.module import FlowMatchingModule
+    from train.optimizer_state import trainable_shapes
+    from train.order import steps_of
+    from train.preemption import PREEMPTED, Preemption
+    from train.preview import Preview
+    from train.run_folder import prepare_run_folder
+    from train.validation import Validation
+
+    # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
+    ranks = join_process_group()
+    deepspeed_config = load_deepspeed_config(config.deepspeed, config, ranks.world)
+    frozen.seed_everything(config)
+    dataset = ShardDataset(config.data, config.validation_samples, config.max_prompt_tokens, ranks.say)
+    order = dataset.order(config.batch_size, config.seed, config.shuffle_window, config.tail, config.dataset_repeat)
+    accumulation = config.gradient_accumulation_steps
+    global_batch = config.batch_size * accumulation * ranks.world
+    total_steps = config.max_steps or steps_of(config.num_epochs or 1, order.length, ranks.world, accumulation)
+    versions = prepare_run_folder(config, deepspeed_config) if ranks.is_main else {}
+    checkpoints = Checkpoints(config.output_path, config.keep_checkpoints, say=ranks.say)
+    resumed = checkpoints.find(config.resume)
+
+    # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
+    pipeline = frozen.load_pipeline(config, dataset, ranks)
+    encoder = frozen.online_encoder(config, pipeline)
+    preview = Preview(config, pipeline, ranks)
+    spec = LoraSpec.from_config(config)
+    transformer = pipeline.transformer
+    assert transformer is not None
+    adapted = inject_lora(transformer, spec, config.seed)
+    transformer.checkpointed_blocks = frozen.checkpointed_blocks(config, transformer)
+    module = FlowMatchingModule(transformer, config.loss_weighting, DTYPES[config.dtype])
+    engine = initialize(module, config, deepspeed_config)
+    export = LoraExport(config, spec, pipeline, dataset, ranks)
+    validation = Validation(dataset, encoder, ranks.rank, ranks.world, ranks.device)
+
+    # ── Going on where an earlier run stopped ─────────────────────────────────────────────────────────────────────────
+    identity = {
+        "model": {"transformer": pipeline.files.fingerprint("transformer")},
+        "lora": spec.to_dict(),
+        "data": dataset.fingerprint,
+        "order": order.state(),
+    }
+    step = consumed = 0
+    if resumed is not None:
+        same_data = check_same(resumed, identity, config.resume_ignore_data, ranks.say)
+        checkpoints.load(engine, resumed)
+        step = resumed.step
+        consumed = resumed.client["consumed"] if same_data else 0
+        ranks.say(f"resumed from {resumed.path}")
+
+    # ── What is about to happen, in numbers ───────────────────────────────────────────────────────────────────────────
+    trainable = sum(torch.Size(shape).numel() for shape in trainable_shapes(engine).values())
+    ranks.say(order.summary())
+    ranks.say(
+        f"{total_steps} steps of {global_batch} samples ({ranks.world} ranks × {accumulation} accumulated × "
+        f"{config.batch_size}), {total_steps * global_batch / config.batch_size / order.length:.2f} epochs"
+    )
+    ranks.say(
+        f"LoRA of rank {spec.rank}, scale {spec.scale:g}, on {len(adapted)} layers: {trainable:,} trainable parameters; "
+        f"{transformer.checkpointed_blocks} of {transformer.config.num_layers} blocks recomputed"
+    )
+
+    # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    preemption = Preemption()
+    metrics = Metrics(config, total_steps, global_batch, step, ranks.rank, {**versions, "trainable": trainable})
+    loader = BatchLoader(
+        dataset,
+        order,
+        frozen.sigma_sampling(config, pipeline),
+        caption_dropout=config.caption_dropout,
+        rank=ranks.rank,
+        world=ranks.world,
+        accumulation=accumulation,
+        consumed=consumed,
+        num_workers=config.num_workers,
+        device=ranks.device,
+        text_multiple=config.text_padding,
+        on_broken_sample=config.on_broken_sample,
+        say=metrics.say,
+    )
+
+    def due(every: int) -> bool:
+        return step == total_steps or (every > 0 and step % every == 0)
+
+    def validate() -> None:
+        if len(validation):
+            with metrics.paused():
+                metrics.record(step, validation_loss=validation.loss(module))
+
+    def save_checkpoint() -> None:
+        with metrics.paused():
+            client = {**identity, "consumed": loader.consumed, "config": config.to_dict()}
+            checkpoints.save(engine, step, client)
+
+    batches = iter(loader)
+    loss_sum = torch.zeros((), device=ranks.device)
+    summed = 0
+    if step == 0:
+        validate()
+    engine.train()
+    while step < total_steps:
+        for _ in range(accumulation):
+            batch = next(batches)
+            latents, prompt = encoder(batch)
+            loss = engine(latents, batch.noise, batch.sigma, prompt).mean()
+            engine.backward(loss)
+            set_learning_rate(engine, learning_rate(step, config, total_steps))
+            engine.step()
+            loss_sum += loss.detach()
+        step += 1
+        summed += accumulation
+        loader.stepped()
+        metrics.advance()
+
+        if step % config.log_steps == 0 or step == total_steps:
+            mean_loss = mean_over_ranks(loss_sum / summed)
+            norm = float(engine.get_global_grad_norm())
+            metrics.log(
+                step,
+                loss=mean_loss,
+                lr=learning_rate(step - 1, config, total_steps),
+                grad_norm=norm,
+                epoch=loader.epoch,
+            )
+            loss_sum, summed = torch.zeros_like(loss_sum), 0
+        if due(config.validate_every):
+            validate()
+        if due(config.sample_every):
+            with metrics.paused():
+                grid = preview.write(step)
+                if grid is not None:
+                    metrics.image(step, "samples", grid)
+        if due(config.save_steps) and step < total_steps:
+            with metrics.paused():
+                export.write(engine, step)
+        if due(config.checkpoint_every):
+            save_checkpoint()
+        elif preemption.agreed():
+            save_checkpoint()
+            metrics.say(f"asked to leave: checkpoint of step {step} saved, exit code {PREEMPTED}")
+            metrics.close()
+            return PREEMPTED
+
+    # ── The result ────────────────────────────────────────────────────────────────────────────────────────────────────
+    path = export.write(engine, step, final=True)
+    metrics.say(f"LoRA of step {step}: {path}")
+    metrics.close()
+    loader.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
