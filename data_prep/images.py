@@ -104,6 +104,12 @@ def read_header(source: IO[bytes], options: ImageOptions) -> Header:
         return _header(image)
 
 
+def read_size(data: bytes, options: ImageOptions) -> tuple[int, int]:
+    """Width and height as the pixels lie in the file, which is how a trainer decodes them. Raises BadImage."""
+    with _open(io.BytesIO(data), options) as image:
+        return image.size
+
+
 def judge(width: int, height: int, frames: int, options: ImageOptions) -> Placement:
     """Bucket and crop box of an upright image. Raises BadImage when a filter leaves it out."""
     if frames > 1 and options.on_animation == "reject":

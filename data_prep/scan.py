@@ -1,0 +1,161 @@
+"""Shards that nobody indexed (img2dataset's, say): index.parquet and manifest.json by scanning the tars once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import json_bytes, write_file
+from data_prep.shards import (
+    INDEX_ROWS,
+    SIZES,
+    Bucket,
+    Manifest,
+    Shard,
+    ShardReader,
+    bucket_name,
+    write_index,
+    write_manifest,
+)
+
+SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}  # of the payload -> Manifest.payload
+SIDES_OF = 16  # pixels: VAE's 8 times the transformer's patches of 2
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a tar: where its content begins, and how many bytes it has."""
+
+    suffix: str
+    offset: int
+    size: int
+
+
+def tar_samples(path: Path) -> Iterator[tuple[str, list[Member]]]:
+    """Yield (key, members) of one tar, as webdataset groups them: adjacent names that agree up to their first dot.
+
+    Reads headers only. Raises ValueError when the file is no tar or ends early.
+    """
+    group: list[Member] = []
+    key = None
+    end = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # the list that tarfile keeps would grow with the archive
+                end = member.offset_data + member.size
+                if not member.isreg():
+                    continue
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                if folder + slash + stem != key:
+                    if key is not None:
+                        yield key, group
+                    key, group = folder + slash + stem, []
+                group.append(Member(suffix.lower(), member.offset_data, member.size))
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path} is not a whole tar: {error}") from None
+    if end > path.stat().st_size:
+        raise ValueError(f"{path} ends before byte {end}: the file is truncated")
+    if key is not None:
+        yield key, group
+
+
+def build_index(folder: str | Path) -> Manifest:
+    """Write index, sizes and manifest of a folder of tars that has none; return the manifest.
+
+    A sample without an image is left out. Raises FileNotFoundError without tars, PermissionError (from the system)
+    where the folder cannot be written, and ValueError for images of mixed formats, for a size of which a side isn't a
+    multiple of 16, and for what cannot be read.
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no *.tar: make shards with data_prep/make_shards.py")
+    columns: dict[str, list[Any]] = {name: [] for name in INDEX_ROWS.names}
+    formats, sizes = Counter[str](), list[tuple[int, int]]()
+    shards: list[Shard] = []
+    for path in paths:
+        draft = Manifest("", "", {}, [], {}, [*shards, Shard(path.name, 0, 0, "")], {})
+        reader, position, before = ShardReader(folder, draft), len(shards), len(sizes)
+        for key, members in tar_samples(path):
+            named = {member.suffix: member for member in members}
+            suffix = next((suffix for suffix in named if suffix in SUFFIXES), None)
+            if suffix is None:
+                continue
+            record = _record(reader, position, named.get("json"), path, key)
+            formats[SUFFIXES[suffix]] += 1
+            sizes.append(_size(reader.read(position, named[suffix].offset, named[suffix].size), path, key))
+            text = named.get("txt", named.get("caption"))
+            caption = reader.read(position, text.offset, text.size) if text else b""
+            places = {"payload": named[suffix], "json": named.get("json"), "txt": text}
+            for name, member in places.items():
+                columns[f"{name}_offset"].append(member.offset if member else 0)
+                columns[f"{name}_size"].append(member.size if member else 0)
+            columns["key"].append(key)
+            columns["path"].append(str(record.get("path") or record.get("url") or f"{path.name}/{key}.{suffix}"))
+            columns["shard"].append(position)
+            columns["caption_length"].append(len(caption.decode("utf-8", "replace")))
+            columns["prompt_tokens"].append(0)
+        reader.close()
+        if len(sizes) > before:
+            shards.append(Shard(path.name, len(sizes) - before, path.stat().st_size, _sha256(path)))
+    if not sizes:
+        raise ValueError(f"{folder}: no sample of {len(paths)} tars has an image (.jpg, .jpeg or .png)")
+    if len(formats) > 1:
+        counts = ", ".join(f"{count} {name}" for name, count in formats.items())
+        raise ValueError(f"{folder} mixes image formats ({counts}): pack it again with data_prep/make_shards.py")
+    return _write(folder, columns, sizes, shards, next(iter(formats)))
+
+
+def _write(
+    folder: Path, columns: dict[str, list[Any]], sizes: list[tuple[int, int]], shards: list[Shard], payload: str
+) -> Manifest:
+    counts = Counter(sizes)
+    buckets = [Bucket(id, *size, counts[size]) for id, size in enumerate(sorted(counts))]
+    ids = {(bucket.width, bucket.height): bucket.id for bucket in buckets}
+    columns["bucket"] = [ids[size] for size in sizes]
+    write_index(folder, columns)
+    write_file(folder / SIZES, json_bytes({shard.name: shard.samples for shard in shards}))
+    totals = {"samples": len(sizes), "bytes": sum(shard.bytes for shard in shards)}
+    fingerprint = hashlib.sha256(json_bytes([shard.sha256 for shard in shards])).hexdigest()
+    manifest = Manifest(payload, fingerprint, {"indexed_by": "scan"}, buckets, totals, shards, {})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _record(reader: ShardReader, shard: int, member: Member | None, path: Path, key: str) -> dict[str, Any]:
+    if member is None:
+        return {}
+    try:
+        record = json.loads(reader.read(shard, member.offset, member.size))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {key}.json is not valid JSON: {error}") from None
+    return record if isinstance(record, dict) else {}
+
+
+def _size(data: bytes, path: Path, key: str) -> tuple[int, int]:
+    from data_prep.images import BadImage, ImageOptions, read_size
+
+    try:
+        width, height = read_size(data, ImageOptions())
+    except BadImage as error:
+        raise ValueError(f"{path.name}: image of {key}: {error}: pack again with data_prep/make_shards.py") from None
+    if width % SIDES_OF or height % SIDES_OF:
+        name = bucket_name(width, height)
+        raise ValueError(
+            f"{path.name}: image of {key} is {name}, sides must be multiples of {SIDES_OF}:"
+            f" pack the shards again (data_prep/make_shards.py --dataset_base_path {path.parent})"
+        )
+    return width, height
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
