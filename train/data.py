@@ -14,7 +14,7 @@ import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,8 @@ class ShardDataset:
             width, height = self.size(index)
             sample = Sample(int(index), key, width, height, members["txt"].decode("utf-8"))
             if not self.encoded:
-                return replace(sample, pixels=decode_image(members["payload"], width, height))
+                pixels = torch.from_numpy(decode_stored(members["payload"], width, height).copy())
+                return replace(sample, pixels=pixels.permute(2, 0, 1).contiguous())
             tensors = safetensors.torch.load(members["payload"])
             latent, embeds = tensors["latent"], tensors["prompt_embeds"]
             expected = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
@@ -173,11 +174,6 @@ class ShardDataset:
         return {"key": name.split(b".")[0], "payload": data[payload - start : end - start], "txt": caption}
 
 
-def decode_image(data: bytes, width: int, height: int) -> torch.Tensor:
-    """uint8 [3, H, W], RGB, of a stored image. Raises ValueError when it hasn't the size of its bucket."""
-    return torch.from_numpy(decode_stored(data, width, height).copy()).permute(2, 0, 1).contiguous()
-
-
 @dataclass
 class Batch:
     """One micro-batch: samples of one bucket with all that chance decided for them. B samples."""
@@ -200,8 +196,8 @@ class Batch:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The same batch with `function` applied to every tensor."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{n: function(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+        moved: dict[str, Any] = {n: function(v) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
     def tensors(self) -> list[torch.Tensor]:
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]

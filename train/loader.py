@@ -10,6 +10,7 @@ What a batch holds depends on its place in the global stream alone: not on the n
 steps. The state counts optimizer steps that were taken, never what workers have read ahead.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import TracebackType
@@ -79,6 +80,7 @@ class BatchLoader:
                 collate_fn=as_it_is,
                 num_workers=num_workers,
                 prefetch_factor=PREFETCH if num_workers else None,
+                worker_init_fn=leave_signals_to_the_parent,
                 pin_memory=self.device.type == "cuda",
             )
         )
@@ -156,6 +158,12 @@ class BatchMaker(Dataset[Any]):
             return make_batch(self.dataset, *task, self.draw, *self.options)
         except BrokenSample as error:  # returned, so that the one line reaches the user without a worker's traceback
             return error.with_traceback(None)
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Slurm and Ctrl-C signal every process of a job; a reader that died of it would take the last checkpoint along."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def as_it_is(batch: Any) -> Any:

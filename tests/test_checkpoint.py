@@ -1,0 +1,523 @@
+"""Checkpoints: going on is exact, at any number of ranks; what is on the disk stays whole or is refused.
+
+The ranks are forked from this process (torch and DeepSpeed are imported once) and talk over gloo.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train import checkpoint_folder
+from train.checkpoint import Checkpoints, check_same, weights_fingerprint
+from train.checkpoint_folder import FACTS, LATEST, TENSORS, step_folders
+
+GLOBAL_BATCH = 6  # micro-batches an optimizer step: divides by 1, 2 and 3 ranks
+CLIENT = {"model": "m", "lora": {"rank": 3}, "data": "d", "order": {"seed": 0}}
+ZERO = {
+    2: {"stage": 2, "overlap_comm": False, "contiguous_gradients": True, "reduce_scatter": True},
+    3: {"stage": 3, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False},
+}
+
+
+class Adapted(torch.nn.Module):
+    """A frozen linear layer with a LoRA; sizes that no number of ranks divides."""
+
+    def __init__(self, width: int, rank: int = 3) -> None:
+        super().__init__()
+        self.base = torch.nn.Linear(width, width)
+        self.lora_A = torch.nn.Linear(width, rank, bias=False)
+        self.lora_B = torch.nn.Linear(rank, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.base(x)) + self.lora_B(self.lora_A(x))
+
+
+def make_engine(world: int, stage: int, dtype: str = "float32", **zero: Any) -> Any:
+    import deepspeed
+
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(Adapted(7), Adapted(7))
+    module.requires_grad_(False)
+    trained = [p.requires_grad_(True) for name, p in module.named_parameters() if "lora" in name]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    buckets = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": GLOBAL_BATCH // world,
+        "gradient_clipping": 1.0,
+        "zero_optimization": ZERO[stage] | buckets | zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "timers": {"throughput": {"enabled": False}},
+    }
+    options = {"optimizer": optimizer, "model_parameters": trained, "config": config, "dist_init_required": False}
+    return deepspeed.initialize(model=module, **options)[0]
+
+
+def train_steps(engine: Any, first: int, last: int, after: Callable[[int], object] = lambda step: None) -> list[float]:
+    """Optimizer steps first … last - 1 on data that depend on the place in the stream; the mean loss of each step."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dtype = next(engine.module.parameters()).dtype
+    losses = []
+    for step in range(first, last):
+        total = torch.zeros(GLOBAL_BATCH, dtype=torch.float64)
+        for turn in range(GLOBAL_BATCH // world):
+            place = turn * world + rank
+            generator = torch.Generator().manual_seed(step * GLOBAL_BATCH + place)
+            x = torch.randn(2, 7, generator=generator).to(dtype)
+            loss = (engine(x).float() - 1).square().mean()
+            engine.backward(loss)
+            engine.step()
+            total[place] = loss.item()
+        dist.all_reduce(total)
+        losses.append(total.mean().item())
+        after(step + 1)
+    return losses
+
+
+def run_ranks(world: int, body: Callable[..., Any], *arguments: Any, wait: bool = True) -> Any:
+    """`body(*arguments)` on `world` forked ranks; what rank 0 returns (or, without waiting, the processes)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    ranks = [context.Process(target=_rank, args=(r, world, port, results, body, arguments)) for r in range(world)]
+    for rank in ranks:
+        rank.start()
+    if not wait:
+        return ranks
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * world
+    return results.get()
+
+
+def _rank(rank: int, world: int, port: int, results: Any, body: Callable[..., Any], arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_SIZE=str(world))
+    import deepspeed
+    import deepspeed.comm.torch
+
+    # Its C++ all_reduce is compiled at start, under a lock file that a killed process leaves behind for all later ones.
+    deepspeed.comm.torch.build_shm_op = lambda: None
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    result = body(*arguments)
+    if rank == 0:
+        results.put(result)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def import_deepspeed():
+    import deepspeed  # once, before the forks
+
+    assert deepspeed.__version__
+    torch.set_num_threads(1)
+
+
+# ── exactness ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VARIANTS = {
+    "zero2": {"stage": 2},
+    "zero2-bf16": {"stage": 2, "dtype": "bfloat16"},
+    "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero3": {"stage": 3},
+    "zero3-bf16": {"stage": 3, "dtype": "bfloat16"},
+    "zero3-offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    "zero3-persistent": {"stage": 3, "stage3_param_persistence_threshold": 10**6},
+    "zero3-subgroups": {"stage": 3, "sub_group_size": 30},
+}
+
+
+def uninterrupted_and_resumed(world: int, root: Path, names: list[str]) -> dict[str, Any]:
+    """For each variant: losses of 6 steps with a checkpoint after step 3, and of steps 3 … 5 by fresh engines."""
+    found = {}
+    for name in names:
+        checkpoints = Checkpoints(root / name)
+        engine = make_engine(world, **VARIANTS[name])
+        saving = {3: lambda e=engine, c=checkpoints: c.save(e, 3, CLIENT)}
+        whole = train_steps(engine, 0, 6, lambda step, saving=saving: saving.get(step, bool)())
+        checkpoints.save(engine, 6, CLIENT)
+        fresh = make_engine(world, **VARIANTS[name])
+        checkpoints.load(fresh, checkpoints.find(str(root / name / "checkpoints" / "step-00000003")))
+        resumed = train_steps(fresh, 3, 6)
+        again = Checkpoints(root / f"{name}-again")
+        again.save(fresh, 6, CLIENT)
+        found[name] = (whole, resumed, fresh.global_steps)
+    return found
+
+
+def resumed_elsewhere(world: int, root: Path, names: list[str], first: int) -> dict[str, list[float]]:
+    """Go on from step `first` to step `first` + 2 at this number of ranks, and save."""
+    found = {}
+    for name in names:
+        checkpoints = Checkpoints(root / name, keep=0)
+        engine = make_engine(world, **VARIANTS[name])
+        checkpoints.load(engine, checkpoints.find(str(root / name / "checkpoints" / f"step-{first:08d}")))
+        found[name] = train_steps(engine, first, first + 2)
+        checkpoints.save(engine, first + 2, CLIENT)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("two_ranks")
+    return root, run_ranks(2, uninterrupted_and_resumed, 2, root, list(VARIANTS))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resuming_at_the_same_world_size_is_bit_equal(two_ranks, name):
+    root, found = two_ranks
+    whole, resumed, steps = found[name]
+    assert resumed == whole[3:] and steps == 6 and len(set(whole)) == 6
+    a, b = (load_file(root / folder / "checkpoints" / "step-00000006" / TENSORS) for folder in (name, f"{name}-again"))
+    assert a.keys() == b.keys() and len(a) == 3 * 4
+    for key in a:
+        assert a[key].dtype == torch.float32 and torch.equal(a[key].view(torch.int32), b[key].view(torch.int32)), key
+    assert all((a[key] != 0).any() for key in a)
+
+
+def test_what_is_saved_is_the_whole_state_and_readable_by_safetensors(two_ranks):
+    root, _ = two_ranks
+    tensors = load_file(root / "zero3" / "checkpoints" / "step-00000003" / TENSORS)
+    names = {f"{i}.lora_{ab}.weight" for i in range(2) for ab in "AB"}
+    assert set(tensors) == {f"{kind}/{name}" for kind in ("weight", "exp_avg", "exp_avg_sq") for name in names}
+    assert tensors["weight/0.lora_A.weight"].shape == (3, 7) and (tensors["exp_avg_sq/1.lora_B.weight"] >= 0).all()
+    facts = json.loads((root / "zero3" / "checkpoints" / "step-00000003" / FACTS).read_text())
+    assert facts["counters"] == {"step": 3.0} and facts["client"] == CLIENT
+
+
+def test_two_ranks_then_one_then_three_follow_the_same_curve(two_ranks, tmp_path):
+    root, found = two_ranks
+    names = ["zero2", "zero3", "zero2-bf16", "zero3-offload"]
+    for name in names:
+        shutil.copytree(root / name, tmp_path / name)
+    one = run_ranks(1, resumed_elsewhere, 1, tmp_path, names, 3)
+    three = run_ranks(3, resumed_elsewhere, 3, tmp_path, names, 5)
+    for name in names:
+        tolerance = 2e-2 if "bf16" in name else 1e-5
+        assert one[name] == pytest.approx(found[name][0][3:5], rel=tolerance)
+        assert three[name][0] == pytest.approx(found[name][0][5], rel=tolerance)
+        assert one[name][0] == found[name][0][3] or "bf16" in name or abs(one[name][0] - found[name][0][3]) < 1e-6
+
+
+def save_and_compare(world: int, root: Path, source: Path) -> bool:
+    """Load a checkpoint of another world size and save it again, without a step."""
+    for stage in (2, 3):
+        engine = make_engine(world, stage)
+        checkpoints = Checkpoints(root / f"{world}-{stage}")
+        checkpoints.load(engine, checkpoints.find(str(source)))
+        checkpoints.save(engine, 3, CLIENT)
+    return True
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_another_world_size_holds_the_same_bits(two_ranks, tmp_path, world):
+    source = two_ranks[0] / "zero3" / "checkpoints" / "step-00000003"
+    run_ranks(world, save_and_compare, world, tmp_path, source)
+    for stage in (2, 3):
+        copy = tmp_path / f"{world}-{stage}" / "checkpoints" / "step-00000003" / TENSORS
+        assert copy.read_bytes() == (source / TENSORS).read_bytes()
+
+
+def save_before_any_step(root: Path) -> list[float]:
+    engine = make_engine(1, 2)
+    checkpoints = Checkpoints(root)
+    checkpoints.save(engine, 0, CLIENT)
+    fresh = make_engine(1, 2)
+    checkpoints.load(fresh, checkpoints.find("auto"))
+    return train_steps(fresh, 0, 2) + train_steps(engine, 0, 2)
+
+
+def test_a_checkpoint_before_the_first_step(tmp_path):
+    a, b, c, d = run_ranks(1, save_before_any_step, tmp_path)
+    assert (a, b) == (c, d)
+
+
+# ── killed at any moment ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def train_on(root: Path, world: int, stage: int, last: int) -> None:
+    """What the training loop does: resume, train, save after every step, write each loss down."""
+    import torch.distributed as dist
+
+    checkpoints = Checkpoints(root, say=lambda line: None)
+    engine = make_engine(world, stage)
+    found = checkpoints.find("auto")
+    if found:
+        checkpoints.load(engine, found)
+    for step in range(found.step if found else 0, last):
+        (loss,) = train_steps(engine, step, step + 1)
+        if dist.get_rank() == 0:
+            with open(root / "losses", "a") as file:
+                file.write(f"{step} {loss!r}\n")
+        checkpoints.save(engine, step + 1, CLIENT)
+
+
+def kill_again_and_again(root: Path, stage: int, kills: int, seed: int, steps: int = 30) -> None:
+    (root / "whole").mkdir(parents=True)
+    (root / "killed").mkdir()
+    run_ranks(2, train_on, root / "whole", 2, stage, steps)
+    expected = dict(line.split() for line in (root / "whole" / "losses").read_text().splitlines())
+    assert len(expected) == steps
+    chance = random.Random(seed)
+    for _ in range(kills):
+        ranks = run_ranks(2, train_on, root / "killed", 2, stage, steps, wait=False)
+        started, losses = time.time(), root / "killed" / "losses"
+        lines = losses.read_text().count("\n") if losses.exists() else 0
+        while (not losses.exists() or losses.read_text().count("\n") <= lines) and time.time() - started < 60:
+            if not all(rank.is_alive() for rank in ranks):
+                break
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    run_ranks(2, train_on, root / "killed", 2, stage, steps)
+    lines = [line.split() for line in (root / "killed" / "losses").read_text().splitlines()]
+    assert {step for step, _ in lines} == set(expected)
+    assert all(loss == expected[step] for step, loss in lines), "a step that was trained again gave another loss"
+
+
+def test_killed_while_training_and_saving(tmp_path):
+    kill_again_and_again(tmp_path, stage=2, kills=3, seed=1, steps=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_twenty_times(tmp_path, stage):
+    kill_again_and_again(tmp_path, stage, kills=20, seed=stage, steps=120)
+
+
+# ── damage, other runs, full disks: no ranks needed ──────────────────────────────────────────────────────────────────
+
+
+def write_one(root: Path, step: int, values: float = 1.0) -> Path:
+    shapes = {"a": [2, 3], "b": [5]}
+    facts = {"format_version": 1, "step": step, "counters": {"step": step}, "kinds": ["weight"], "shapes": shapes}
+    folder = root / "checkpoints" / f"step-{step:08d}"
+    checkpoint_folder.write_checkpoint(folder, facts | {"client": CLIENT}, [torch.full((11,), values)])
+    return folder
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "truncated": lambda folder: os.truncate(folder / TENSORS, 60),
+    "bit flip in the tensors": lambda folder: flip(folder / TENSORS, -3),
+    "bit flip in the header": lambda folder: flip(folder / TENSORS, 20),
+    "bit flip in the facts": lambda folder: flip(folder / FACTS, (folder / FACTS).read_text().index('"rank": 3') + 8),
+    "empty facts": lambda folder: os.truncate(folder / FACTS, 0),
+    "facts missing": lambda folder: (folder / FACTS).unlink(),
+    "tensors missing": lambda folder: (folder / TENSORS).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage):
+    for step in (10, 20):
+        write_one(tmp_path, step)
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, say=said.append)
+    assert checkpoints.find("auto").step == 20 and not said
+    DAMAGE[damage](tmp_path / "checkpoints" / "step-00000020")
+    assert checkpoints.find("auto").step == 10
+    assert len(said) == 1 and "step-00000020" in said[0] and "trying the one before" in said[0]
+    with pytest.raises((ValueError, FileNotFoundError), match="step-00000020"):
+        checkpoints.find(str(tmp_path / "checkpoints" / "step-00000020"))
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000010")
+    with pytest.raises(ValueError, match=r"all 1 checkpoints .* are damaged"):
+        checkpoints.find("auto")
+
+
+def test_where_a_run_goes_on(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.find("auto") is None
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoints.find(str(tmp_path))
+    folders = [write_one(tmp_path, step) for step in (10, 20, 30)]
+    assert checkpoints.find("never") is None
+    for path, step in ((tmp_path, 30), (tmp_path / "checkpoints", 30), (folders[1], 20)):
+        assert checkpoints.find(str(path)).step == step
+    assert Checkpoints(tmp_path / "other").find(str(folders[0])).client == CLIENT
+    write_one(tmp_path, 20, values=2.0)  # gone back to 10, trained to 20 again: 30 is of the run that was given up
+    assert checkpoints.find("auto").step == 20
+    assert load_file(folders[1] / TENSORS)["weight/b"].tolist() == [2.0] * 5
+
+
+def test_the_last_n_and_every_mth_stay(tmp_path):
+    for step in range(10, 70, 10):
+        checkpoint_folder.prune(write_one(tmp_path, step), keep=2, keep_every=30, say=print)
+    assert [path.name[-2:] for path in step_folders(tmp_path / "checkpoints")] == ["30", "50", "60"]
+    assert (tmp_path / "checkpoints" / LATEST).read_text() == "step-00000060\n"
+
+
+def test_a_writer_that_dies_leaves_nothing_that_counts(tmp_path):
+    write_one(tmp_path, 10)
+    with pytest.raises(OSError, match="No space left"):
+        write_one_failing(tmp_path, 20)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [LATEST, "step-00000010"]
+    (tmp_path / "checkpoints" / ".partial-step-00000020").mkdir()  # as kill -9 leaves it
+    assert Checkpoints(tmp_path).find("auto").step == 10
+    write_one(tmp_path, 20)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [LATEST, "step-00000010", "step-00000020"]
+
+
+def write_one_failing(root: Path, step: int) -> None:
+    def wholes():
+        yield torch.zeros(11)
+        raise OSError(28, "No space left on device")
+
+    facts = {"kinds": ["weight", "exp_avg"], "shapes": {"a": [11]}, "step": step}
+    checkpoint_folder.write_checkpoint(root / "checkpoints" / f"step-{step:08d}", facts, wholes())
+
+
+def save_on_a_full_disk(root: Path) -> tuple[list[str], str, float]:
+    engine, said = make_engine(2, 3), []
+    going_on = Checkpoints(root, on_error="continue", say=said.append)
+    going_on.save(engine, 1, CLIENT)
+    checkpoint_folder.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1, 1, 0)
+    assert going_on.save(engine, 2, CLIENT) is None
+    try:
+        Checkpoints(root, on_error="stop").save(engine, 2, CLIENT)
+    except OSError as error:
+        return said, str(error), train_steps(engine, 0, 1)[0]
+    raise AssertionError("no error")
+
+
+def test_a_full_disk_stops_or_goes_on_by_policy_on_all_ranks(tmp_path):
+    said, error, loss = run_ranks(2, save_on_a_full_disk, tmp_path)
+    assert "not written" in said[0] and "MiB are free" in said[0] and "training goes on" in said[0]
+    assert "step-00000002 not written" in error and loss > 0
+    assert Checkpoints(tmp_path).find("auto").step == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_disk_that_is_really_full(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no permission to mount a tmpfs")
+    try:
+        write = checkpoint_folder.write_checkpoint
+        facts = {"format_version": 1, "counters": {}, "kinds": ["weight"], "shapes": {"a": [50_000]}, "client": {}}
+        spare, checkpoint_folder.SPARE_BYTES = checkpoint_folder.SPARE_BYTES, -(1 << 40)  # as if nothing were checked
+        write(tmp_path / "step-00000001", facts | {"step": 1}, [torch.zeros(50_000)])
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path / "step-00000002", facts | {"step": 2}, [torch.zeros(50_000)])
+        assert [p.name for p in step_folders(tmp_path)] == ["step-00000001"]
+        assert checkpoint_folder.read_checkpoint(tmp_path / "step-00000001").step == 1
+    finally:
+        checkpoint_folder.SPARE_BYTES = spare
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_another_model_lora_or_data_set_is_refused_with_what_differs(tmp_path):
+    write_one(tmp_path, 10)
+    found, said = Checkpoints(tmp_path).find("auto"), []
+    assert check_same(found, CLIENT)
+    with pytest.raises(ValueError, match=r'model is "m" in the checkpoint, "n" in this run; lora\.rank is 3 .* 4'):
+        check_same(found, CLIENT | {"model": "n", "lora": {"rank": 4}}, ignore_data=True)
+    other = CLIENT | {"data": "e", "order": {"seed": 1}}
+    with pytest.raises(ValueError, match=r'data is "d" .*, "e" .*; order\.seed is 0 .*--resume_ignore_data'):
+        check_same(found, other)
+    assert check_same(found, other, ignore_data=True, say=said.append) is False
+    assert len(said) == 1 and "from its beginning" in said[0]
+
+
+def load_into_another_lora(root: Path, source: Path) -> str:
+    engine = make_engine(1, 2)
+    checkpoints = Checkpoints(root)
+    found = checkpoints.find(str(source))
+    found.shapes["0.lora_A.weight"] = (4, 7)
+    try:
+        checkpoints.load(engine, found)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_another_shape_is_refused_by_name(two_ranks, tmp_path):
+    error = run_ranks(1, load_into_another_lora, tmp_path, two_ranks[0] / "zero2" / "checkpoints" / "step-00000003")
+    assert "0.lora_A.weight is (4, 7) in it and (3, 7) in this run" in error
+
+
+def test_fingerprints_tell_weights_apart(tmp_path):
+    for name, value in (("a", 0), ("b", 1), ("c", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(50_000) + bytes([value]) * 50_000)
+    a, b, c = (weights_fingerprint((tmp_path / name).iterdir()) for name in "abc")
+    assert a == c != b
+
+
+# ── leaving on a signal ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def leave_on_signal(root: Path) -> None:
+    import torch.distributed as dist
+
+    from train.preemption import PREEMPTED, Preemption
+
+    preemption, rank = Preemption(), dist.get_rank()
+    for step in range(10_000):
+        dist.barrier()
+        if step == 5:
+            (root / f"ready-{rank}").touch()
+        if preemption.agreed():
+            (root / f"left-{rank}").write_text(str(step))
+            os._exit(PREEMPTED)
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(tmp_path, number):
+    ranks = run_ranks(2, leave_on_signal, tmp_path, wait=False)
+    while not (tmp_path / "ready-1").exists():
+        time.sleep(0.005)
+    os.kill(ranks[1].pid, number)
+    for rank in ranks:
+        rank.join(30)
+    assert [rank.exitcode for rank in ranks] == [85, 85]
+    assert (tmp_path / "left-0").read_text() == (tmp_path / "left-1").read_text()
+
+
+def sleep_after_the_first_signal(root: Path) -> None:
+    from train.preemption import Preemption
+
+    preemption = Preemption()
+    (root / "ready").touch()
+    while True:
+        time.sleep(0.01)
+        if preemption.signal:
+            (root / "seen").touch()
+
+
+def test_a_second_signal_exits_at_once(tmp_path):
+    (process,) = run_ranks(1, sleep_after_the_first_signal, tmp_path, wait=False)
+    for name in ("ready", "seen"):
+        while not (tmp_path / name).exists():
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == 128 + signal.SIGTERM

@@ -1,0 +1,200 @@
+"""One checkpoint on disk: write it whole or not at all, verify and read it, find the newest, remove old ones.
+
+    checkpoints/
+        step-00000500/state.safetensors     weight/NAME, exp_avg/NAME, exp_avg_sq/NAME: float32, whole
+        step-00000500/state.json            step, AdamW's counters, the client's state, sha256 of both files
+        latest                              step-00000500
+
+A checkpoint is written under a temporary name, flushed to the disk, then renamed: whatever happens, the ones that exist
+stay as they are. No torch.distributed here.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT_VERSION = 1
+TENSORS, FACTS, LATEST, PARTIAL = "state.safetensors", "state.json", "latest", ".partial-"
+SPARE_BYTES = 64 << 20  # left free on the disk, for metrics and the like
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose checksums were verified."""
+
+    path: Path
+    step: int
+    counters: dict[str, float]
+    kinds: list[str]
+    shapes: dict[str, tuple[int, ...]]
+    client: dict[str, Any]  # whatever `save` was given: JSON
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_checkpoint(folder: Path, facts: dict[str, Any], wholes: Iterable[torch.Tensor | None]) -> None:
+    """Write one checkpoint folder, durably, all or nothing; `wholes` gives a float32 [total] for each of facts["kinds"]."""
+    root = folder.parent
+    root.mkdir(parents=True, exist_ok=True)
+    for left_over in root.glob(f"{PARTIAL}*"):  # of a process that was killed while saving
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial = root / f"{PARTIAL}{folder.name}"
+    try:
+        partial.mkdir()
+        facts = facts | {"sha256": write_tensors(partial / TENSORS, facts["kinds"], facts["shapes"], wholes)}
+        write_durably(partial / FACTS, facts_bytes(facts))
+        sync_folder(partial)
+        if folder.exists():  # a step that is trained again after going back to an earlier checkpoint
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        sync_folder(root)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    write_durably(root / f"{PARTIAL}{LATEST}", f"{folder.name}\n".encode())
+    (root / f"{PARTIAL}{LATEST}").rename(root / LATEST)
+    sync_folder(root)
+
+
+def write_tensors(
+    path: Path, kinds: list[str], shapes: dict[str, list[int]], wholes: Iterable[torch.Tensor | None]
+) -> str:
+    """Write a safetensors file kind by kind, as they arrive; returns its sha256.
+
+    The format (8 bytes of length, JSON header, data) is written here, and not by the library, because that would hold
+    everything in memory at once and read the file again for the checksum.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    size = 0
+    for kind in kinds:
+        for name, shape in shapes.items():
+            end = size + 4 * torch.Size(shape).numel()
+            header[f"{kind}/{name}"] = {"dtype": "F32", "shape": list(shape), "data_offsets": [size, end]}
+            size = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    free = shutil.disk_usage(path.parent).free
+    if free < size + len(text) + SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC, f"it needs {size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free in {path.parent}"
+        )
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for block in (len(text).to_bytes(8, "little"), text):
+            file.write(block)
+            digest.update(block)
+        for whole in wholes:
+            assert whole is not None, "only rank 0 writes"
+            data = whole.numpy().data.cast("B")
+            file.write(data)
+            digest.update(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def prune(newest: Path, keep: int, keep_every: int, say: Say) -> None:
+    """Remove all but the last `keep` checkpoints up to `newest`, except those at multiples of `keep_every` steps.
+
+    Later ones (of a run that was taken back to an earlier checkpoint) are left alone.
+    """
+    if keep == 0:
+        return
+    old = [path for path in step_folders(newest.parent) if path.name < newest.name]
+    for path in old[: max(0, len(old) - (keep - 1))]:
+        if keep_every == 0 or step_of(path) % keep_every != 0:
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                say(f"old checkpoint {path} not removed: {error.strerror}")
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def newest_whole(path: Path, may_be_missing: bool, say: Say) -> Checkpoint | None:
+    """The newest undamaged checkpoint at `path` of one, of a folder of them, or of a run."""
+    if (path / FACTS).exists() or path.name.startswith("step-"):
+        return read_checkpoint(path)
+    root = path if step_folders(path) else path / "checkpoints"
+    candidates = step_folders(root)[::-1]
+    if not candidates:
+        if may_be_missing:
+            return None
+        raise FileNotFoundError(f"no checkpoint in {path}")
+    latest = root / LATEST
+    if latest.is_file():  # later ones belong to a run that was taken back to an earlier checkpoint
+        name = latest.read_text(errors="replace").strip()
+        candidates = [path for path in candidates if path.name <= name] or candidates
+    for candidate in candidates:
+        try:
+            return read_checkpoint(candidate)
+        except (ValueError, OSError) as error:
+            say(f"{error}; trying the one before")
+    raise ValueError(f"all {len(candidates)} checkpoints in {root} are damaged; --resume never starts anew")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises FileNotFoundError, or ValueError saying what is damaged."""
+    for name in (FACTS, TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"checkpoint {folder} has no {name}")
+    try:
+        facts = json.loads((folder / FACTS).read_bytes())
+        if facts_bytes(facts) != (folder / FACTS).read_bytes():
+            raise ValueError
+        version = facts["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"checkpoint {folder} is damaged: {FACTS} doesn't match its own checksum") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"checkpoint {folder} has format version {version}, this code reads {FORMAT_VERSION}")
+    with open(folder / TENSORS, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+            raise ValueError(f"checkpoint {folder} is damaged: {TENSORS} doesn't match its checksum")
+    shapes = {name: tuple(shape) for name, shape in facts["shapes"].items()}
+    return Checkpoint(folder, facts["step"], facts["counters"], facts["kinds"], shapes, facts["client"])
+
+
+# ── small things ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def step_folders(root: Path) -> list[Path]:
+    """Checkpoint folders from the oldest to the newest."""
+    return sorted(path for path in root.glob("step-*") if path.is_dir())
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def facts_bytes(facts: dict[str, Any]) -> bytes:
+    """state.json: its own sha256 stands in it, over the rest."""
+    rest = {key: value for key, value in facts.items() if key != "sha256_of_this"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(rest | {"sha256_of_this": digest}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
