@@ -1,0 +1,47 @@
+"""Captions: encodings, line ends, Unicode, and cells that look like numbers or nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from data_prep import captions
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("a cat".encode("utf-8-sig"), "a cat"),
+        ("ein Käfer 🐞".encode("utf-16"), "ein Käfer 🐞"),
+        (b"\xfe\xff" + "grün".encode("utf-16-be"), "grün"),
+        ("blau".encode("utf-32"), "blau"),
+        (b"  one\r\ntwo\rthree \n\n", "one\ntwo\nthree"),
+        ("e\u0301te\u0301".encode(), "été"),  # decomposed, as macOS writes it
+        (b"None", "None"),
+        (b"", ""),
+        (b" \r\n", ""),
+    ],
+)
+def test_bytes(data: bytes, text: str) -> None:
+    assert captions.decode(data) == text
+
+
+@pytest.mark.parametrize("data", [b"caf\xe9", b"\xff\xfea", b"\x89PNG\r\n\x1a\n"])
+def test_bytes_that_are_no_text(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"at byte .*save it as UTF-8"):
+        captions.decode(data)
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [("None", "None"), ("NA", "NA"), ("12", "12"), (12, "12"), (1.5, "1.5"), ("", ""), (None, None), (math.nan, None)],
+)
+def test_cells(cell: object, text: str | None) -> None:
+    assert captions.from_cell(cell) == text
+
+
+@pytest.mark.parametrize("cell", [["a", "b"], {"en": "a"}, b"bytes", "half a pair \ud83d"])
+def test_cells_that_are_no_caption(cell: object) -> None:
+    with pytest.raises(ValueError):
+        captions.from_cell(cell)
