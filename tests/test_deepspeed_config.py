@@ -146,6 +146,7 @@ from train.deepspeed_config import load_deepspeed_config
 
 name, dtype, accumulation, out = sys.argv[-4], sys.argv[-3], int(sys.argv[-2]), sys.argv[-1]
 torch.set_num_threads(1)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo alone: nothing to compile
 
 
 class Layer(torch.nn.Module):
@@ -167,9 +168,7 @@ def build():
     return model, trained
 
 
-def batch(step):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(2, 4, 32, generator=generator)  # input and target of 4 samples
+BATCH = torch.rand(2, 4, 32, generator=torch.Generator().manual_seed(1))  # input and target of 4 samples
 
 
 def loss_of(model, x, y):
@@ -180,7 +179,7 @@ deepspeed.init_distributed("gloo")
 rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 micro = 4 // world // accumulation
 config = TrainConfig(model="a/b", data="d", deepspeed=name, output_path="o", dtype=dtype, batch_size=micro,
-                     gradient_accumulation_steps=accumulation, learning_rate=1e-2, max_grad_norm=0.05)
+                     gradient_accumulation_steps=accumulation, learning_rate=3e-2, max_grad_norm=0.05)
 model, trained = build()
 optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
 settings = load_deepspeed_config(name, config, world)
@@ -191,7 +190,7 @@ for step in range(6):
     mean = 0.0
     for part in range(accumulation):
         mine = slice((part * world + rank) * micro, (part * world + rank + 1) * micro)
-        loss = loss_of(engine, *batch(step)[:, mine])
+        loss = loss_of(engine, *BATCH[:, mine])
         engine.backward(loss)
         engine.step()
         mean += loss.detach() / accumulation
@@ -204,7 +203,7 @@ if rank == 0:
     optimizer = torch.optim.AdamW(masters, lr=config.learning_rate)
     expected = []
     for step in range(6):
-        loss = loss_of(model, *batch(step))
+        loss = loss_of(model, *BATCH)
         loss.backward()
         for master, parameter in zip(masters, trained):
             master.grad, parameter.grad = parameter.grad.float(), None
@@ -242,5 +241,5 @@ def launch_training(
 @pytest.mark.parametrize(("name", "dtype", "accumulation"), [("zero2", "float32", 2), ("zero3_offload", "bfloat16", 1)])
 def test_the_engine_trains_as_plain_torch_does(tmp_path: Path, name: str, dtype: str, accumulation: int) -> None:
     losses, expected = launch_training(tmp_path, name, dtype, 2, accumulation)
-    assert losses == pytest.approx(expected, rel=1e-6 if dtype == "float32" else 1e-3)
-    assert expected[-1] != expected[0]
+    assert losses == pytest.approx(expected, rel=1e-6 if dtype == "float32" else 5e-3)
+    assert expected[-1] < 0.8 * expected[0]
