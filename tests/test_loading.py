@@ -1,0 +1,205 @@
+"""Finding and reading checkpoints: folders, single files, globs, and everything that is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.pipeline import QwenImagePipeline, load_transformer
+
+
+@pytest.fixture
+def copy(tiny_model, tmp_path):
+    """A copy of the tiny model that a test may damage."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def weights_of(folder):
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def load(model, **paths):
+    return QwenImagePipeline.from_pretrained(
+        ModelSource(str(model), **paths), components=("transformer",), dtype=torch.float32
+    ).transformer
+
+
+def assert_loaded(transformer, weights):
+    state = transformer.state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+    assert not any(parameter.requires_grad for parameter in transformer.parameters())
+
+
+def test_folder(tiny_model):
+    assert_loaded(load(tiny_model), weights_of(tiny_model))
+
+
+def test_sharded_folder(copy):
+    weights = weights_of(copy)
+    names = sorted(weights)
+    folder = copy / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in shards.items():
+        save_file({name: weights[name] for name in members}, folder / file)
+    index = {"weight_map": {name: file for file, members in shards.items() for name in members}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert_loaded(load(copy), weights)
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 2 weight files are missing, first b.safetensors"):
+        load(copy)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "transformer."])
+def test_single_file_and_glob(copy, tmp_path, prefix):
+    weights = {name: tensor + 1 for name, tensor in weights_of(copy).items()}
+    names = sorted(weights)
+    save_file({prefix + name: weights[name] for name in names[:9]}, tmp_path / "one-1.safetensors")
+    save_file({prefix + name: weights[name] for name in names[9:]}, tmp_path / "one-2.safetensors")
+    assert_loaded(load(copy, transformer_path=str(tmp_path / "one-*.safetensors")), weights)
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "all.safetensors")
+    assert_loaded(load(copy, transformer_path=str(tmp_path / "all.safetensors")), weights)
+
+
+def test_weights_are_cast_one_by_one(tiny_model):
+    transformer = load_transformer(resolve_model(ModelSource(str(tiny_model))), torch.bfloat16)
+    weights = weights_of(tiny_model)
+    assert all(torch.equal(p, weights[name].bfloat16()) for name, p in transformer.named_parameters())
+
+
+def test_fingerprint_tells_trained_models_of_one_shape_apart(copy):
+    def fingerprint():
+        return resolve_model(ModelSource(str(copy))).fingerprint("transformer")
+
+    first = fingerprint()
+    assert first == fingerprint()
+    weights = weights_of(copy)
+    save_file(
+        {name: tensor * 1.01 for name, tensor in weights.items()},
+        copy / "transformer" / "diffusion_pytorch_model.safetensors",
+    )
+    assert first != fingerprint()
+
+
+def damage_missing_component(model):
+    shutil.rmtree(model / "vae")
+    return "component vae/ is missing"
+
+
+def damage_no_index(model):
+    (model / "model_index.json").unlink()
+    return "model_index.json is missing"
+
+
+def damage_edit_model(model):
+    edit_json(model / "model_index.json", _class_name="QwenImageEditPlusPipeline")
+    return "is a QwenImageEditPlusPipeline; only text-to-image models"
+
+
+def damage_flux(model):
+    edit_json(model / "model_index.json", _class_name="FluxPipeline")
+    return "is a FluxPipeline"
+
+
+def damage_other_transformer(model):
+    edit_json(model / "transformer" / "config.json", _class_name="QwenImage21Transformer2DModel")
+    return "this is a QwenImage21Transformer2DModel, not Qwen-Image's transformer"
+
+
+def damage_edit_2511(model):
+    edit_json(model / "transformer" / "config.json", zero_cond_t=True)
+    return "zero_cond_t is set, which marks Qwen-Image-Edit-2511"
+
+
+def damage_layered(model):
+    edit_json(model / "transformer" / "config.json", use_layer3d_rope=True)
+    return "use_layer3d_rope is set, which marks Qwen-Image-Layered"
+
+
+def damage_shape(model):
+    edit_json(model / "transformer" / "config.json", joint_attention_dim=48)
+    return "configuration and weights belong to different models"
+
+
+def damage_fewer_blocks(model):
+    edit_json(model / "transformer" / "config.json", num_layers=1)
+    return r"weights are not this model's: 0 tensors missing, \d+ unknown \(first transformer_blocks.1"
+
+
+def damage_more_blocks(model):
+    edit_json(model / "transformer" / "config.json", num_layers=3)
+    return r"\d+ tensors missing \(first transformer_blocks.2"
+
+
+def damage_truncated(model):
+    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    return "no readable safetensors file"
+
+
+def damage_no_weights(model):
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    return "no .safetensors file found"
+
+
+def damage_vae(model):
+    edit_json(model / "vae" / "config.json", _class_name="AutoencoderKL")
+    return "this is a AutoencoderKL, not Qwen-Image's VAE"
+
+
+DAMAGES = [value for name, value in sorted(globals().items()) if name.startswith("damage_")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__.removeprefix("damage_"))
+def test_what_is_no_qwen_image_is_refused_in_one_line(copy, damage):
+    message = damage(copy)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        QwenImagePipeline.from_pretrained(str(copy), components=("transformer", "vae"), dtype=torch.float32)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "model,message",
+    [
+        ("/no/such/folder", "model folder /no/such/folder does not exist"),
+        ("./missing", "does not exist; give a folder"),
+        ("Qwen/Qwen-Image-Edit-2509", "is not supported: only Qwen/Qwen-Image and Qwen/Qwen-Image-2512"),
+        ("Qwen/Qwen-Image-2.1", "is not supported"),
+        ("Qwen/Qwen-Image-Layered", "is not supported"),
+        ("nobody/no-such-model", "is no local folder and could not be fetched from the hub"),
+    ],
+)
+def test_models_that_cannot_be_found(model, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        resolve_model(ModelSource(model))
+
+
+def test_hub_id_takes_the_snapshot_and_its_commit(tiny_model, tmp_path, monkeypatch):
+    """The hub itself is not reached here: huggingface_hub's download is replaced by a folder of its layout."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = shutil.copytree(tiny_model, tmp_path / "snapshots" / commit)
+    asked = {}
+
+    def download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    files = resolve_model(ModelSource("Qwen/Qwen-Image", revision="main"), ("transformer", "scheduler"))
+    assert files.name == "Qwen/Qwen-Image" and files.revision == commit
+    assert asked["repo"] == "Qwen/Qwen-Image" and asked["revision"] == "main"
+    assert "transformer/*.safetensors" in asked["allow_patterns"]
+    assert not any("vae" in pattern or "text_encoder" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_a_path_that_matches_nothing(tiny_model):
+    with pytest.raises(FileNotFoundError, match="--transformer_path /no/file-\\*.safetensors matches no file"):
+        resolve_model(ModelSource(str(tiny_model), transformer_path="/no/file-*.safetensors"))
