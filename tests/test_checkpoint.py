@@ -3,6 +3,8 @@
 The ranks are forked from this process (torch and DeepSpeed are imported once) and talk over gloo.
 """
 
+import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -114,10 +116,9 @@ def _rank(rank: int, world: int, port: int, results: Any, body: Callable[..., An
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_SIZE=str(world))
     import deepspeed
-    import deepspeed.comm.torch
 
     # Its C++ all_reduce is compiled at start, under a lock file that a killed process leaves behind for all later ones.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     result = body(*arguments)
     if rank == 0:
@@ -125,11 +126,15 @@ def _rank(rank: int, world: int, port: int, results: Any, body: Callable[..., An
 
 
 @pytest.fixture(scope="module", autouse=True)
-def import_deepspeed():
-    import deepspeed  # once, before the forks
-
-    assert deepspeed.__version__
+def import_once():
+    """What `deepspeed.initialize` imports takes seconds: once, before the forks."""
+    for name in ("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        importlib.import_module(name)
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage often; the forks need not look at all that was imported
+    yield
+    gc.unfreeze()
 
 
 # ── exactness ────────────────────────────────────────────────────────────────────────────────────────────────────────
