@@ -81,17 +81,21 @@ def build_tiny_model(
     text_layers: int = 2,
     text_dim: int = 64,
     vae_dim: int = 8,
+    blur_vae: bool = False,
     dtype: str = "float32",
     max_shard_size: str = "10GB",
 ) -> Path:
     """Write a model with random weights drawn from `seed` into `folder` and return the folder.
 
     `layers`, `heads` × `head_dim` shape the transformer (60, 24 × 128 in the real one), `text_layers` and `text_dim`
-    the text encoder (28, 3584), `vae_dim` is the VAE's base width (96). `dtype` ("float32" or "bfloat16") is that of
-    the saved weights; `max_shard_size` splits them over several files, as the real checkpoint's are.
+    the text encoder (28, 3584), `vae_dim` is the VAE's base width (96). `blur_vae` gives the VAE weights that keep colours
+    (demo/blur_vae.py). `dtype` ("float32" or "bfloat16") is that of the saved weights; `max_shard_size` splits them
+    over several files, as the real checkpoint's are.
     Raises ValueError for shapes that the rotary positions cannot divide.
     """
     axes_dims = rotary_axes(head_dim)
+    if blur_vae and vae_dim < 8:
+        raise ValueError(f"vae_dim {vae_dim} is too narrow for a blur VAE: it needs 8 or more")
     if text_dim % 64:
         raise ValueError(f"text_dim {text_dim} must be a multiple of 64 (4 heads with rotary sections)")
     import torch
@@ -104,7 +108,7 @@ def build_tiny_model(
         parts = {
             "transformer": _transformer(layers, heads, head_dim, axes_dims, text_dim, seed),
             "text_encoder": _text_encoder(tokenizer, text_layers, text_dim),
-            "vae": _vae(vae_dim),
+            "vae": _vae(vae_dim, blur_vae),
         }
     for part in parts.values():
         for parameter in part.parameters():
@@ -186,6 +190,12 @@ def _transformer(
         if parameter.ndim == 1:  # none of them trivial; queries and keys large enough that attention chooses
             center = 0.0 if name.endswith("bias") else 1.0 if name == "txt_norm.weight" else 2.0
             parameter.normal_(center, 0.1, generator=generator)
+    for block in model.transformer_blocks:
+        # The same constant in queries and keys: after the rotation their product falls with the distance, so an image
+        # token looks at its neighbours first. Trained models have learned that; a random one would never.
+        common = torch.randn(heads * head_dim, generator=generator).sign() * 1.5
+        block.attn.to_q.bias.copy_(common)
+        block.attn.to_k.bias.copy_(common)
     return model
 
 
@@ -235,13 +245,17 @@ def _text_encoder(tokenizer: Qwen2Tokenizer, layers: int, dim: int) -> Qwen2_5_V
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _vae(base_dim: int) -> AutoencoderKLQwenImage:
+def _vae(base_dim: int, blur: bool) -> AutoencoderKLQwenImage:
     """The VAE with latents_mean and latents_std measured on smooth noise, so that its latents are unit-sized."""
     import torch
     from diffusers import AutoencoderKLQwenImage
 
+    from demo.blur_vae import set_blur_weights
+
     vae = AutoencoderKLQwenImage(base_dim=base_dim, z_dim=16)
     generator = torch.Generator().manual_seed(0)
+    if blur:
+        set_blur_weights(vae, generator)
     blobs = torch.randn(4, 3, 12, 12, generator=generator)
     pixels = torch.nn.functional.interpolate(blobs, size=(96, 96), mode="bicubic").clamp(-1, 1)
     latents = vae.encode(pixels[:, :, None]).latent_dist.mode()  # [4, 16, 1, 12, 12]
@@ -263,6 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text_layers", type=int, default=2, help="layers of the text encoder (default 2)")
     parser.add_argument("--text_dim", type=int, default=64, help="width of the text encoder (default 64)")
     parser.add_argument("--vae_dim", type=int, default=8, help="base width of the VAE (default 8)")
+    parser.add_argument(
+        "--blur_vae", action="store_true", help="a VAE that keeps colours, so that images show something"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the saved weights")
     parser.add_argument("--max_shard_size", default="10GB", help="largest weight file, such as 100MB (default 10GB)")
     options = vars(parser.parse_args(argv))

@@ -1,0 +1,187 @@
+"""The whole way on real photographs with a tiny model: photos, shards, latents, LoRA, images.
+
+    make demo
+    python demo/run.py --output_path demo_output --steps 400
+
+Every stage is the command that you would type yourself; it is printed before it runs. Two ranks train on two CPU cores,
+or one rank a GPU where there are GPUs. Exits with 1 when a stage fails or when the validation loss did not fall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKER = ".made-by-demo"  # only a folder with this file in it is ever emptied
+CPU_RANKS = 2
+PIXELS = 256  # side of the square whose area the images keep
+# A model with random weights has everything to learn, so every linear layer is adapted.
+TARGETS = (
+    "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,"
+    "img_mlp.net.0.proj,img_mlp.net.2,txt_mlp.net.0.proj,txt_mlp.net.2,img_mod.1,txt_mod.1,img_in,txt_in,proj_out"
+)
+SHOWN = ("cat", "dahlia", "rocket")  # photos whose captions are painted in the end
+
+
+class StageFailed(Exception):
+    """A command ended with an error, which stands above in its own words."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_path", type=Path, default=Path("demo_output"), help="emptied first (demo_output)")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default 400)")
+    arguments = parser.parse_args(argv)
+    try:
+        return demo(arguments.output_path.resolve(), arguments.steps)
+    except StageFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def demo(output: Path, steps: int) -> int:
+    """Run the stages one after the other into `output`; returns the exit code."""
+    from demo.photos import PHOTOS
+    from demo.report import write_report
+
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}, but training needs at least 1")
+    start = time.perf_counter()
+    clear(output)
+    photos, model, shards, encoded = (output / name for name in ("photos", "model", "shards", "encoded"))
+    run, samples = output / "run", output / "samples"
+
+    # ── A folder as users have it, and a model that fits on a laptop ──────────────────────────────────────────────────
+    stage("photos with captions", "demo/photos.py", output_path=photos)
+    stage("a tiny model of the real classes", "demo/tiny_model.py", "--blur_vae", output_path=model)
+
+    # ── Photos to shards, shards to latents and prompt embeddings ─────────────────────────────────────────────────────
+    stage(
+        "shards",
+        "data_prep/make_shards.py",
+        dataset_base_path=photos,
+        output_path=shards,
+        max_pixels=PIXELS * PIXELS,
+        num_workers=2,
+    )
+    stage(
+        "encoded shards",
+        "data_prep/encode_shards.py",
+        model=model,
+        data=shards,
+        output_path=encoded,
+        dtype="float32",  # 30 times as fast as bfloat16 on most CPUs
+    )
+
+    # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    ranks = number_of_gpus() or CPU_RANKS
+    stage(
+        f"LoRA training, {ranks} ranks of ZeRO-2",
+        *("train/train_lora.py", "--deepspeed", "ds_configs/zero2.json"),
+        launcher=["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())],
+        model=model,
+        data=encoded,
+        output_path=run,
+        dtype="float32",
+        max_steps=steps,
+        batch_size=2,
+        num_workers=0,
+        learning_rate=3e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=min(20, steps),
+        weight_decay=0,
+        lora_rank=32,
+        lora_target_modules=TARGETS,
+        activation_checkpointing="none",
+        validation_samples=6,
+        validation_steps=max(1, steps // 10),
+        log_steps=max(1, min(10, steps // 10)),
+        save_steps=0,
+        wandb_mode="offline",
+    )
+
+    # ── What the LoRA changed ─────────────────────────────────────────────────────────────────────────────────────────
+    captions = {photo.name: photo.caption for photo in PHOTOS}
+    prompts = [word for name in SHOWN for word in ("--prompt", captions[name])]
+    stage(
+        "images with and without the LoRA",
+        *("train/sample.py", "--compare", *prompts),
+        model=model,
+        lora=run / "lora.safetensors",
+        output_path=samples,
+        height=PIXELS,
+        width=PIXELS,
+        num_inference_steps=20,
+        true_cfg_scale=1,
+        dtype="float32",
+    )
+    return write_report(output, seconds=time.perf_counter() - start)
+
+
+def clear(output: Path) -> None:
+    """Empty a folder that an earlier demo filled, or make a new one; leave every other folder alone."""
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / MARKER).exists():
+            raise FileExistsError(f"{output} is not empty and not from an earlier demo: choose another --output_path")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
+
+
+def stage(title: str, script: str, *flags: str, launcher: list[str] | None = None, **options: object) -> None:
+    """Print a heading and the command, run it from the repository's root; raises StageFailed with its exit code."""
+    command = [*(launcher or ["python"]), script, *flags]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    print(f"\n── {title} " + "─" * (100 - len(title)))
+    print("$ " + shlex.join(word.removeprefix(f"{Path.cwd()}{os.sep}") for word in command), flush=True)
+    start = time.perf_counter()
+    code = subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
+    if code:
+        raise StageFailed(f"the stage “{title}” ended with exit code {code}; its own message stands above")
+    print(f"   {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with its own Python first on the path, and CPU threads shared among the ranks."""
+    ours = str(Path(sys.executable).parent)  # holds python, deepspeed and ninja
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // CPU_RANKS)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed uses names that torch renamed
+    }
+    if not number_of_gpus():
+        defaults["DS_ACCELERATOR"] = "cpu"
+    return {**defaults, **os.environ, "PATH": os.pathsep.join([ours, os.environ.get("PATH", "")])}
+
+
+@functools.cache
+def number_of_gpus() -> int:
+    """How many GPUs torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on, so that two demos on one machine do not meet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
