@@ -8,12 +8,12 @@ import time
 from data_prep.images import BadImage
 from data_prep.inputs import Input
 from data_prep.plan import BYTES_PER_PIXEL, Plan, PlanRows
-from data_prep.workers import Workers, store
+from data_prep.workers import Job, Workers, store
 
 TRIED = 32  # images that are converted for the estimate, evenly spread over the plan
 
 
-def dry_run(plan: Plan, rows: PlanRows, workers: Workers, num_workers: int) -> None:
+def dry_run(plan: Plan, rows: PlanRows, workers: Workers, job: Job) -> None:
     """Print counts per bucket, the expected size and time, reasons and the first failures."""
     print(f"{plan.inputs} inputs -> {plan.samples} samples in {len(plan.shard_rows)} shards")
     print("\n  bucket        samples")
@@ -26,9 +26,9 @@ def dry_run(plan: Plan, rows: PlanRows, workers: Workers, num_workers: int) -> N
     for example in plan.examples:
         print(f"            {example}")
     tried = _tried(plan, rows)
-    list(workers.map(store, tried[:1], chunk=1))  # imports and warms
+    list(workers.map(store, job, tried[:1], chunk=1))  # imports and warms
     start, failed, size, foreseen = time.perf_counter(), 0, 0, 0.0
-    for item, result in zip(tried, workers.map(store, tried, chunk=1), strict=True):
+    for item, result in zip(tried, workers.map(store, job, tried, chunk=1), strict=True):
         if isinstance(result, BadImage):
             failed += 1
             print(f"            {item.path}: {result}")
@@ -36,11 +36,11 @@ def dry_run(plan: Plan, rows: PlanRows, workers: Workers, num_workers: int) -> N
             stored = result[0]
             size += len(stored.data)
             area = stored.placement.width * stored.placement.height
-            per_pixel = BYTES_PER_PIXEL[workers.job.options.format]
+            per_pixel = BYTES_PER_PIXEL[job.options.format]
             foreseen += item.size if stored.copied else per_pixel * area
     seconds = (time.perf_counter() - start) * plan.samples / max(1, len(tried))
     megabytes = plan.expected_bytes / 1e6 * (size / foreseen if foreseen else 1)
-    print(f"\nexpected: about {megabytes:.1f} MB and {seconds:.0f} s with --num_workers {num_workers}", end="")
+    print(f"\nexpected: about {megabytes:.1f} MB and {seconds:.0f} s with --num_workers {workers.count}", end="")
     print(f" (by converting {len(tried)} of them, {failed} failed); nothing was written")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -284,12 +285,10 @@ def resize_backend() -> str:
     return "torch"
 
 
-def one_thread(options: ImageOptions) -> None:
+def one_thread() -> None:
     """Called at the start of a worker: one thread each, because there are as many workers as cores."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if options.resize == "torch":
-        import torch
-
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
+    if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 
 

@@ -24,7 +24,7 @@ from data_prep import pack_flags
 if TYPE_CHECKING:
     from data_prep.plan import Plan, PlanOptions
     from data_prep.sources import Sources
-    from data_prep.workers import Workers
+    from data_prep.workers import Job, Workers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,23 +75,23 @@ def run(args: argparse.Namespace) -> None:
     source = pack_flags.sources(args)
     if not args.dry_run:
         prepare_output(args.output_path)
-    backend = workers.resize_backend(args.num_workers) if args.resize == "auto" else args.resize
-    images = dataclasses.replace(images, resize=backend)
-    options = pack_flags.manifest_options(images, planning)
 
-    job = workers.Job(str(source.base).encode("utf-8", "surrogateescape"), images, planning.remove_duplicates)
-    with workers.Workers(args.num_workers, job) as pool:
+    with workers.Workers(args.num_workers) as pool:
+        backend = pool.resize_backend() if args.resize == "auto" else args.resize
+        images = dataclasses.replace(images, resize=backend)
+        options = pack_flags.manifest_options(images, planning)
+        job = workers.Job(str(source.base).encode("utf-8", "surrogateescape"), images, planning.remove_duplicates)
         if args.dry_run:
             from data_prep.dry_run import dry_run
 
             with tempfile.TemporaryDirectory() as folder:
-                plan = plan_for(source, Path(folder), pool, planning, options)
-                dry_run(plan, PlanRows(Path(folder)), pool, args.num_workers)
+                plan = plan_for(source, Path(folder), pool, job, planning, options)
+                dry_run(plan, PlanRows(Path(folder)), pool, job)
             return
 
         # Plan.
         out = args.output_path
-        plan = plan_for(source, out, pool, planning, options)
+        plan = plan_for(source, out, pool, job, planning, options)
         print(summary(plan, source))
         check_failures(plan.failed, plan.inputs, args.max_failed_ratio, plan.examples)
         if args.plan_only:
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{len(mine) - len(todo)} of {len(mine)} shards are there already")
         with Progress("pack", sum(plan.shard_rows[number] for number in todo)) as progress:
             for number in todo:
-                stats = pack_shard(out, number, rows.shard(number), pool, plan.fingerprint, progress)
+                stats = pack_shard(out, number, rows.shard(number), pool, job, plan.fingerprint, progress)
                 progress.failed_before += stats["failed"]
                 check_failures(progress.failed_before, plan.inputs, args.max_failed_ratio, plan.examples)
 
@@ -131,7 +131,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"  {count:>8}  {reason}")
 
 
-def plan_for(source: Sources, folder: Path, pool: Workers, planning: PlanOptions, options: dict[str, Any]) -> Plan:
+def plan_for(
+    source: Sources, folder: Path, pool: Workers, job: Job, planning: PlanOptions, options: dict[str, Any]
+) -> Plan:
     """The plan of these inputs and options: the one in the folder if there is one, else a new one."""
     from data_prep import plan as plans
     from data_prep.progress import Progress
@@ -139,7 +141,7 @@ def plan_for(source: Sources, folder: Path, pool: Workers, planning: PlanOptions
     plan = plans.read_plan(folder)
     if plan is None:
         with Progress("plan", None) as progress:
-            plan = plans.make_plan(source, folder, pool, planning, options, pack_flags.versions(), progress)
+            plan = plans.make_plan(source, folder, pool, job, planning, options, pack_flags.versions(), progress)
         if not plan.inputs:
             (folder / plans.PLAN_FOLDER / "plan.json").unlink()
             raise ValueError(nothing_found(source))

@@ -21,7 +21,7 @@ from data_prep.shards import (
     tar_name,
     write_rows,
 )
-from data_prep.workers import Workers, store
+from data_prep.workers import Job, Workers, store
 
 STORE_CHUNK = 4  # images a task: small, because a shard ends when its last task does
 _MEMBERS = ("payload", "json", "txt")
@@ -41,7 +41,7 @@ def read_stats(folder: Path, shard: int, fingerprint: str) -> dict[str, Any] | N
 
 
 def pack_shard(
-    folder: Path, shard: int, rows: list[Row], workers: Workers, fingerprint: str, progress: Any
+    folder: Path, shard: int, rows: list[Row], workers: Workers, job: Job, fingerprint: str, progress: Any
 ) -> dict[str, Any]:
     """Store every usable image of one shard and commit it; return its statistics.
 
@@ -49,12 +49,12 @@ def pack_shard(
     no image could be used has rows and statistics, but no tar. Raises OSError when the disk is full or not writable.
     """
     (folder / stats_name(shard)).unlink(missing_ok=True)
-    payload = workers.job.options.format
+    payload = job.options.format
     columns: dict[str, list[Any]] = {name: [] for name in SHARD_ROWS.names}
     counts: Counter[str] = Counter(samples=0, filtered=0, failed=0, copied=0, animated=0, empty_captions=0)
     reasons: Counter[str] = Counter()
     buckets: Counter[str] = Counter()
-    results = workers.map(store, (row.item for row in rows if row.status == "ok"), STORE_CHUNK)
+    results = workers.map(store, job, (row.item for row in rows if row.status == "ok"), STORE_CHUNK)
     with TarShardWriter(folder / tar_name(shard)) as tar:
         for index, row in enumerate(rows):
             record = _blank(sample_key(shard, index), row)

@@ -23,7 +23,7 @@ from data_prep.files import json_bytes, write_file, write_row_groups
 from data_prep.images import BadImage
 from data_prep.inputs import Input
 from data_prep.shards import bucket_name
-from data_prep.workers import Probe, Workers, probe
+from data_prep.workers import Job, Probe, Workers, probe
 
 PLAN_FOLDER = "plan"
 MAX_EXAMPLES = 10  # failures that are shown
@@ -86,7 +86,6 @@ class Plan:
     examples: list[str]  # the first failures
     buckets: dict[str, int]  # by bucket_name
     expected_bytes: int
-    duplicate_stems: list[str]
     versions: dict[str, str]
 
     @property
@@ -147,6 +146,7 @@ def make_plan(
     source: Iterable[Input],
     folder: Path,
     workers: Workers,
+    job: Job,
     plan_options: PlanOptions,
     options: dict[str, Any],
     versions: dict[str, str],
@@ -159,9 +159,10 @@ def make_plan(
     inputs = HashedInputs(source)
     tally = _Tally()
     (folder / PLAN_FOLDER).mkdir(exist_ok=True)
-    rows = _decide(inputs, workers, plan_options, tally, progress)
-    write_row_groups(folder / PLAN_FOLDER / "plan.parquet", _shards(rows, workers, plan_options, tally), PLAN_ROWS)
-    duplicate_stems = list(getattr(source, "duplicate_stems", []))
+    rows = _decide(inputs, workers, job, plan_options, tally, progress)
+    write_row_groups(
+        folder / PLAN_FOLDER / "plan.parquet", _shards(rows, job.options.format, plan_options, tally), PLAN_ROWS
+    )
     plan = Plan(
         fingerprint(options, inputs.sha256),
         inputs.sha256,
@@ -172,7 +173,6 @@ def make_plan(
         tally.examples,
         dict(sorted(tally.buckets.items())),
         int(tally.bytes),
-        duplicate_stems,
         versions,
     )
     write_file(folder / PLAN_FOLDER / "plan.json", json_bytes(dataclasses.asdict(plan)))
@@ -180,12 +180,12 @@ def make_plan(
 
 
 def _decide(
-    inputs: Iterable[Input], workers: Workers, options: PlanOptions, tally: _Tally, progress: Any
+    inputs: Iterable[Input], workers: Workers, job: Job, options: PlanOptions, tally: _Tally, progress: Any
 ) -> Iterator[tuple[Row, Probe | None]]:
     duplicates = Duplicates(options.remove_duplicates, options.duplicate_distance)
     # Two readers of one stream, at most the workers' window apart: what is to be probed, and everything.
     every, usable = itertools.tee(_captioned(inputs, options.on_missing_caption))
-    probes = workers.map(probe, (row.item for row in usable if row.status == "ok"), chunk=64)
+    probes = workers.map(probe, job, (row.item for row in usable if row.status == "ok"), chunk=64)
     for row in every:
         progress.update(1)
         if row.status == "ok":
@@ -217,10 +217,10 @@ def _captioned(inputs: Iterable[Input], on_missing: str) -> Iterator[Row]:
 
 
 def _shards(
-    rows: Iterable[tuple[Row, Probe | None]], workers: Workers, options: PlanOptions, tally: _Tally
+    rows: Iterable[tuple[Row, Probe | None]], payload: str, options: PlanOptions, tally: _Tally
 ) -> Iterator[dict[str, list[Any]]]:
     """Cut the rows into shards; yield each as columns of PLAN_ROWS."""
-    bytes_per_pixel = BYTES_PER_PIXEL[workers.job.options.format]
+    bytes_per_pixel = BYTES_PER_PIXEL[payload]
     shard: list[Row] = []
     samples, size = 0, 0.0
 

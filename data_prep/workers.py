@@ -9,7 +9,9 @@ import collections
 import hashlib
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -96,68 +98,79 @@ def _read(file: int, item: Input) -> bytes:
 
 # ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_job: Job | None = None
+Work = Callable[[Job, Input], Any]
 
 
-def _start(job: Job) -> None:
-    global _job
-    _job = job
-    images.one_thread(job.options)
+def _start() -> None:
+    """First thing in a worker."""
+    images.one_thread()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _run_chunk(function: Callable[[Job, Input], Any], chunk: list[Input]) -> list[Any]:
-    assert _job is not None
-    return [function(_job, item) for item in chunk]
+def _end_with_parent() -> None:
+    """A worker waits for tasks for ever; when its parent was killed, nobody would end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _run_chunk(function: Work, job: Job, chunk: list[Input]) -> list[Any]:
+    return [function(job, item) for item in chunk]
 
 
 class Workers:
     """`count` processes (0: this one) that map a function over inputs, in order, with a bounded number in flight."""
 
-    def __init__(self, count: int, job: Job) -> None:
-        self.count, self.job = count, job
+    def __init__(self, count: int) -> None:
+        self.count = count
         self._pool = self._new_pool(count) if count else None
         if not count:
-            images.one_thread(job.options)
+            images.one_thread()
 
-    def map(self, function: Callable[[Job, Input], Any], items: Iterable[Input], chunk: int) -> Iterator[Any]:
+    def resize_backend(self) -> str:
+        """Which kernel the workers can resize with; asked there, so that this process needn't import torch."""
+        return self._pool.submit(images.resize_backend).result() if self._pool else images.resize_backend()
+
+    def map(self, function: Work, job: Job, items: Iterable[Input], chunk: int) -> Iterator[Any]:
         """Yield function(job, item) for each item, in order.
 
         An item whose process dies (a codec that crashes, the kernel's out-of-memory killer) gives a BadImage.
         """
         if self._pool is None:
             for item in items:
-                yield function(self.job, item)
+                yield function(job, item)
             return
         pending: collections.deque[tuple[list[Input], Future[list[Any]]]] = collections.deque()
         iterator = iter(items)
         while True:
             while len(pending) < 2 * self.count + 2 and (batch := list(itertools.islice(iterator, chunk))):
-                pending.append((batch, self._submit(function, batch)))
+                pending.append((batch, self._submit(function, job, batch)))
             if not pending:
                 return
             batch, future = pending.popleft()
             try:
                 yield from future.result()
             except BrokenProcessPool:
-                yield from self._one_by_one(function, batch)
+                yield from self._one_by_one(function, job, batch)
                 self._pool = self._new_pool(self.count)
-                pending = collections.deque((batch, self._submit(function, batch)) for batch, _ in pending)
+                pending = collections.deque((batch, self._submit(function, job, batch)) for batch, _ in pending)
 
-    def _submit(self, function: Callable[[Job, Input], Any], batch: list[Input]) -> Future[list[Any]]:
+    def _submit(self, function: Work, job: Job, batch: list[Input]) -> Future[list[Any]]:
         assert self._pool is not None
         try:
-            return self._pool.submit(_run_chunk, function, batch)
+            return self._pool.submit(_run_chunk, function, job, batch)
         except BrokenProcessPool as error:  # noticed before its result was asked for: keep the order, handle it there
             broken: Future[list[Any]] = Future()
             broken.set_exception(error)
             return broken
 
-    def _one_by_one(self, function: Callable[[Job, Input], Any], batch: list[Input]) -> Iterator[Any]:
+    def _one_by_one(self, function: Work, job: Job, batch: list[Input]) -> Iterator[Any]:
         """A chunk that was in flight when a process died, each item in a process whose death shows which it was."""
         pool = self._new_pool(1)
         for item in batch:
             try:
-                yield pool.submit(_run_chunk, function, [item]).result()[0]
+                yield pool.submit(_run_chunk, function, job, [item]).result()[0]
             except BrokenProcessPool:
                 yield BadImage("failed", "killed its process", "a decoder crashed, or memory ran out")
                 pool = self._new_pool(1)
@@ -166,7 +179,7 @@ class Workers:
     def _new_pool(self, count: int) -> ProcessPoolExecutor:
         # Not fork: the parent has threads (pyarrow, tqdm), and a forked child may inherit a lock that nobody opens.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(self.job,))
+        return ProcessPoolExecutor(count, mp_context=context, initializer=_start)
 
     def __enter__(self) -> Self:
         return self
@@ -179,11 +192,3 @@ class Workers:
 def usable_cores() -> int:
     """Cores that this process may run on, which under Slurm are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def resize_backend(count: int) -> str:
-    """Which kernel the workers resize with; asked in a process of its own so that this one needn't import torch."""
-    if count == 0:
-        return images.resize_backend()
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(images.resize_backend).result()
