@@ -108,7 +108,7 @@ def demo(output: Path, steps: int) -> int:
         activation_checkpointing="none",
         validation_samples=6,
         validation_steps=max(1, steps // 10),
-        log_steps=max(1, min(10, steps // 10)),
+        log_steps=max(1, min(5, steps // 10)),
         save_steps=0,
         wandb_mode="offline",
     )

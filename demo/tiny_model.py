@@ -190,12 +190,6 @@ def _transformer(
         if parameter.ndim == 1:  # none of them trivial; queries and keys large enough that attention chooses
             center = 0.0 if name.endswith("bias") else 1.0 if name == "txt_norm.weight" else 2.0
             parameter.normal_(center, 0.1, generator=generator)
-    for block in model.transformer_blocks:
-        # The same constant in queries and keys: after the rotation their product falls with the distance, so an image
-        # token looks at its neighbours first. Trained models have learned that; a random one would never.
-        common = torch.randn(heads * head_dim, generator=generator).sign() * 1.5
-        block.attn.to_q.bias.copy_(common)
-        block.attn.to_k.bias.copy_(common)
     return model
 
 
