@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import HEADINGS, HINTS, TrainConfig, build_parser, check_paths, parse
@@ -58,6 +58,11 @@ def test_derived_values() -> None:
     assert config.num_epochs == 1 and make_config(max_steps=5).num_epochs is None
 
 
+def test_lora_weights_follow_the_base_unless_said_otherwise() -> None:
+    assert make_config().trained_dtype == "bfloat16" and make_config(dtype="float32").trained_dtype == "float32"
+    assert make_config(lora_dtype="float32").trained_dtype == "float32"
+
+
 def test_a_flag_replaces_the_files_length_of_training(tmp_path: Path) -> None:
     file = yaml_file(tmp_path, "num_epochs: 3\n")
     assert parse([*REQUIRED, "--config", file]).num_epochs == 3
@@ -83,6 +88,7 @@ FLAG_ERRORS = [
     (["--lora_target_modules", "to_q,,to_k"], "none of them empty"),
     (["--max_steps", "3", "--num_epochs", "2"], "give max_steps (3) or num_epochs (2), not both"),
     (["--max_steps", "3", "--lr_warmup_steps", "4"], "lr_warmup_steps (4) must not be above max_steps (3)"),
+    (["--lora_dtype", "bfloat16", "--dtype", "float32"], "lora_dtype bfloat16 needs dtype bfloat16"),
     (["--model="], "model must not be empty"),
 ]
 
@@ -149,6 +155,7 @@ def test_the_resolved_copy_reads_back_equal(tmp_path: Path) -> None:
         assert parse(["--config", yaml_file(tmp_path, config.to_yaml())]) == config
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1))
 def test_any_prompt_survives_yaml(tmp_path_factory: pytest.TempPathFactory, prompt: str) -> None:
     config = make_config(sample_prompts=[prompt], lora_alpha=3)
@@ -156,6 +163,7 @@ def test_any_prompt_survives_yaml(tmp_path_factory: pytest.TempPathFactory, prom
     assert parse(["--config", yaml_file(folder, config.to_yaml())]) == config
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False, min_value=0, exclude_min=True))
 def test_any_number_survives_its_text(number: float) -> None:
     assert convert(repr(number), HINTS["learning_rate"]) == number

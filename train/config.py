@@ -97,7 +97,9 @@ class TrainConfig:
     )
     lora_rslora: Annotated[bool, "rank-stabilised LoRA: scale by alpha / sqrt(rank)"] = False
     lora_dora: Annotated[bool, "DoRA: train the magnitude of the weights too"] = False
-    lora_dtype: Annotated[Literal["float32", "bfloat16"], "of the trained LoRA weights"] = "float32"
+    lora_dtype: Annotated[
+        Precision | None, "of the LoRA weights in the forward pass (AdamW's are float32); not given: as dtype"
+    ] = None
     lora_checkpoint: Annotated[Path | None, "LoRA file to start from (weights only, steps count from 0)"] = None
 
     # ---- flow matching
@@ -186,6 +188,8 @@ class TrainConfig:
             object.__setattr__(self, "num_epochs", 1)
         if self.max_steps is not None and self.lr_warmup_steps > self.max_steps:
             raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must not be above max_steps ({self.max_steps})")
+        if self.lora_dtype == "bfloat16" and self.dtype == "float32":
+            raise ValueError("lora_dtype bfloat16 needs dtype bfloat16, got dtype float32")
         for name in ("model", "data", "resume", "wandb_project", "lora_target_modules"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
@@ -194,6 +198,11 @@ class TrainConfig:
     def alpha(self) -> float:
         """LoRA alpha: `lora_alpha`, or the rank."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def trained_dtype(self) -> Literal["bfloat16", "float32"]:
+        """Type of the LoRA weights in the forward pass: `lora_dtype`, or `dtype`."""
+        return self.dtype if self.lora_dtype is None else self.lora_dtype
 
     @property
     def checkpoint_every(self) -> int:

@@ -63,7 +63,7 @@ REFUSED_ZERO = {
 def load_deepspeed_config(path: str | Path, config: TrainConfig, world_size: int) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize(config=…)`: the JSON at `path`, checked, with every number filled in.
 
-    Filled in: batch numbers for `world_size` ranks, clipping, bf16 from `config.dtype`, float32 for gradient
+    Filled in: batch numbers for `world_size` ranks, clipping, bf16 from `config.trained_dtype`, float32 for gradient
     accumulation and communication, the throughput timer off (it waits for the device at every step), and for stage 3
     exact linear layers. A key that the file does give must agree with the flags.
 
@@ -165,7 +165,9 @@ class Settings:
         self.agree("gradient_accumulation_steps", steps, f"--gradient_accumulation_steps {steps}")
         self.agree("train_batch_size", samples, f"{product} = {samples}")
         self.agree("gradient_clipping", config.max_grad_norm, f"--max_grad_norm {config.max_grad_norm}")
-        self.agree("bf16.enabled", config.dtype == "bfloat16", f"--dtype {config.dtype}")
+        # bf16 mode is about what is trained: it would round float32 LoRA weights, and needs nothing of the frozen ones
+        trained = config.trained_dtype
+        self.agree("bf16.enabled", trained == "bfloat16", f"LoRA weights are {trained} (--lora_dtype, --dtype)")
         self.agree("zero_force_ds_cpu_optimizer", False, "the trainer's own AdamW")
         for key in ("data_types.grad_accum_dtype", "communication_data_type"):
             if self.default(key, "fp32") not in ("fp32", "bf16"):
