@@ -1,0 +1,154 @@
+"""Encoded shards: the right tensors, the same bytes whoever made them, restartable, never mixed."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load, load_file
+
+from data_prep import encode_shards, make_shards
+from data_prep.pixels import decode_stored
+from data_prep.shards import ShardReader, read_index, read_manifest
+from qwen_image.pipeline import QwenImagePipeline
+from qwen_image.vae import pixels_from_uint8
+
+CAPTIONS = ["one caption", "another one", "one caption", ""]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """20 samples in 3 shards and 2 buckets."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(1)
+    for number in range(20):
+        size = (96, 64) if number % 3 else (64, 96)
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(CAPTIONS[number % 4])
+    shards = tmp_path_factory.mktemp("data") / "shards"
+    arguments = ["--dataset_base_path", str(folder), "--output_path", str(shards), "--max_pixels", "6144"]
+    arguments += ["--num_workers", "0", "--samples_per_shard", "8", "--on_missing_caption", "empty"]
+    assert make_shards.main(arguments) == 0
+    return shards
+
+
+def encode(model, images, output, *more):
+    arguments = ["--model", str(model), "--data", str(images), "--output_path", str(output), "--dtype", "float32"]
+    return encode_shards.main([*arguments, *more])
+
+
+@pytest.fixture(scope="module")
+def encoded(images, tiny_model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("data") / "encoded"
+    assert encode(tiny_model, images, output, "--latent_std") == 0
+    return output
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_tensors_are_those_of_the_pipeline(images, encoded, tiny_model):
+    pipeline = QwenImagePipeline.from_pretrained(
+        str(tiny_model), components=("vae", "text_encoder"), dtype=torch.float32
+    )
+    source, target = read_index(images), read_index(encoded)
+    sizes = {bucket.id: (bucket.width, bucket.height) for bucket in read_manifest(images).buckets}
+    assert target.key.tolist() == source.key.tolist() and target.bucket.tolist() == source.bucket.tolist()
+    readers = ShardReader(images), ShardReader(encoded)
+    for row in range(len(source)):
+        shard = int(source.shard[row])
+        data, member, text = (
+            reader.read(shard, int(offset[row]), int(size[row]))
+            for reader, offset, size in (
+                (readers[0], source.payload_offset, source.payload_size),
+                (readers[1], target.payload_offset, target.payload_size),
+                (readers[1], target.txt_offset, target.txt_size),
+            )
+        )
+        tensors = load(member)
+        pixels = torch.from_numpy(decode_stored(data, *sizes[int(source.bucket[row])]).copy()).permute(2, 0, 1)[None]
+        latent = pipeline.vae.encode(pixels_from_uint8(pixels))[0, :, 0]
+        torch.testing.assert_close(tensors["latent"].float(), latent, atol=0.02, rtol=0.01)
+        embeds = pipeline.text_encoder.encode_list([text.decode()])[0]
+        assert tensors["prompt_embeds"].shape == embeds.shape and len(embeds) == target.prompt_tokens[row]
+        torch.testing.assert_close(tensors["prompt_embeds"].float(), embeds, atol=0.02, rtol=0.01)
+        assert tensors["latent"].dtype == tensors["prompt_embeds"].dtype == torch.bfloat16
+        assert tensors["latent_std"].shape == tensors["latent"].shape and (tensors["latent_std"] > 0).all()
+
+
+def test_manifest_and_empty_prompt(images, encoded, tiny_model):
+    manifest = read_manifest(encoded)
+    assert manifest.payload == "safetensors" and manifest.totals["samples"] == 20
+    assert manifest.encoding["model"] == tiny_model.name and manifest.encoding["template_drop"] == 34
+    assert manifest.fingerprint != read_manifest(images).fingerprint
+    assert load_file(encoded / "empty_prompt.safetensors")["prompt_embeds"].shape[0] == 5
+
+
+def test_ranks_and_restarts_write_the_same_bytes(images, encoded, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert encode(tiny_model, images, tmp_path / "two", "--latent_std", "--num_workers", "1") == 0
+    assert hashes(tmp_path / "two") == hashes(encoded)
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+
+    part = shutil.copytree(encoded, tmp_path / "part")  # what a kill leaves: no commit mark, no manifest
+    for name in ("000001_stats.json", "manifest.json", "index.parquet", "sizes.json"):
+        (part / name).unlink()
+    (part / "000001.tar").write_bytes(b"half a shard")
+    untouched = (part / "000000.tar").stat().st_mtime_ns
+    assert encode(tiny_model, images, part, "--latent_std") == 0
+    assert hashes(part) == hashes(encoded) and (part / "000000.tar").stat().st_mtime_ns == untouched
+
+
+def test_each_caption_is_encoded_once(images, tiny_model, tmp_path, monkeypatch):
+    from qwen_image.text_encoder import TextEncoder
+
+    seen = []
+    original = TextEncoder.encode_list
+    monkeypatch.setattr(
+        TextEncoder, "encode_list", lambda self, captions, *a: seen.extend(captions) or original(self, captions, *a)
+    )
+    assert encode(tiny_model, images, tmp_path / "out", "--batch_size", "3") == 0
+    assert sorted(seen) == sorted(set(CAPTIONS))
+
+
+def test_another_model_or_option_is_not_mixed_in(images, encoded, tiny_model, capsys):
+    before = hashes(encoded)
+    assert encode(tiny_model, images, encoded) == 2
+    assert "latent_std True there, False here" in capsys.readouterr().err
+    assert hashes(encoded) == before
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (lambda images, encoded: {"images": encoded}, "holds encoded shards already"),
+        (lambda images, encoded: {"images": images.parent / "nothing"}, "is not a finished data set"),
+        (lambda images, encoded: {"output": images}, "did not write; choose another folder"),
+        (lambda images, encoded: {"model": "/no/model"}, "model folder /no/model does not exist"),
+        (lambda images, encoded: {"output": "/proc/out"}, "/proc/out"),
+    ],
+    ids=["encoded", "missing", "image folder", "model", "unwritable"],
+)
+def test_bad_input_is_one_line(images, encoded, tiny_model, tmp_path, capsys, arguments, message):
+    options = {"model": tiny_model, "images": images, "output": tmp_path / "out"} | arguments(images, encoded)
+    assert encode(**options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_broken_image_is_named(images, tiny_model, tmp_path, capsys):
+    broken = shutil.copytree(images, tmp_path / "broken")
+    index = read_index(broken)
+    with (broken / "000000.tar").open("r+b") as file:
+        file.seek(int(index.payload_offset[2]))
+        file.write(bytes(200))
+    assert encode(tiny_model, broken, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{index.key[2]} in 000000.tar (" in error and json.dumps(str(index.path[2])).strip('"') in error
