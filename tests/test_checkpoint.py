@@ -1,18 +1,10 @@
-"""Checkpoints: going on is exact, at any number of ranks; what is on the disk stays whole or is refused.
-
-The ranks are forked from this process (torch and DeepSpeed are imported once) and talk over gloo.
-"""
+"""Checkpoints of an engine: going on is exact, at any number of ranks, from whatever moment the run was killed at."""
 
 import gc
 import importlib
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import signal
-import socket
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from safetensors.torch import load_file
 
 from train import checkpoint_folder
-from train.checkpoint import Checkpoints, check_same, weights_fingerprint
-from train.checkpoint_folder import FACTS, LATEST, TENSORS, step_folders
+from train.checkpoint import Checkpoints
+from train.checkpoint_folder import FACTS, TENSORS
 
 GLOBAL_BATCH = 6  # micro-batches an optimizer step: divides by 1, 2 and 3 ranks
 CLIENT = {"model": "m", "lora": {"rank": 3}, "data": "d", "order": {"seed": 0}}
@@ -92,37 +85,6 @@ def train_steps(engine: Any, first: int, last: int, after: Callable[[int], objec
         losses.append(total.mean().item())
         after(step + 1)
     return losses
-
-
-def run_ranks(world: int, body: Callable[..., Any], *arguments: Any, wait: bool = True) -> Any:
-    """`body(*arguments)` on `world` forked ranks; what rank 0 returns (or, without waiting, the processes)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(r, world, port, results, body, arguments)) for r in range(world)]
-    for rank in ranks:
-        rank.start()
-    if not wait:
-        return ranks
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0] * world
-    return results.get()
-
-
-def _rank(rank: int, world: int, port: int, results: Any, body: Callable[..., Any], arguments: tuple) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_SIZE=str(world))
-    import deepspeed
-
-    # Its C++ all_reduce is compiled at start, under a lock file that a killed process leaves behind for all later ones.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    result = body(*arguments)
-    if rank == 0:
-        results.put(result)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -311,92 +273,7 @@ def test_killed_twenty_times(tmp_path, stage):
     kill_again_and_again(tmp_path, stage, kills=20, seed=stage, steps=120)
 
 
-# ── damage, other runs, full disks: no ranks needed ──────────────────────────────────────────────────────────────────
-
-
-def write_one(root: Path, step: int, values: float = 1.0) -> Path:
-    shapes = {"a": [2, 3], "b": [5]}
-    facts = {"format_version": 1, "step": step, "counters": {"step": step}, "kinds": ["weight"], "shapes": shapes}
-    folder = root / "checkpoints" / f"step-{step:08d}"
-    checkpoint_folder.write_checkpoint(folder, facts | {"client": CLIENT}, [torch.full((11,), values)])
-    return folder
-
-
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGE = {
-    "truncated": lambda folder: os.truncate(folder / TENSORS, 60),
-    "bit flip in the tensors": lambda folder: flip(folder / TENSORS, -3),
-    "bit flip in the header": lambda folder: flip(folder / TENSORS, 20),
-    "bit flip in the facts": lambda folder: flip(folder / FACTS, (folder / FACTS).read_text().index('"rank": 3') + 8),
-    "empty facts": lambda folder: os.truncate(folder / FACTS, 0),
-    "facts missing": lambda folder: (folder / FACTS).unlink(),
-    "tensors missing": lambda folder: (folder / TENSORS).unlink(),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage):
-    for step in (10, 20):
-        write_one(tmp_path, step)
-    said: list[str] = []
-    checkpoints = Checkpoints(tmp_path, say=said.append)
-    assert checkpoints.find("auto").step == 20 and not said
-    DAMAGE[damage](tmp_path / "checkpoints" / "step-00000020")
-    assert checkpoints.find("auto").step == 10
-    assert len(said) == 1 and "step-00000020" in said[0] and "trying the one before" in said[0]
-    with pytest.raises((ValueError, FileNotFoundError), match="step-00000020"):
-        checkpoints.find(str(tmp_path / "checkpoints" / "step-00000020"))
-    shutil.rmtree(tmp_path / "checkpoints" / "step-00000010")
-    with pytest.raises(ValueError, match=r"all 1 checkpoints .* are damaged"):
-        checkpoints.find("auto")
-
-
-def test_where_a_run_goes_on(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.find("auto") is None
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        checkpoints.find(str(tmp_path))
-    folders = [write_one(tmp_path, step) for step in (10, 20, 30)]
-    assert checkpoints.find("never") is None
-    for path, step in ((tmp_path, 30), (tmp_path / "checkpoints", 30), (folders[1], 20)):
-        assert checkpoints.find(str(path)).step == step
-    assert Checkpoints(tmp_path / "other").find(str(folders[0])).client == CLIENT
-    write_one(tmp_path, 20, values=2.0)  # gone back to 10, trained to 20 again: 30 is of the run that was given up
-    assert checkpoints.find("auto").step == 20
-    assert load_file(folders[1] / TENSORS)["weight/b"].tolist() == [2.0] * 5
-
-
-def test_the_last_n_and_every_mth_stay(tmp_path):
-    for step in range(10, 70, 10):
-        checkpoint_folder.prune(write_one(tmp_path, step), keep=2, keep_every=30, say=print)
-    assert [path.name[-2:] for path in step_folders(tmp_path / "checkpoints")] == ["30", "50", "60"]
-    assert (tmp_path / "checkpoints" / LATEST).read_text() == "step-00000060\n"
-
-
-def test_a_writer_that_dies_leaves_nothing_that_counts(tmp_path):
-    write_one(tmp_path, 10)
-    with pytest.raises(OSError, match="No space left"):
-        write_one_failing(tmp_path, 20)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == [LATEST, "step-00000010"]
-    (tmp_path / "checkpoints" / ".partial-step-00000020").mkdir()  # as kill -9 leaves it
-    assert Checkpoints(tmp_path).find("auto").step == 10
-    write_one(tmp_path, 20)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [LATEST, "step-00000010", "step-00000020"]
-
-
-def write_one_failing(root: Path, step: int) -> None:
-    def wholes():
-        yield torch.zeros(11)
-        raise OSError(28, "No space left on device")
-
-    facts = {"kinds": ["weight", "exp_avg"], "shapes": {"a": [11]}, "step": step}
-    checkpoint_folder.write_checkpoint(root / "checkpoints" / f"step-{step:08d}", facts, wholes())
+# ── what can go wrong ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def save_on_a_full_disk(root: Path) -> tuple[list[str], str, float]:
@@ -419,38 +296,6 @@ def test_a_full_disk_stops_or_goes_on_by_policy_on_all_ranks(tmp_path):
     assert Checkpoints(tmp_path).find("auto").step == 1
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_disk_that_is_really_full(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no permission to mount a tmpfs")
-    try:
-        write = checkpoint_folder.write_checkpoint
-        facts = {"format_version": 1, "counters": {}, "kinds": ["weight"], "shapes": {"a": [50_000]}, "client": {}}
-        spare, checkpoint_folder.SPARE_BYTES = checkpoint_folder.SPARE_BYTES, -(1 << 40)  # as if nothing were checked
-        write(tmp_path / "step-00000001", facts | {"step": 1}, [torch.zeros(50_000)])
-        with pytest.raises(OSError, match="No space left"):
-            write(tmp_path / "step-00000002", facts | {"step": 2}, [torch.zeros(50_000)])
-        assert [p.name for p in step_folders(tmp_path)] == ["step-00000001"]
-        assert checkpoint_folder.read_checkpoint(tmp_path / "step-00000001").step == 1
-    finally:
-        checkpoint_folder.SPARE_BYTES = spare
-        subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-def test_another_model_lora_or_data_set_is_refused_with_what_differs(tmp_path):
-    write_one(tmp_path, 10)
-    found, said = Checkpoints(tmp_path).find("auto"), []
-    assert check_same(found, CLIENT)
-    with pytest.raises(ValueError, match=r'model is "m" in the checkpoint, "n" in this run; lora\.rank is 3 .* 4'):
-        check_same(found, CLIENT | {"model": "n", "lora": {"rank": 4}}, ignore_data=True)
-    other = CLIENT | {"data": "e", "order": {"seed": 1}}
-    with pytest.raises(ValueError, match=r'data is "d" .*, "e" .*; order\.seed is 0 .*--resume_ignore_data'):
-        check_same(found, other)
-    assert check_same(found, other, ignore_data=True, say=said.append) is False
-    assert len(said) == 1 and "from its beginning" in said[0]
-
-
 def load_into_another_lora(root: Path, source: Path) -> str:
     engine = make_engine(1, 2)
     checkpoints = Checkpoints(root)
@@ -466,63 +311,3 @@ def load_into_another_lora(root: Path, source: Path) -> str:
 def test_another_shape_is_refused_by_name(two_ranks, tmp_path):
     error = run_ranks(1, load_into_another_lora, tmp_path, two_ranks[0] / "zero2" / "checkpoints" / "step-00000003")
     assert "0.lora_A.weight is (4, 7) in it and (3, 7) in this run" in error
-
-
-def test_fingerprints_tell_weights_apart(tmp_path):
-    for name, value in (("a", 0), ("b", 1), ("c", 0)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(bytes(50_000) + bytes([value]) * 50_000)
-    a, b, c = (weights_fingerprint((tmp_path / name).iterdir()) for name in "abc")
-    assert a == c != b
-
-
-# ── leaving on a signal ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def leave_on_signal(root: Path) -> None:
-    import torch.distributed as dist
-
-    from train.preemption import PREEMPTED, Preemption
-
-    preemption, rank = Preemption(), dist.get_rank()
-    for step in range(10_000):
-        dist.barrier()
-        if step == 5:
-            (root / f"ready-{rank}").touch()
-        if preemption.agreed():
-            (root / f"left-{rank}").write_text(str(step))
-            os._exit(PREEMPTED)
-        time.sleep(0.001)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(tmp_path, number):
-    ranks = run_ranks(2, leave_on_signal, tmp_path, wait=False)
-    while not (tmp_path / "ready-1").exists():
-        time.sleep(0.005)
-    os.kill(ranks[1].pid, number)
-    for rank in ranks:
-        rank.join(30)
-    assert [rank.exitcode for rank in ranks] == [85, 85]
-    assert (tmp_path / "left-0").read_text() == (tmp_path / "left-1").read_text()
-
-
-def sleep_after_the_first_signal(root: Path) -> None:
-    from train.preemption import Preemption
-
-    preemption = Preemption()
-    (root / "ready").touch()
-    while True:
-        time.sleep(0.01)
-        if preemption.signal:
-            (root / "seen").touch()
-
-
-def test_a_second_signal_exits_at_once(tmp_path):
-    (process,) = run_ranks(1, sleep_after_the_first_signal, tmp_path, wait=False)
-    for name in ("ready", "seen"):
-        while not (tmp_path / name).exists():
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGTERM)
-    process.join(10)
-    assert process.exitcode == 128 + signal.SIGTERM

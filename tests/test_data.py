@@ -2,7 +2,10 @@
 
 import io
 import itertools
+import multiprocessing
+import os
 import pickle
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,8 @@ from PIL import Image
 
 from data_prep.shards import (
     EMPTY_PROMPT,
+    INDEX,
+    MANIFEST,
     Bucket,
     Manifest,
     Shard,
@@ -322,3 +327,30 @@ def test_iterating_twice_goes_on(encoded):
     dataset = ShardDataset(encoded)
     with BatchLoader(dataset, dataset.order(2), SigmaSampling()) as loader:
         assert [next(iter(loader)).place for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_signal_to_the_whole_job_leaves_the_workers_alive(encoded):
+    """Slurm signals every process; the training process wants to finish its step and save."""
+    dataset = ShardDataset(encoded)
+    with BatchLoader(dataset, dataset.order(2), SigmaSampling(), num_workers=2) as loader:
+        batches = iter(loader)
+        first = next(batches)
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGUSR1)
+        places = [first.place, *(next(batches).place for _ in range(30))]
+    assert places == list(range(31))
+
+
+def test_plain_webdataset_shards_are_indexed_once(tmp_path):
+    folder = write_set(tmp_path / "plain", payload="png")
+    for name in (INDEX, MANIFEST):
+        (folder / name).unlink()
+    said: list[str] = []
+    for _ in range(2):
+        dataset = ShardDataset(folder, say=said.append)
+    assert len(said) == 1 and "has no index" in said[0]
+    assert [dataset.read(i).caption for i in range(12)] == [f"caption {i} é" for i in range(12)]
+    assert sorted(dataset.size(i) for i in (0, 1)) == sorted(SIZES)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 WEIGHT = "weight"  # the kind of tensor that is the master weight; the other kinds are the optimizer's (exp_avg, …)
-CHUNK_BYTES = 64 << 20  # of all ranks together, in one all_gather
+CHUNK_BYTES = 16 << 20  # of all ranks together, in one gather
 
 
 @dataclass(frozen=True)
@@ -126,17 +126,16 @@ def gather(engine: Any, kinds: list[str]) -> Iterator[torch.Tensor | None]:
 
 def gather_bytes(local: torch.Tensor, sizes: list[int], device: torch.device) -> list[torch.Tensor]:
     """Each rank's bytes (uint8 [sizes[rank]]) on the CPU of rank 0, an empty list elsewhere."""
-    main, chunk = dist.get_rank() == 0, CHUNK_BYTES // len(sizes)
+    main, chunk = dist.get_rank() == 0, min(CHUNK_BYTES // len(sizes), max(sizes))
     parts = [torch.empty(size, dtype=torch.uint8) for size in sizes] if main else []
+    mine = torch.zeros(chunk, dtype=torch.uint8, device=device)
+    everyone = [torch.empty_like(mine) for _ in sizes] if main else None
     for start in range(0, max(sizes), chunk):
-        length = min(chunk, max(sizes) - start)
-        mine = torch.zeros(length, dtype=torch.uint8, device=device)
-        here = local[start : start + length]
+        here = local[start : start + chunk]
         mine[: len(here)] = here
-        everyone = torch.empty(length * len(sizes), dtype=torch.uint8, device=device)
-        dist.all_gather_into_tensor(everyone, mine)
-        for part, sent in zip(parts, everyone.view(len(sizes), length), strict=False):
-            there = part[start : start + length]
+        dist.gather(mine, everyone, dst=0)
+        for part, sent in zip(parts, everyone or [], strict=True):
+            there = part[start : start + chunk]
             there.copy_(sent[: len(there)])
     return parts
 

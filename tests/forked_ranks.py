@@ -1,0 +1,39 @@
+"""Ranks that are forked from the test process (torch and DeepSpeed are imported once) and talk over gloo."""
+
+import importlib
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+
+def run_ranks(world: int, body: Callable[..., Any], *arguments: Any, wait: bool = True) -> Any:
+    """`body(*arguments)` on `world` forked ranks; what rank 0 returns (or, without waiting, the processes)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    ranks = [context.Process(target=_rank, args=(r, world, port, results, body, arguments)) for r in range(world)]
+    for rank in ranks:
+        rank.start()
+    if not wait:
+        return ranks
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * world
+    return results.get()
+
+
+def _rank(rank: int, world: int, port: int, results: Any, body: Callable[..., Any], arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_SIZE=str(world))
+    import deepspeed
+
+    # Its C++ all_reduce is compiled at start, under a lock file that a killed process leaves behind for all later ones.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    result = body(*arguments)
+    if rank == 0:
+        results.put(result)
