@@ -157,7 +157,7 @@ def stage(title: str, script: str, *flags: str, launcher: list[str] | None = Non
 
 def environment() -> dict[str, str]:
     """This process's environment with its own Python first on the path, and CPU threads shared among the ranks."""
-    ours = str(Path(sys.executable).parent)  # holds python, deepspeed and ninja
+    ours = str(Path(sys.executable).parent)  # holds python and deepspeed
     defaults = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // CPU_RANKS)),
         "TOKENIZERS_PARALLELISM": "false",

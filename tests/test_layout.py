@@ -24,7 +24,13 @@ ARROWS: dict[str, set[str]] = {
     "qwen_image": set(),
     "data_prep": set(),
     "data_prep/encode_shards.py": {"qwen_image"},
-    "train": {"qwen_image", "data_prep.shards", "data_prep.scan", "data_prep.pixels", "data_prep.encoding"},  # no packer
+    "train": {
+        "qwen_image",
+        "data_prep.shards",
+        "data_prep.scan",
+        "data_prep.pixels",
+        "data_prep.encoding",
+    },  # no packer
     "demo": {"qwen_image", "data_prep", "train"},
     "bench": {"qwen_image", "data_prep", "train", "demo"},
 }
