@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MUST_FALL_TO = 0.8  # share of the first validation loss that the last one must not exceed
-MIDDLE = 20  # rows of the training loss whose mean is drawn as a smooth line
+MIDDLE = 8  # rows of the training loss whose mean is drawn as a smooth line
 
 
 @dataclass(frozen=True)

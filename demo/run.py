@@ -1,7 +1,7 @@
 """The whole way on real photographs with a tiny model: photos, shards, latents, LoRA, images.
 
     make demo
-    python demo/run.py --output_path demo_output --steps 400
+    python demo/run.py --output_path demo_output --steps 600
 
 Every stage is the command that you would type yourself; it is printed before it runs. Two ranks train on two CPU cores,
 or one rank a GPU where there are GPUs. Exits with 1 when a stage fails or when the validation loss did not fall.
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run all stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_path", type=Path, default=Path("demo_output"), help="emptied first (demo_output)")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default 400)")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default 600)")
     arguments = parser.parse_args(argv)
     try:
         return demo(arguments.output_path.resolve(), arguments.steps)
