@@ -5,8 +5,7 @@
     epoch, indices = order.micro_batch(place)
     batch = make_batch(dataset, place, epoch, indices, draw)        # draw: train.flow.sample_draws with its rest bound
 
-Everything here is random access by index and free of state: which sample comes when is train/order.py's business, who
-reads it in which process is train/loader.py's.
+All of it is random access by index and free of state: train/order.py says what comes when, train/loader.py who reads it.
 """
 
 import hashlib
@@ -25,6 +24,7 @@ import torch
 from data_prep.pixels import decode_stored
 from data_prep.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, ShardIndex, ShardReader, read_index, read_manifest
 from qwen_image.text_encoder import Prompt
+from train.cache import is_remote, open_remote
 from train.flow import Draws
 from train.order import WINDOW, Order, Tail
 
@@ -62,11 +62,13 @@ class ShardDataset:
     """Random access to the samples of a folder of shards; image shards and encoded shards alike. Picklable.
 
     Args:
-        folder: what make_shards.py or encode_shards.py wrote, or plain WebDataset shards (indexed once, see below).
+        folder: what make_shards.py or encode_shards.py wrote, here or remote (s3://, hf://, http:// …; train/cache.py), or
+            plain WebDataset shards, which are scanned once.
         validation_samples: this many samples are held out of training: those with the smallest sha256 of their source
             path. So the choice depends on nothing but the sample's name, and is the same for images and encoded shards.
         max_prompt_tokens: encoded prompts are cut to their first so many tokens, as the pipeline does.
         say: where notes go (one line each).
+        cache_folder: where the local copies of a remote set go.
 
     Attributes:
         encoded: the shards hold latents and prompt embeddings.
@@ -84,13 +86,15 @@ class ShardDataset:
         validation_samples: int = 0,
         max_prompt_tokens: int = 512,
         say: Callable[[str], None] = print,
+        cache_folder: Path = Path("~/.cache/qwen_image_lora"),
     ) -> None:
-        self.folder = Path(folder)
+        remote = open_remote(str(folder), cache_folder.expanduser()) if is_remote(folder) else None
+        self.folder = remote[0] if remote else Path(folder)
         self.manifest, self.index = _open(self.folder, say)
         self.max_prompt_tokens = max_prompt_tokens
         self.encoded = self.manifest.payload == "safetensors"
         self._sizes = {bucket.id: (bucket.width, bucket.height) for bucket in self.manifest.buckets}
-        self._reader = ShardReader(self.folder, self.manifest)
+        self.reader = remote[1] if remote else ShardReader(self.folder, self.manifest)
         if len(self) <= validation_samples:
             raise ValueError(
                 f"{folder} holds {len(self)} samples, validation_samples={validation_samples} of them held out: "
@@ -145,14 +149,14 @@ class ShardDataset:
                 raise ValueError(f"prompt_embeds has shape {tuple(embeds.shape)}, must be [T, D] with T at least 1")
             return replace(sample, latent=latent, prompt_embeds=embeds[: self.max_prompt_tokens])
         except Exception as error:  # decoders raise whatever they like; nothing is hidden, the message carries it all
-            shard = self._reader.names[int(self.index.shard[index])]
+            shard = self.reader.names[int(self.index.shard[index])]
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise BrokenSample(f"{key} in {self.folder / shard}: {why}") from error
 
     def source(self, index: int) -> str:
         """Where the sample came from (the path in its json), for messages."""
         i = self.index
-        data = self._reader.read(int(i.shard[index]), int(i.json_offset[index]), int(i.json_size[index]))
+        data = self.reader.read(int(i.shard[index]), int(i.json_offset[index]), int(i.json_size[index]))
         return str(json.loads(data).get("path", "")) if data else ""
 
     def same_bucket(self, index: int) -> Iterator[int]:
@@ -168,8 +172,8 @@ class ShardDataset:
         txt, txt_size = int(i.txt_offset[index]), int(i.txt_size[index])
         start, end = payload - tarfile.BLOCKSIZE, payload + payload_size
         one_read = txt_size > 0 and 0 <= txt - end <= _GAP
-        data = self._reader.read(shard, start, (txt + txt_size if one_read else end) - start)
-        caption = data[txt - start :] if one_read else self._reader.read(shard, txt, txt_size) if txt_size else b""
+        data = self.reader.read(shard, start, (txt + txt_size if one_read else end) - start)
+        caption = data[txt - start :] if one_read else self.reader.read(shard, txt, txt_size) if txt_size else b""
         name = data[: data.index(b"\0")].rpartition(b"/")[2] if data[0] else b""
         return {"key": name.split(b".")[0], "payload": data[payload - start : end - start], "txt": caption}
 
@@ -212,10 +216,7 @@ class Batch:
 def collate(
     samples: Sequence[Sample], draws: Sequence[Draws], empty_prompt: torch.Tensor | None = None, text_multiple: int = 1
 ) -> dict[str, Any]:
-    """The tensors of a batch (the fields of Batch from `keys` to `prompt_mask`) of samples of one size.
-
-    `text_multiple` rounds the padded length of the prompts up, so that fewer shapes occur (a compiler's wish).
-    """
+    """The fields of Batch from `keys` to `prompt_mask`; prompts are padded to a multiple of `text_multiple` tokens."""
     drop = [draw.drop_caption for draw in draws]
     batch: dict[str, Any] = {
         "keys": [sample.key for sample in samples],

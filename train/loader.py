@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from train.cache import RemoteReader, ShardsAhead
 from train.data import ATTEMPTS, Batch, BrokenSample, DrawSample, ShardDataset, make_batch
 from train.flow import Draws, SigmaSampling, sample_draws
 from train.order import Order, places
@@ -43,6 +44,8 @@ class BatchLoader:
         num_workers: reading processes; 0 = read in this one. The batches don't depend on it.
         text_multiple: pad prompts to a multiple of this many tokens.
         on_broken_sample: `skip` names the sample, counts it and takes its neighbour; `stop` raises BrokenSample.
+        cache_bytes: for remote shards: keep so many bytes of those that come next in the local cache. Give it to one
+            rank of each node; 0 reads every sample remotely (or from what others cached).
         say: where a broken sample is named (once for each sample and run).
 
     Attributes:
@@ -64,6 +67,7 @@ class BatchLoader:
         device: torch.device | str = "cpu",
         text_multiple: int = 1,
         on_broken_sample: Literal["skip", "stop"] = "skip",
+        cache_bytes: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
         self.order, self.consumed, self.broken = order, consumed, 0
@@ -72,7 +76,10 @@ class BatchLoader:
         self._say, self._named = say, set[str]()
         draw = partial(draw_sample, order.seed, sampling, caption_dropout)
         attempts = 0 if on_broken_sample == "stop" else ATTEMPTS
-        batches: Iterator[Batch | BrokenSample] = iter(
+        self._ahead: ShardsAhead | None = None
+        if cache_bytes and isinstance(dataset.reader, RemoteReader):
+            self._ahead = ShardsAhead(dataset.reader, order, dataset.index.shard, consumed, cache_bytes, say)
+        self._batches: Iterator[Batch | BrokenSample] = iter(
             DataLoader(
                 BatchMaker(dataset, draw, text_multiple, attempts),
                 sampler=TaskStream(order, consumed, rank, world, accumulation),
@@ -84,17 +91,19 @@ class BatchLoader:
                 pin_memory=self.device.type == "cuda",
             )
         )
-        checked = self._checked(batches)
+        checked = self._checked()
         self._stream: Iterator[Batch] = copied_ahead(checked, self.device) if self.device.type == "cuda" else checked
 
     def __iter__(self) -> Iterator[Batch]:
         """Goes on where the last iteration left off."""
         return self._stream
 
-    def _checked(self, batches: Iterator[Batch | BrokenSample]) -> Iterator[Batch]:
-        for batch in batches:
+    def _checked(self) -> Iterator[Batch]:
+        for batch in self._batches:
             if isinstance(batch, BrokenSample):
                 raise batch
+            if self._ahead is not None:
+                self._ahead.at(batch.place)
             for message in batch.broken:
                 self.broken += 1
                 if message not in self._named:
@@ -116,8 +125,14 @@ class BatchLoader:
         return self.consumed / self.order.length
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers and the copying of remote shards."""
         self._stream = iter(())
+        if hasattr(
+            self._batches, "_shutdown_workers"
+        ):  # torch's iterator over worker processes; else they end when it dies
+            self._batches._shutdown_workers()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __enter__(self) -> Self:
         return self

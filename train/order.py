@@ -12,6 +12,7 @@ Only numpy's raw Philox words are used: numpy promises those for good, but not w
 """
 
 import math
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -103,15 +104,17 @@ class Order:
                 stacklevel=2,
             )
         self._plans: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
 
     def plan(self, epoch: int) -> np.ndarray:
         """Virtual indices [M, B] of one epoch, int64. The last two plans are kept: the stream runs across epoch ends."""
-        if epoch not in self._plans:
-            self._plans[epoch] = self._make_plan(epoch)
-            while len(self._plans) > 2:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(epoch)
-        return self._plans[epoch]
+        with self._lock:  # the thread that copies remote shards ahead asks too
+            if epoch not in self._plans:
+                self._plans[epoch] = self._make_plan(epoch)
+                while len(self._plans) > 2:
+                    self._plans.popitem(last=False)
+            self._plans.move_to_end(epoch)
+            return self._plans[epoch]
 
     def micro_batch(self, i: int) -> tuple[int, np.ndarray]:
         """Epoch and virtual indices [B] of the i-th micro-batch of the global stream."""

@@ -1,0 +1,146 @@
+"""Remote shards: the same samples with a cache of any size, which never outgrows its limit and holds what comes next."""
+
+import itertools
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from test_data import assert_equal, write_set
+
+from train.cache import RemoteReader, ShardsAhead, shards_in_order
+from train.data import BrokenSample, ShardDataset
+from train.flow import SigmaSampling
+from train.loader import BatchLoader
+
+SHARDS = 6
+
+
+@pytest.fixture
+def remote(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """The URL of a data set of six shards in fsspec's memory filesystem, and the local original."""
+    original = write_set(tmp_path / "original", samples=30, shard_size=5)
+    url = f"memory://{request.node.name}"
+    fsspec.filesystem("memory").put(str(original), url.removeprefix("memory:/"), recursive=True)
+    return url, original
+
+
+def shard_bytes(original: Path) -> int:
+    return max(path.stat().st_size for path in original.glob("*.tar"))
+
+
+def cached(dataset: ShardDataset) -> list[str]:
+    return sorted(path.name for path in dataset.folder.glob("*.tar"))
+
+
+def wait_for(condition) -> None:
+    end = time.time() + 10
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("shards", [0, 2, SHARDS])
+def test_the_cache_changes_nothing_but_where_bytes_come_from(remote, tmp_path, shards):
+    url, original = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    limit = shards * shard_bytes(original)
+    options = {"sampling": SigmaSampling(), "caption_dropout": 0.2}
+    there, here = dataset.order(2, seed=1, window=1), ShardDataset(original).order(2, seed=1, window=1)
+    with (
+        BatchLoader(dataset, there, cache_bytes=limit, **options) as far,
+        BatchLoader(ShardDataset(original), here, **options) as near,
+    ):
+        for a, b in itertools.islice(zip(far, near, strict=True), 2 * there.length + 3):
+            assert_equal(a, b)
+            assert len(cached(dataset)) <= shards
+            time.sleep(0.002)
+    if shards == SHARDS:
+        assert len(cached(dataset)) == SHARDS
+
+
+def test_what_comes_next_is_copied_and_what_was_used_is_dropped(remote, tmp_path):
+    url, original = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    order = dataset.order(1, window=1)
+    sequence = shards_in_order(order, dataset.index.shard, 0, order.length)
+    assert sorted(sequence) == list(range(SHARDS))
+    with ShardsAhead(dataset.reader, order, dataset.index.shard, 0, 2 * shard_bytes(original)) as ahead:
+        for position in range(SHARDS - 1):
+            place = next(
+                i for i in range(order.length) if dataset.index.shard[order.plan(0)[i, 0]] == sequence[position]
+            )
+            ahead.at(place)
+            expected = sorted(f"{shard:06d}.tar" for shard in sequence[position : position + 2])
+            wait_for(lambda expected=expected: cached(dataset) == expected)
+            data = dataset.folder / expected[0]
+            assert data.read_bytes() == (original / expected[0]).read_bytes()
+
+
+def test_a_shard_whose_bytes_are_not_the_manifests_is_not_kept(remote, tmp_path):
+    url, _ = remote
+    files = fsspec.filesystem("memory")
+    path = f"{url.removeprefix('memory:/')}/000003.tar"
+    data = bytearray(files.cat_file(path))
+    data[-1] ^= 1
+    files.pipe_file(path, bytes(data))
+    said: list[str] = []
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    order = dataset.order(1)
+    with ShardsAhead(dataset.reader, order, dataset.index.shard, 0, 10**9, said.append):
+        wait_for(lambda: len(cached(dataset)) == SHARDS - 1 and said)
+    assert "000003.tar doesn't match the sha256" in said[0] and len(said) == 1
+    assert dataset.read(15).key == "000003000000"
+
+
+def test_a_new_remote_set_under_the_old_name_replaces_the_copies(remote, tmp_path):
+    url, _ = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    with ShardsAhead(dataset.reader, dataset.order(1), dataset.index.shard, 0, 10**9):
+        wait_for(lambda: len(cached(dataset)) == SHARDS)
+    changed = write_set(tmp_path / "changed", samples=8, shard_size=4)
+    files = fsspec.filesystem("memory")
+    files.rm(url.removeprefix("memory:/"), recursive=True)
+    files.put(str(changed), url.removeprefix("memory:/"), recursive=True)
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    assert len(dataset) == 8 and cached(dataset) == []
+    assert dataset.read(7).caption == "caption 7 é"
+
+
+def test_what_is_missing_remotely_is_named(remote, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"memory://nowhere holds no manifest\.json"):
+        ShardDataset("memory://nowhere", cache_folder=tmp_path)
+    url, _ = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    fsspec.filesystem("memory").rm(f"{url.removeprefix('memory:/')}/000000.tar")
+    with pytest.raises(BrokenSample, match=r"000000\.tar"):
+        dataset.read(0)
+
+
+class Flaky:
+    """A filesystem whose first answers are lost."""
+
+    def __init__(self, losses: int) -> None:
+        self.losses = losses
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        self.losses -= 1
+        if self.losses >= 0:
+            raise ConnectionError("lost")
+        return bytes(np.arange(100, dtype=np.uint8))[start:end]
+
+
+def test_a_lost_answer_is_asked_for_again(remote, tmp_path, monkeypatch):
+    url, _ = remote
+    reader = ShardDataset(url, cache_folder=tmp_path / "cache").reader
+    assert isinstance(reader, RemoteReader)
+    waits: list[float] = []
+    monkeypatch.setattr("train.cache.time.sleep", waits.append)
+    flaky = Flaky(3)
+    monkeypatch.setattr("fsspec.filesystem", lambda *_, **__: flaky)
+    reader.remote._connection = None
+    assert reader.read(0, 10, 5) == bytes(range(10, 15)) and len(waits) == 3 and waits == sorted(waits)
+    flaky.losses = 4
+    with pytest.raises(ConnectionError):
+        reader.read(0, 10, 5)
