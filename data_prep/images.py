@@ -1,7 +1,6 @@
 """One image: source bytes -> upright sRGB -> its bucket -> encoded bytes; and every way in which that can fail.
 
-Everything a bad image can do ends in BadImage with a short reason that can be counted. torch is imported late, by the
-processes that resize with it.
+Everything a bad image can do ends in BadImage with a short reason that can be counted.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 import warnings
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_prep import colour
 from data_prep.buckets import BucketOptions, Placement, place
+from data_prep.resizing import resize
 
 Image.MAX_IMAGE_PIXELS = None  # read_header refuses large images, from --max_image_pixels, before anything is decoded
 
@@ -34,6 +35,8 @@ TURNS = {
     8: (1, False),
 }
 END_OF_JPEG = b"\xff\xd9"
+MAX_SCRATCH = 150_000_000  # bytes: photographs of 50 MP
+_memory = threading.local()
 
 
 class BadImage(Exception):
@@ -236,28 +239,20 @@ def _decode(data: bytes, image: Image.Image, header: Header, options: ImageOptio
     if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):
         try:
             profile = header.profile if header.mode == "RGB" else None
-            return simplejpeg.decode_jpeg(data, "RGB"), profile
+            return simplejpeg.decode_jpeg(data, "RGB", buffer=_scratch(header.width * header.height * 3)), profile
         except ValueError:
             pass  # it is strict; Pillow forgives stray bytes and refuses what is cut off
     image.load()
     return colour.to_rgb(image, header.profile, options.background)
 
 
-def resize(pixels: np.ndarray, placement: Placement, backend: str) -> np.ndarray:
-    """Crop [H, W, 3] uint8 to the box and scale it to the bucket with an antialiased Lanczos-3 filter."""
-    left, top = placement.crop_left, placement.crop_top
-    box = pixels[top : top + placement.crop_height, left : left + placement.crop_width]
-    size = placement.height, placement.width
-    if box.shape[:2] == size:
-        return np.ascontiguousarray(box)
-    if backend == "pillow":
-        return np.asarray(Image.fromarray(np.ascontiguousarray(box)).resize(size[::-1], Image.Resampling.LANCZOS))
-    import torch
-
-    box = box if box.flags.writeable else box.copy()  # torch warns of memory that Pillow owns
-    planes = torch.from_numpy(box).permute(2, 0, 1)[None]  # channels last in memory: no copy, and the fast kernel
-    scaled = torch.nn.functional.interpolate(planes, size=size, mode="lanczos", antialias=True)
-    return scaled[0].permute(1, 2, 0).contiguous().numpy()
+def _scratch(size: int) -> np.ndarray | None:
+    """Memory of this thread that every JPEG is decoded into: fresh pages for each cost a sixth of the whole way."""
+    if size > MAX_SCRATCH:
+        return None
+    if getattr(_memory, "pixels", None) is None or len(_memory.pixels) < size:
+        _memory.pixels = np.empty(size, np.uint8)
+    return _memory.pixels
 
 
 def encode(pixels: np.ndarray, options: ImageOptions) -> bytes:
@@ -270,19 +265,6 @@ def encode(pixels: np.ndarray, options: ImageOptions) -> bytes:
 
 
 # ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def resize_backend() -> str:
-    """'torch' where the installed torch has the fast kernel (uint8 Lanczos, which older ones lack), else 'pillow'."""
-    try:
-        import torch
-
-        pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        torch.nn.functional.interpolate(pixels, size=(8, 8), mode="lanczos", antialias=True)
-    except (ImportError, NotImplementedError, ValueError, RuntimeError, TypeError):
-        return "pillow"
-    return "torch"
 
 
 def one_thread() -> None:

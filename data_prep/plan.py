@@ -29,7 +29,7 @@ PLAN_FOLDER = "plan"
 MAX_EXAMPLES = 10  # failures that are shown
 # Rows that a shard may hold for one sample, so that a shard of many failures still ends.
 MAX_ROWS_PER_SAMPLE = 4
-# Bytes a pixel of photographs, by which the size of a shard is foreseen (bench/data_prep.py).
+# Bytes a pixel of photographs, by which the size of a shard is foreseen (bench/packing.py).
 BYTES_PER_PIXEL = {"jpg": 0.5, "png": 2.0}
 PLAN_ROWS = pa.schema(
     [

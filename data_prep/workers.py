@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Self
 
-from data_prep import images
+from data_prep import images, resizing
 from data_prep.buckets import Placement
 from data_prep.images import BadImage, ImageOptions, Stored
 from data_prep.inputs import Input
@@ -130,7 +130,7 @@ class Workers:
 
     def resize_backend(self) -> str:
         """Which kernel the workers can resize with; asked there, so that this process needn't import torch."""
-        return self._pool.submit(images.resize_backend).result() if self._pool else images.resize_backend()
+        return self._pool.submit(resizing.resize_backend).result() if self._pool else resizing.resize_backend()
 
     def map(self, function: Work, job: Job, items: Iterable[Input], chunk: int) -> Iterator[Any]:
         """Yield function(job, item) for each item, in order.

@@ -37,7 +37,7 @@ if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then
 fi
 
 # Counted from the first task, so that --array=1-16 works too; steps and lists of ids (0-15:2, 1,5) don't
-if ((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1 != SLURM_ARRAY_TASK_COUNT)); then
+if ((${SLURM_ARRAY_TASK_MAX:?} - ${SLURM_ARRAY_TASK_MIN:?} + 1 != ${SLURM_ARRAY_TASK_COUNT:?})); then
     echo "error: array ids must follow each other, as in --array=0-15; finished shards are skipped anyway" >&2
     exit 2
 fi

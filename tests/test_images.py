@@ -12,7 +12,7 @@ import pytest
 from photos import encoded, opened, photo, psnr
 from PIL import Image, ImageCms, ImageOps
 
-from data_prep import images
+from data_prep import images, resizing
 from data_prep.buckets import BucketOptions
 from data_prep.images import BadImage, ImageOptions
 
@@ -148,7 +148,7 @@ def test_srgb_and_broken_profiles_change_nothing() -> None:
 
 @pytest.mark.parametrize("size", [(200, 150), (333, 301), (64, 48)])
 def test_torch_and_pillow_give_the_same_picture(size: tuple[int, int]) -> None:
-    if images.resize_backend() == "pillow":
+    if resizing.resize_backend() == "pillow":
         pytest.skip("this torch cannot resize uint8 with Lanczos; Pillow does it")
     data = encoded(photo(*size), "PNG")
     fast = ImageOptions(FIXED.buckets, format="png", resize="torch")
