@@ -99,7 +99,7 @@ class QwenImagePipeline:
         seeds: list[int] | None = None,
         noise: torch.Tensor | None = None,
         max_tokens: int = DEFAULT_MAX_TOKENS,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: Callable[[int, int], object] | None = None,
     ) -> torch.Tensor:
         """One image a prompt: uint8 [B, H, W, 3] on the CPU.
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.config import HEADINGS, HINTS, TrainConfig, build_parser, check_paths, parse
+from train.config import HEADINGS, HINTS, TrainConfig, build_parser, parse
 from train.options import convert, did_you_mean
+from train.paths import check_paths
 
 REQUIRED = ["--model", "owner/model", "--data", "shards", "--deepspeed", "zero2.json", "--output_path", "run"]
 

@@ -54,7 +54,7 @@ def test_sharded_folder(copy):
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     assert_loaded(load(copy), weights)
     (folder / "b.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="1 of 2 weight files are missing, first b.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 weight files are missing, first b\.safetensors"):
         load(copy)
 
 
@@ -201,5 +201,5 @@ def test_hub_id_takes_the_snapshot_and_its_commit(tiny_model, tmp_path, monkeypa
 
 
 def test_a_path_that_matches_nothing(tiny_model):
-    with pytest.raises(FileNotFoundError, match="--transformer_path /no/file-\\*.safetensors matches no file"):
+    with pytest.raises(FileNotFoundError, match=r"--transformer_path /no/file-\*\.safetensors matches no file"):
         resolve_model(ModelSource(str(tiny_model), transformer_path="/no/file-*.safetensors"))

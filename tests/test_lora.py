@@ -15,11 +15,10 @@ from train.lora import (
     inject_lora,
     linear_layers,
     lora_parameters,
-    read_lora,
     resolve_targets,
-    save_lora,
     set_lora_enabled,
 )
+from train.lora_file import read_lora, save_lora
 
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 

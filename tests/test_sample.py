@@ -8,7 +8,8 @@ from PIL import Image
 from qwen_image.pipeline import QwenImagePipeline
 from train import sample
 from train.grid import make_grid, read_parameters
-from train.lora import LoraSpec, inject_lora, lora_parameters, save_lora
+from train.lora import LoraSpec, inject_lora, lora_parameters
+from train.lora_file import save_lora
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from qwen_image.pipeline import QwenImagePipeline, predict_velocity
 from qwen_image.text_encoder import Prompt
 from train import train_lora
 from train.config import parse
-from train.lora import attach_lora, read_lora
+from train.lora import attach_lora
+from train.lora_file import read_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = "to_q,to_k,to_v,to_out.0,img_mlp.net.2,proj_out"
@@ -285,3 +286,34 @@ def test_another_lora_shape_is_not_resumed(reference, tiny_model, encoded, capsy
     more = ["--max_steps", "8", "--gradient_accumulation_steps", "2", "--validation_samples", "3", "--lora_rank", "8"]
     assert train_lora.main(flags(tiny_model, encoded, output, *more)) == 2
     assert "lora.rank is 4 in the checkpoint, 8 in this run" in capsys.readouterr().err
+
+
+def test_warm_start_goes_on_where_the_file_ends(reference, tiny_model, encoded, tmp_path):
+    lora = reference[0] / "lora.safetensors"
+    more = ["--lora_checkpoint", str(lora), "--max_steps", "1", "--validation_samples", "3", "--learning_rate", "1e-12"]
+    rows = run(tiny_model, encoded, tmp_path / "warm", *more, "--lora_alpha", "8")  # another scale, the same update
+    reached = [row["validation_loss"] for row in reference[1] if "validation_loss" in row][-1]
+    assert next(row["validation_loss"] for row in rows) == pytest.approx(reached, rel=1e-6)
+
+
+@pytest.mark.parametrize("policy,code,taken", [("stop", 3, 0), ("skip", 0, 2)])
+def test_a_step_that_is_not_finite(tiny_model, encoded, tmp_path, capsys, monkeypatch, policy, code, taken):
+    from train import flow
+
+    original = flow.velocity_target
+    calls = []
+
+    def target(latents, noise):
+        calls.append(1)
+        return original(latents, noise) * (float("nan") if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr("train.module.velocity_target", target)
+    output = tmp_path / "run"
+    assert train_lora.main(flags(tiny_model, encoded, output, "--max_steps", "3", "--on_nonfinite", policy)) == code
+    said = capsys.readouterr().err
+    assert "step 1 is not finite and was left out (1 so far): samples 0000" in said and "at σ 0." in said
+    finite = [row for row in rows_of(output) if row.get("loss") and row["loss"] > 0]
+    assert len(finite) == taken
+    if policy == "skip":
+        weights = load_file(output / "lora.safetensors")
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values())

@@ -9,9 +9,6 @@ Relative paths, in the file too, start from the working directory. No torch here
 
 import argparse
 import dataclasses
-import glob
-import os
-import re
 import sys
 import typing
 from dataclasses import dataclass
@@ -299,49 +296,3 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     if missing:
         raise ValueError(f"missing {', '.join(missing)}: give the flag, or the name in a file for --config")
     return TrainConfig(**values)
-
-
-def check_paths(config: TrainConfig) -> None:
-    """Look at every path of `config` before anything heavy is read; creates nothing.
-
-    Raises FileNotFoundError, NotADirectoryError or PermissionError with one line that names the option and the path.
-    """
-    if not config.deepspeed.is_file():
-        raise FileNotFoundError(f"deepspeed: no file at {config.deepspeed} (ds_configs/ holds four to choose from)")
-    check_model(config)
-    if config.lora_checkpoint is not None and not config.lora_checkpoint.is_file():
-        raise FileNotFoundError(f"lora_checkpoint: no file at {config.lora_checkpoint}")
-    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
-        raise FileNotFoundError(f"resume: no checkpoint at {config.resume} (or say auto, or never)")
-    data = Path(config.data)
-    if not data.is_dir():
-        raise FileNotFoundError(f"data: no folder at {data}")
-    if not (data / "manifest.json").is_file() and not any(data.glob("*.tar")):
-        raise FileNotFoundError(f"data: no shards in {data}; data_prep/make_shards.py makes them from an image folder")
-    check_writable(config.output_path)
-
-
-def check_model(config: TrainConfig) -> None:
-    """`model` is a folder or looks like a hub id, and each component path matches something."""
-    model = Path(config.model).expanduser()
-    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) is not None and not config.model.startswith(".")
-    if model.exists():
-        if not (model / "model_index.json").is_file() and not (config.transformer_path and config.vae_path):
-            raise FileNotFoundError(f"model: {model} holds no model_index.json, so it is no Hugging Face model folder")
-        if config.revision is not None:
-            raise ValueError(f"revision ({config.revision}) belongs to a hub id, but model is the folder {model}")
-    elif not hub_id:
-        raise FileNotFoundError(f"model: no folder at {config.model}, and it is no hub id like Qwen/Qwen-Image")
-    for name in ("transformer_path", "text_encoder_path", "vae_path", "tokenizer_path"):
-        pattern = getattr(config, name)
-        if pattern is not None and not glob.glob(os.path.expanduser(pattern)):
-            raise FileNotFoundError(f"{name}: nothing matches {pattern}")
-
-
-def check_writable(folder: Path) -> None:
-    """`folder`, or the nearest parent that exists, is a folder we may write to."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"output_path: {nearest} is a file, so {folder} cannot be a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"output_path: no permission to write in {nearest}")

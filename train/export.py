@@ -7,7 +7,8 @@ from qwen_image.pipeline import QwenImagePipeline
 from train.config import TrainConfig
 from train.data import ShardDataset
 from train.engine import DTYPES, Ranks, whole_weights
-from train.lora import LoraSpec, save_lora, short_name
+from train.lora import LoraSpec, short_name
+from train.lora_file import save_lora
 from train.run_folder import PACKAGES, collect_versions
 
 FINAL = "lora.safetensors"

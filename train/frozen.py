@@ -5,11 +5,12 @@ import torch
 from data_prep.encoding import LATENTS, PROMPTS, check_encoding
 from qwen_image.loading import ModelSource, resolve_model
 from qwen_image.pipeline import QwenImagePipeline
-from qwen_image.transformer import QwenImageTransformer
+from qwen_image.transformer import QwenImageTransformer, TransformerConfig
 from train.config import TrainConfig
 from train.data import ShardDataset
 from train.engine import DTYPES, Ranks
 from train.flow import SigmaSampling
+from train.lora import LoraSpec, resolve_targets
 from train.module import OnlineEncoder
 
 
@@ -49,6 +50,32 @@ def check_data(config: TrainConfig, dataset: ShardDataset, prompt_width: int) ->
             f"{config.data}: prompt embeddings are {dataset.empty_prompt.shape[1]} wide, but {config.model} takes "
             f"{prompt_width}: the shards were encoded for another model"
         )
+
+
+def planned_weights(config: TrainConfig, spec: LoraSpec) -> int:
+    """How many weights the LoRA will have, from the model's configuration alone.
+
+    Raises what is wrong with the model's files, the LoRA's targets or the recomputed blocks before weights are read.
+    """
+    files = resolve_model(ModelSource.from_options(config), ("transformer", "scheduler"))
+    shape = TransformerConfig.from_config_file(files["transformer"].folder / "config.json")
+    with torch.device("meta"):
+        transformer = QwenImageTransformer(shape)
+    checkpointed_blocks(config, transformer)
+    weights = 0
+    for name in resolve_targets(transformer, spec.target_modules):
+        layer = transformer.get_submodule(name)
+        assert isinstance(layer, torch.nn.Linear)
+        weights += spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
+    return weights
+
+
+def needed_bytes(config: TrainConfig, weights: int, steps: int) -> int:
+    """What the run's LoRA files and checkpoints (weights and two moments in float32) will take on the disk."""
+    files = 1 + (steps // config.save_steps if config.save_steps else 0)
+    saved = steps // config.checkpoint_every if config.checkpoint_every else 1
+    checkpoints = min(saved, config.keep_checkpoints + 1) if config.keep_checkpoints else saved
+    return weights * (files * DTYPES[config.save_dtype].itemsize + max(1, checkpoints) * 3 * 4)
 
 
 def online_encoder(config: TrainConfig, pipeline: QwenImagePipeline) -> OnlineEncoder:

@@ -187,10 +187,10 @@ def read_yaml(path: Path, hints: dict[str, Any], comma_lists: Iterable[str] = ()
         raise ValueError(f"{path}{place}: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    if content is None:
+    if content is None or root is None:
         return {}
-    if root.id != "mapping":
-        raise ValueError(f"{path} must hold lines of `name: value`, got a {root.id}")
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path} must hold lines of `name: value`, got a {type(content).__name__}")
     values: dict[str, Any] = {}
     for key_node, _ in root.value:
         name, place = key_node.value, f"{path}, line {key_node.start_mark.line + 1}"

@@ -70,7 +70,8 @@ def sample(arguments: argparse.Namespace) -> int:
     from qwen_image.loading import ModelSource
     from qwen_image.pipeline import QwenImagePipeline
     from train.grid import make_grid, save_png
-    from train.lora import attach_lora, read_lora, set_lora_enabled
+    from train.lora import attach_lora, set_lora_enabled
+    from train.lora_file import read_lora
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = QwenImagePipeline.from_pretrained(

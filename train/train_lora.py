@@ -14,7 +14,8 @@ import os
 import sys
 import time
 
-from train.config import TrainConfig, check_paths, parse
+from train.config import TrainConfig, parse
+from train.paths import check_paths
 
 BAD_INPUT = 2
 NOT_FINITE = 3
@@ -40,13 +41,15 @@ def train(config: TrainConfig) -> int:
     from train import frozen
     from train.checkpoint import Checkpoints, check_same
     from train.data import ShardDataset
-    from train.deepspeed_config import load_deepspeed_config
+    from train.deepspeed_config import load_deepspeed_config, warnings
     from train.engine import DTYPES, initialize, join_process_group, learning_rate, mean_over_ranks, set_learning_rate
     from train.export import LoraExport
     from train.loader import BatchLoader
-    from train.lora import LoraSpec, inject_lora
+    from train.lora import LoraSpec, inject_lora, start_from
+    from train.lora_file import read_lora
     from train.metrics import Metrics
     from train.module import FlowMatchingModule
+    from train.nonfinite import LossWatch
     from train.optimizer_state import trainable_shapes
     from train.order import steps_of
     from train.preemption import PREEMPTED, Preemption
@@ -56,14 +59,19 @@ def train(config: TrainConfig) -> int:
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
     ranks = join_process_group()
+    preemption = Preemption()
     deepspeed_config = load_deepspeed_config(config.deepspeed, config, ranks.world)
+    for warning in warnings(deepspeed_config):
+        ranks.say(f"warning: {warning}")
     frozen.seed_everything(config)
     dataset = ShardDataset(config.data, config.validation_samples, config.max_prompt_tokens, ranks.say)
     order = dataset.order(config.batch_size, config.seed, config.shuffle_window, config.tail, config.dataset_repeat)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * accumulation * ranks.world
     total_steps = config.max_steps or steps_of(config.num_epochs or 1, order.length, ranks.world, accumulation)
-    versions = prepare_run_folder(config, deepspeed_config) if ranks.is_main else {}
+    spec = LoraSpec.from_config(config)
+    needed_bytes = frozen.needed_bytes(config, frozen.planned_weights(config, spec), total_steps)
+    versions = prepare_run_folder(config, deepspeed_config, needed_bytes) if ranks.is_main else {}
     checkpoints = Checkpoints(config.output_path, config.keep_checkpoints, say=ranks.say)
     resumed = checkpoints.find(config.resume)
 
@@ -71,10 +79,12 @@ def train(config: TrainConfig) -> int:
     pipeline = frozen.load_pipeline(config, dataset, ranks)
     encoder = frozen.online_encoder(config, pipeline)
     preview = Preview(config, pipeline, ranks)
-    spec = LoraSpec.from_config(config)
     transformer = pipeline.transformer
     assert transformer is not None
-    adapted = inject_lora(transformer, spec, config.seed)
+    adapted = inject_lora(transformer, spec, config.seed, DTYPES[config.trained_dtype])
+    if config.lora_checkpoint is not None:
+        filled = start_from(transformer, read_lora(config.lora_checkpoint, transformer), spec)
+        ranks.say(f"starting from {config.lora_checkpoint}: {filled} of {len(adapted)} layers")
     transformer.checkpointed_blocks = frozen.checkpointed_blocks(config, transformer)
     module = FlowMatchingModule(transformer, config.loss_weighting, DTYPES[config.dtype])
     engine = initialize(module, config, deepspeed_config)
@@ -109,7 +119,6 @@ def train(config: TrainConfig) -> int:
     )
 
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    preemption = Preemption()
     metrics = Metrics(config, total_steps, global_batch, step, ranks.rank, {**versions, "trainable": trainable})
     loader = BatchLoader(
         dataset,
@@ -141,27 +150,35 @@ def train(config: TrainConfig) -> int:
             checkpoints.save(engine, step, client)
 
     batches = iter(loader)
+    watch = LossWatch(metrics.say)
     loss_sum = torch.zeros((), device=ranks.device)
     summed = 0
     if step == 0:
         validate()
     engine.train()
     while step < total_steps:
+        step_loss = torch.zeros_like(loss_sum)
         for _ in range(accumulation):
             batch = next(batches)
             latents, prompt = encoder(batch)
-            loss = engine(latents, batch.noise, batch.sigma, prompt).mean()
-            engine.backward(loss)
+            losses = engine(latents, batch.noise, batch.sigma, prompt)
+            engine.backward(losses.mean())
+            watch.saw(batch, losses)
             set_learning_rate(engine, learning_rate(step, config, total_steps))
             engine.step()
-            loss_sum += loss.detach()
+            step_loss += losses.detach().mean() / accumulation
         step += 1
-        summed += accumulation
+        if watch.took(step, engine):
+            loss_sum += step_loss
+            summed += 1
+        elif config.on_nonfinite == "stop":
+            metrics.close()
+            return NOT_FINITE
         loader.stepped()
         metrics.advance()
 
         if step % config.log_steps == 0 or step == total_steps:
-            mean_loss = mean_over_ranks(loss_sum / summed)
+            mean_loss = mean_over_ranks(loss_sum / max(summed, 1))
             norm = float(engine.get_global_grad_norm())
             metrics.log(
                 step,
