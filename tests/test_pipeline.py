@@ -79,7 +79,9 @@ def test_velocity_equals_diffusers_in_bfloat16(tiny_model, lengths):
         actual = predict_velocity(ours, latents, sigma, prompt, 6, 9).float()
         # The float32 model gets the bf16 model's time input, so only the arithmetic differs.
         bf16_sigma = ((sigma * 1000).bfloat16() / 1000).float()
-        exact = predict_velocity(reference.transformer, latents.float(), bf16_sigma, prompt.to("cpu", torch.float32), 6, 9)
+        exact = predict_velocity(
+            reference.transformer, latents.float(), bf16_sigma, prompt.to("cpu", torch.float32), 6, 9
+        )
     rounding = (expected - exact).abs().max()
     assert (actual - exact).abs().max() <= 1.5 * rounding, "our bf16 must be as close to float32 as diffusers' bf16 is"
     assert (actual - expected).abs().max() <= 2 * rounding
