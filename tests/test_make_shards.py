@@ -18,12 +18,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from photos import die_if_deadly, encoded, opened, photo
+from photos import encoded, opened, photo
 from PIL import Image
 
-from data_prep import make_shards, shards, workers
-from data_prep.images import BadImage, ImageOptions
-from data_prep.inputs import Input
+from data_prep import make_shards, shards
 from data_prep.shards import ShardReader, read_index, read_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -376,27 +374,3 @@ def test_killed_at_random_and_started_again(tmp_path: Path, kills: int) -> None:
                 (out / f"{shard:06d}_stats.json").unlink()
     assert subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, check=False).returncode == 0
     assert hashes(out) == hashes(tmp_path / "once")
-
-
-def test_workers_end_with_their_parent(tmp_path: Path) -> None:
-    base = photos_in(tmp_path / "in", 200)
-    command = ["--dataset_base_path", base, "--output_path", tmp_path / "out", *SMALL, "--num_workers", "2"]
-    run = subprocess.Popen([sys.executable, "-m", "data_prep.make_shards", *map(str, command)], cwd=ROOT)
-    children: list[str] = []
-    while run.poll() is None and len(children) < 3:  # two workers, and multiprocessing's own helper
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    run.kill()
-    run.wait()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(Path(f"/proc/{child}").exists() for child in children):
-        time.sleep(0.1)
-    assert children and not any(Path(f"/proc/{child}").exists() for child in children)
-
-
-def test_an_image_that_kills_its_process_is_one_failed_row() -> None:
-    items = [Input(str(number), b"deadly" if number == 7 else b"", 0, 0, "") for number in range(20)]
-    job = workers.Job(b"", ImageOptions())
-    with workers.Workers(2) as pool:
-        found = list(pool.map(die_if_deadly, job, items, chunk=3))
-    assert [str(result) for result in found[:7] + found[8:]] == [str(number) for number in range(20) if number != 7]
-    assert isinstance(found[7], BadImage) and found[7].reason == "killed its process"
