@@ -54,7 +54,8 @@ def make_corpus(folder: Path, count: int) -> list[Path]:
     rng = np.random.default_rng(SEED)
     texture, grain = _texture(rng, SIDES[1]), rng.normal(0, 5, (SIDES[1], SIDES[1], 1)).astype(np.int16)
     for path in paths:
-        width, height = (int(side) for side in rng.integers(*SIDES, 2, endpoint=True))
+        width = int(rng.integers(*SIDES, endpoint=True))
+        height = int(rng.integers(max(SIDES[0], width // 3), min(SIDES[1], width * 3), endpoint=True))
         top, left = (int(rng.integers(SIDES[1] - side + 1)) for side in (height, width))
         pixels = texture[top : top + height, left : left + width][:, :: int(rng.choice([-1, 1]))]
         gains = rng.uniform(0.75, 1.15, 3) * 256

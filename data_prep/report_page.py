@@ -20,9 +20,9 @@ header p{margin:6px 0 0;color:var(--soft)}
 h2{font-size:13px;letter-spacing:.06em;text-transform:uppercase;color:var(--soft);margin:0 0 16px;font-weight:600}
 .verdict{font-weight:600;padding:7px 15px;border-radius:999px;border:1px solid currentColor;white-space:nowrap}
 .good{color:var(--good)}.bad{color:var(--bad)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:1px;background:var(--line);
+.tiles{display:flex;flex-wrap:wrap;gap:1px;background:var(--line);
 border:1px solid var(--line);border-radius:14px;overflow:hidden;margin-bottom:20px}
-.tile{background:var(--card);padding:16px 20px}
+.tile{flex:1 1 120px;background:var(--card);padding:16px 20px}
 .tile b{display:block;font-size:25px;line-height:1.2;letter-spacing:-.02em;font-variant-numeric:tabular-nums;font-weight:600}
 .tile span{color:var(--soft);font-size:13px}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:20px;align-items:start}
