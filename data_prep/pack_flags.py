@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import platform
 from fractions import Fraction
 from pathlib import Path
@@ -96,8 +97,11 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
 
 
 def plan_options(args: argparse.Namespace) -> PlanOptions:
+    """What the plan decides beyond single images. Raises ValueError."""
     from data_prep.plan import PlanOptions
 
+    if args.remove_duplicates == "perceptual" and importlib.util.find_spec("imagehash") is None:
+        raise ValueError("--remove_duplicates perceptual needs ImageHash: pip install ImageHash")
     return PlanOptions(
         on_missing_caption=args.on_missing_caption,
         remove_duplicates=args.remove_duplicates,

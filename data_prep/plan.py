@@ -32,16 +32,8 @@ MAX_ROWS_PER_SAMPLE = 4
 # Bytes a pixel of photographs, by which the size of a shard is foreseen (bench/packing.py).
 BYTES_PER_PIXEL = {"jpg": 0.5, "png": 2.0}
 PLAN_ROWS = pa.schema(
-    [
-        ("path", pa.string()),
-        ("file", pa.binary()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("caption", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-    ]
+    [("path", pa.string()), ("file", pa.binary()), ("offset", pa.int64()), ("size", pa.int64())]
+    + [(name, pa.string()) for name in ("caption", "status", "reason", "detail")]
 )
 
 
@@ -254,9 +246,12 @@ def _shards(
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """The plan of an output folder; None when there is none, or it was not finished."""
+    """The plan of an output folder; None when there is none, or it was not finished. Raises ValueError."""
     path = folder / PLAN_FOLDER / "plan.json"
-    return Plan(**json.loads(path.read_bytes())) if path.is_file() else None
+    try:
+        return Plan(**json.loads(path.read_bytes())) if path.is_file() else None
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} is damaged or of another version: choose another --output_path") from None
 
 
 class PlanRows:

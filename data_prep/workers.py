@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -103,6 +104,7 @@ Work = Callable[[Job, Input], Any]
 
 def _start() -> None:
     """First thing in a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent answers it
     images.one_thread()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

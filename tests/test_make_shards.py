@@ -256,6 +256,10 @@ def test_changed_options_and_inputs_are_refused_with_the_difference(
     assert pack(base, out) == 0
     assert pack(base, out, "--quality", "80") == 2
     assert "begun with other options or inputs (quality 95 -> 80): choose another" in capsys.readouterr().err
+    plan = (out / "plan" / "plan.json").read_bytes()
+    (out / "plan" / "plan.json").write_text('{"of": "another version"}')
+    assert pack(base, out) == 2 and "plan.json is damaged or of another version" in capsys.readouterr().err
+    (out / "plan" / "plan.json").write_bytes(plan)
     (base / "001.txt").write_text("another caption")
     (base / "002.jpg").unlink()
     (base / "new.jpg").write_bytes((base / "000.jpg").read_bytes())
