@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwen_image.weight_files import RangeReader, StoredTensor, read_headers, single_file_prefix
+
 FINGERPRINT_PIECES = 64
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 _TEXT_TO_IMAGE_PIPELINES = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 _UNSUPPORTED_FAMILIES = re.compile(r"qwen-image-(2\.1|edit|layered)", re.IGNORECASE)
-# Single-file checkpoints put the transformer under one of these (ComfyUI, original releases).
-_SINGLE_FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 
 
 @dataclass(frozen=True)
@@ -184,14 +184,14 @@ def _folder_weights(folder: Path, component: str) -> tuple[Path, ...]:
 
 
 def stream_tensors(files: tuple[Path, ...], device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor, one at a time, single-file prefixes removed."""
+    """(name, tensor) of every tensor, one at a time, single-file prefixes removed; on the CPU views of the mapped file."""
     from safetensors import SafetensorError, safe_open
 
     for path in files:
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 names = list(file.keys())
-                prefix = next((p for p in _SINGLE_FILE_PREFIXES if names and names[0].startswith(p)), "")
+                prefix = single_file_prefix(names)
                 for name in names:
                     yield name.removeprefix(prefix), file.get_tensor(name)
         except SafetensorError as error:
@@ -205,32 +205,34 @@ def load_weights(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> None:
-    """Fill a module built on the meta device from safetensors, each tensor cast and moved by itself; freezes all.
+    """Fill a module built on the meta device from safetensors, cast and moved piece by piece; freezes all.
 
-    Peak memory is the model plus one tensor. Raises ValueError when names or shapes are another model's.
+    Peak memory is the model plus a few pieces of 16 MiB. Raises ValueError when names or shapes are another model's,
+    before any weight is read.
     """
-    from tqdm import tqdm
+    stored = match_weights(module, files)
+    total = sum(tensor.numel * tensor.dtype.itemsize for tensor in stored.values())
+    with RangeReader(progress, total) as reader:
+        for name, tensor in stored.items():
+            values = torch.empty(tensor.shape, dtype=dtype, device=device)
+            replace_parameter(module, name, nn.Parameter(values, requires_grad=False))
+            reader.read(tensor, values)
 
+
+def match_weights(module: nn.Module, files: tuple[Path, ...]) -> dict[str, StoredTensor]:
+    """Where each parameter of `module` lies in `files`, in the files' order; reads headers alone.
+
+    Raises ValueError when a file is damaged, or names or shapes are another model's.
+    """
     expected = {name: parameter.shape for name, parameter in module.named_parameters()}
-    unexpected: list[str] = []
-    stream = tqdm(
-        stream_tensors(files, device), total=len(expected), desc="loading weights", unit="tensor", disable=not progress
-    )
-    loaded: set[str] = set()
-    for name, tensor in stream:
-        if name not in expected:
-            unexpected.append(name)
-            continue
-        if tensor.shape != expected[name]:
+    stored = read_headers(files)
+    for name, tensor in stored.items():
+        if name in expected and tensor.shape != expected[name]:
             raise ValueError(
                 f"{files[0].parent}: {name} has shape {list(tensor.shape)}, but the configuration says "
                 f"{list(expected[name])}; configuration and weights belong to different models"
             )
-        parent_name, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
-        setattr(module.get_submodule(parent_name), leaf, parameter)
-        loaded.add(name)
-    missing = sorted(expected.keys() - loaded)
+    missing, unexpected = sorted(expected.keys() - stored.keys()), [name for name in stored if name not in expected]
     if missing or unexpected:
         raise ValueError(
             f"{files[0].parent}: these weights are not this model's: {len(missing)} tensors missing"
@@ -238,3 +240,10 @@ def load_weights(
             + f", {len(unexpected)} unknown"
             + (f" (first {unexpected[0]})" if unexpected else "")
         )
+    return stored
+
+
+def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put `parameter` where `name` says; a parameter on the meta device can't be filled in place."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, parameter)
