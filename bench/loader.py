@@ -145,6 +145,7 @@ def print_memory(folder: Path, batches: int) -> None:
         for count, _ in enumerate(itertools.islice(loader, batches), start=1):
             if count % (batches // 10) == 0:
                 mib.append(proportional_mib())
+                print(f"{count} batches: {mib[-1]:.0f} MiB", file=sys.stderr, flush=True)
     seconds = time.perf_counter() - start
     print(
         f"\nMemory of the loader and 2 workers, every {batches // 10:,} of {batches:,} batches: "

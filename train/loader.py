@@ -203,5 +203,6 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
         current.wait_event(copied)
         # The memory belongs to the side stream's pool: keep it until the work that uses it is done.
         for tensor in batch.tensors():
-            tensor.record_stream(current)
+            if tensor.is_cuda:  # σ stays on the CPU
+                tensor.record_stream(current)
         yield batch
