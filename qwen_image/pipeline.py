@@ -40,7 +40,7 @@ def predict_velocity(
     """Velocity of packed latents [B, rows·columns, 64] at σ [B] (float32) under a prompt; same shape and dtype.
 
     The time input is 1000·σ rounded to the latents' dtype, then divided by 1000: inference's rounding, which training
-    must share (bf16 has steps of 4 near 1000).
+    must share (bf16 has steps of 4 near 1000). σ may lie on the CPU: a modulation table then need not wait for the device.
     """
     timestep = (sigma * 1000).to(latents.dtype) / 1000
     return transformer(latents, timestep, prompt.embeds.to(latents.dtype), prompt.mask, rows, columns)
@@ -123,7 +123,7 @@ class QwenImagePipeline:
             raise ValueError(f"{len(noise)} seeds were given for {batch} prompts")
         rows, columns = height // (2 * SPATIAL_FACTOR), width // (2 * SPATIAL_FACTOR)
         latents = pack_latents(noise.to(parameter.device, parameter.dtype))
-        sigmas = self.schedule.sigmas(num_inference_steps, rows * columns).to(parameter.device)
+        sigmas = self.schedule.sigmas(num_inference_steps, rows * columns)
         for step in range(num_inference_steps):
             sigma = sigmas[step].expand(batch)
             velocity = predict_velocity(self.transformer, latents, sigma, prompt, rows, columns)

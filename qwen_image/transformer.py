@@ -9,13 +9,18 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qwen_image.attention import joint_attention
 from qwen_image.rotary import Rotary, apply_rotary, rotary_table
+
+if TYPE_CHECKING:
+    from qwen_image.modulation import ModulationTable
 
 NORM_EPS = 1e-6
 SINUSOID_CHANNELS = 256
@@ -118,9 +123,15 @@ class JointAttention(nn.Module):
         self.to_add_out = Linear(dim, dim)
 
     def forward(
-        self, image: torch.Tensor, text: torch.Tensor, rotary: Rotary, mask: torch.Tensor | None, image_only: bool
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        rotary: Rotary,
+        keep: torch.Tensor | None,
+        dense_padding: bool,
+        image_only: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """image [B,S,D], text [B,T,D], mask bool [B,1,1,T+S] or None → attended image and text (None if image_only)."""
+        """image [B,S,D], text [B,T,D], keep bool [B,T+S] or None → attended image and text (None if image_only)."""
         text_tokens = text.shape[1]
         cos, sin = rotary
 
@@ -138,8 +149,8 @@ class JointAttention(nn.Module):
             query = torch.cat([self.norm_added_q(split_heads(self.add_q_proj(text))), query], 1)
             query = apply_rotary(query, cos, sin)
         key = apply_rotary(key, cos, sin)
-        attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+        attended = joint_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), keep, dense_padding
         )
         attended = attended.transpose(1, 2).flatten(2)
         if image_only:
@@ -171,7 +182,8 @@ class Block(nn.Module):
         image_modulation: torch.Tensor,
         text_modulation: torch.Tensor,
         rotary: Rotary,
-        mask: torch.Tensor | None,
+        keep: torch.Tensor | None,
+        dense_padding: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """image [B,S,D] and text [B,T,D] → the same shapes."""
         shift1, scale1, gate1, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
@@ -180,7 +192,8 @@ class Block(nn.Module):
             self.norm(image) * (1 + scale1) + shift1,
             self.norm(text) * (1 + text_scale1) + text_shift1,
             rotary,
-            mask,
+            keep,
+            dense_padding,
             image_only=self.is_last,
         )
         image = image + gate1 * image_attended
@@ -211,7 +224,10 @@ class TimestepEmbedder(nn.Module):
 class QwenImageTransformer(nn.Module):
     """The denoiser: packed latents, prompt embeddings and a noise level in, velocity out.
 
-    `checkpointed_blocks` is the number of leading blocks whose activations are recomputed in the backward pass.
+    Attributes:
+        checkpointed_blocks: so many leading blocks recompute their activations in the backward pass.
+        dense_padding: padded text costs no attention mask (qwen_image/attention.py); off, it costs a masked kernel.
+        modulation_table: stands in for the modulation layers (qwen_image/modulation.py); None: they are computed.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -219,6 +235,8 @@ class QwenImageTransformer(nn.Module):
         dim = config.inner_dim
         self.config = config
         self.checkpointed_blocks = 0
+        self.dense_padding = True
+        self.modulation_table: ModulationTable | None = None
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
         self.txt_norm = RMSNorm(config.joint_attention_dim)
         self.img_in = Linear(config.in_channels, dim)
@@ -241,18 +259,35 @@ class QwenImageTransformer(nn.Module):
         """Packed latents [B, rows·columns, 64], timestep [B], embeddings [B,T,3584], mask bool [B,T] or None → [B, S, 64]."""
         image = self.img_in(latents)
         text = self.txt_in(self.txt_norm(prompt_embeds))
-        temb = self.time_text_embed["timestep_embedder"](timestep.to(image.dtype))
+        if self.modulation_table is not None:
+            modulations, final = self.modulation_table.lookup(timestep)
+        else:
+            temb = self.embed_time(timestep.to(image.device, image.dtype))
+            modulations, final = None, self.final_modulation(temb)
         rotary = rotary_table(text.shape[1], rows, columns, self.config.axes_dims_rope, image.device)
-        mask = None
-        if prompt_mask is not None:
-            mask = F.pad(prompt_mask, (0, image.shape[1]), value=True)[:, None, None]
+        keep = None if prompt_mask is None else F.pad(prompt_mask, (0, image.shape[1]), value=True)
         for index, block in enumerate(self.transformer_blocks):
             assert isinstance(block, Block)
-            arguments = (image, text, *block.modulation(temb), rotary, mask)
+            modulation = block.modulation(temb) if modulations is None else modulations[index].unbind()
+            arguments = (image, text, *modulation, rotary, keep, self.dense_padding)
             if index < self.checkpointed_blocks and torch.is_grad_enabled():
                 image, text = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 image, text = block(*arguments)
-        scale, shift = self.norm_out["linear"](F.silu(temb)).unsqueeze(1).chunk(2, dim=-1)
+        scale, shift = final.chunk(2, dim=-1)
         image = F.layer_norm(image, image.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
         return self.proj_out(image)
+
+    def embed_time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Time inputs [B] in the model's dtype → [B, D], what all modulation is computed from."""
+        return self.time_text_embed["timestep_embedder"](timestep)
+
+    def final_modulation(self, temb: torch.Tensor) -> torch.Tensor:
+        """temb [B, D] → scale and shift before the output layer, [B, 1, 2·D]."""
+        return self.norm_out["linear"](F.silu(temb)).unsqueeze(1)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks' forward, one graph for all (and one for the last), each shape once."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in self.transformer_blocks:
+            block.compile(dynamic=False)

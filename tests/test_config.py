@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.config import HEADINGS, HINTS, TrainConfig, build_parser, parse
+from train.command_line import build_parser, parse
+from train.config import HEADINGS, HINTS, TrainConfig
 from train.options import convert, did_you_mean
 from train.paths import check_paths
 
@@ -110,7 +111,7 @@ FILE_ERRORS = [
     ("sample_prompts: [a, 3]\n", "line 1: sample_prompts must be a list of texts"),
     ("sample_width: 40\n", "line 1: sample_width must be a multiple of 16, got 40"),
     ("seed: [1\n", "line 2, column 1: "),
-    ("- seed\n", "must hold lines of `name: value`, got a sequence"),
+    ("- seed\n", "must hold lines of `name: value`, got a list"),
     ("dtype:\n", "line 1: dtype must be one of bfloat16, float32, got None"),
 ]
 
@@ -183,7 +184,7 @@ def test_every_field_is_a_flag_with_a_help_text_under_a_heading() -> None:
 def test_help_needs_no_torch() -> None:
     code = """
 import sys
-from train.config import parse
+from train.command_line import parse
 try:
     parse(["--help"])
 finally:

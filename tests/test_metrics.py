@@ -206,7 +206,7 @@ def test_an_unreachable_or_missing_wandb_ends_nothing(
 
 
 def test_the_run_folder_says_what_made_the_run(tmp_path: Path) -> None:
-    from train.config import parse
+    from train.command_line import parse
 
     config = make_config(tmp_path / "new" / "run", lora_rank=4)
     versions = prepare_run_folder(config, {"train_batch_size": 2})

@@ -18,7 +18,7 @@ from data_prep import encode_shards, make_shards
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
 from qwen_image.text_encoder import Prompt
 from train import train_lora
-from train.config import parse
+from train.command_line import parse
 from train.lora import attach_lora
 from train.lora_file import read_lora
 

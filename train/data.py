@@ -190,7 +190,7 @@ class Batch:
     height: int
     captions: list[str]  # "" where dropped
     noise: torch.Tensor  # float32 [B, 16, 1, H/8, W/8]
-    sigma: torch.Tensor  # float32 [B], k/1000
+    sigma: torch.Tensor  # float32 [B], k/1000; stays on the CPU, where the modulation table is looked up
     drop: torch.Tensor  # bool [B]: the caption was dropped
     latents: torch.Tensor | None = None  # [B, 16, 1, H/8, W/8], dtype as stored
     pixels: torch.Tensor | None = None  # uint8 [B, 3, H, W]
@@ -199,8 +199,9 @@ class Batch:
     broken: list[str] = field(default_factory=list)  # members that were replaced, and why
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """The same batch with `function` applied to every tensor."""
-        moved: dict[str, Any] = {n: function(v) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        """The same batch with `function` applied to every tensor but σ."""
+        tensors = {n: v for n, v in vars(self).items() if isinstance(v, torch.Tensor) and n != "sigma"}
+        moved: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
     def tensors(self) -> list[torch.Tensor]:

@@ -24,12 +24,13 @@ class FlowMatchingModule(nn.Module):
         self.dtype = dtype
 
     def forward(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """latents and noise [B, 16, 1, H/8, W/8], σ [B] → each sample's weighted loss, float32 [B]."""
+        """latents and noise [B, 16, 1, H/8, W/8], σ [B] on the CPU → each sample's weighted loss, float32 [B]."""
         rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
-        noised = pack_latents(add_noise(latents, noise, sigma)).to(self.dtype)
+        on_device = sigma.to(latents.device, non_blocking=True)
+        noised = pack_latents(add_noise(latents, noise, on_device)).to(self.dtype)
         prediction = predict_velocity(self.transformer, noised, sigma, prompt, rows, columns)
         target = pack_latents(velocity_target(latents, noise))
-        return flow_matching_loss(prediction, target, loss_weight(self.weighting, sigma))
+        return flow_matching_loss(prediction, target, loss_weight(self.weighting, on_device))
 
 
 class OnlineEncoder:

@@ -14,7 +14,8 @@ import os
 import sys
 import time
 
-from train.config import TrainConfig, parse
+from train.command_line import parse
+from train.config import TrainConfig
 from train.paths import check_paths
 
 BAD_INPUT = 2
@@ -55,6 +56,7 @@ def train(config: TrainConfig) -> int:
     from train.preemption import PREEMPTED, Preemption
     from train.preview import Preview
     from train.run_folder import prepare_run_folder
+    from train.speed import apply_speedups
     from train.validation import Validation
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
@@ -85,6 +87,7 @@ def train(config: TrainConfig) -> int:
     if config.lora_checkpoint is not None:
         filled = start_from(transformer, read_lora(config.lora_checkpoint, transformer), spec)
         ranks.say(f"starting from {config.lora_checkpoint}: {filled} of {len(adapted)} layers")
+    speedups = apply_speedups(config, pipeline, deepspeed_config["zero_optimization"]["stage"], ranks.device)
     transformer.checkpointed_blocks = frozen.checkpointed_blocks(config, transformer)
     module = FlowMatchingModule(transformer, config.loss_weighting, DTYPES[config.dtype])
     engine = initialize(module, config, deepspeed_config)
@@ -117,6 +120,8 @@ def train(config: TrainConfig) -> int:
         f"LoRA of rank {spec.rank}, scale {spec.scale:g}, on {len(adapted)} layers: {trainable:,} trainable parameters; "
         f"{transformer.checkpointed_blocks} of {transformer.config.num_layers} blocks recomputed"
     )
+    for line in speedups:
+        ranks.say(line)
 
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
     metrics = Metrics(config, total_steps, global_batch, step, ranks.rank, {**versions, "trainable": trainable})

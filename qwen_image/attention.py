@@ -1,0 +1,127 @@
+"""Joint attention where some text tokens are padding, without paying for a mask.
+
+A key mask costs half again as much as none on an H100. Instead the padded rows of K and V are zeroed and dense attention
+runs. A zero key scores 0, so n of them add n·e⁰ to each softmax sum and nothing to its numerator: with
+(o, lse) = attention(q, k·keep, v·keep),
+
+    share = n·exp(−lse),   o' = o / (1 − share),   lse' = lse + log1p(−share)
+
+are the output and log-sum-exp over the real keys alone. Backward takes (o', lse') into the dense kernel's own backward:
+exp(s − lse') is then the right probability for every real key, zero keys pass nothing on to q, and what reaches the
+padded rows of K and V is dropped with `keep`.
+
+It needs a kernel that returns and takes the log-sum-exp: cuDNN's on CUDA, flash attention's on the CPU.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+aten = torch.ops.aten
+
+
+def joint_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor | None, dense: bool
+) -> torch.Tensor:
+    """softmax(q·kᵀ/√D)·v over the keys where `keep` is True.
+
+    query [B, H, Lq, D], key and value [B, H, L, D], keep bool [B, L] or None → [B, H, Lq, D]. `dense` chooses the
+    method above, else padding costs a masked kernel.
+    """
+    if keep is None:
+        return F.scaled_dot_product_attention(query, key, value)
+    if not dense:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=keep[:, None, None])
+    kept = keep[:, None, :, None].to(key.dtype)
+    padding = (~keep).sum(1, dtype=torch.float32)
+    return torch.ops.qwen_image.padded_attention(query, key * kept, value * kept, padding)[0]
+
+
+@torch.library.custom_op("qwen_image::padded_attention", mutates_args=())
+def padded_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in which `padding` [B] of each sample's keys are zero rows that must not count.
+
+    Returns the output and the corrected log-sum-exp [B, H, Lq]. The gradients of key and value hold rubbish in the zero
+    rows: the caller's `· keep` drops it.
+    """
+    if query.is_cuda:
+        output, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, False, False)
+        lse = lse.view(query.shape[:3])
+    else:
+        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    share = padding.view(-1, 1, 1) * torch.exp(-lse)
+    output = (output / (1 - share).unsqueeze(-1)).to(query.dtype)
+    return output, (lse + torch.log1p(-share)).contiguous()
+
+
+@padded_attention.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.custom_op("qwen_image::padded_attention_backward", mutates_args=())
+def padded_attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The dense kernel's backward with the corrected output and log-sum-exp."""
+    if query.is_cuda:
+        unused = torch.zeros((), dtype=torch.int64, device=query.device)  # the kernel's random state, without dropout
+        length, keys = query.shape[2], key.shape[2]
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            grad.contiguous() if grad.stride(-1) != 1 else grad,
+            query,
+            key,
+            value,
+            output,
+            lse.unsqueeze(-1),
+            unused,
+            unused,
+            None,
+            None,
+            None,
+            length,
+            keys,
+            0.0,
+            False,
+        )
+    else:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, output, lse, 0.0, False
+        )
+    return grads[0].clone(), grads[1].clone(), grads[2].clone()
+
+
+@padded_attention_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    query, key, value, _ = inputs
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    return (*torch.ops.qwen_image.padded_attention_backward(grad, *ctx.saved_tensors), None)
+
+
+padded_attention.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,102 @@
+"""The modulation of all blocks as a table over the noise levels that occur.
+
+`img_mod` and `txt_mod` of every block and `norm_out.linear` depend on the time input alone: 6.8 of Qwen-Image's 20.4
+billion parameters. While they are frozen, their outputs can be computed once and the weights dropped from the device.
+σ lives on the grid k/1000 and the time input is 1000·σ in the model's dtype, so bf16 has 500 different ones: 2.2 GB in
+pinned host memory instead of 13.6 GB on every card. One step copies 4.4 MB a sample.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from qwen_image.transformer import Block, QwenImageTransformer
+
+
+def time_inputs(sigmas: Iterable[float], dtype: torch.dtype) -> list[float]:
+    """The different time inputs 1000·σ (rounded to `dtype`) / 1000, as `predict_velocity` makes them, ascending."""
+    sigma = torch.tensor(sorted(set(sigmas)), dtype=torch.float32)
+    return torch.unique((sigma * 1000).to(dtype) / 1000).tolist()
+
+
+class ModulationTable:
+    """Rows of all blocks' modulation: [time inputs, blocks · 12 · D + 2 · D], image before text within a block.
+
+    Bit-equal to computing a batch of one in place: each row was computed by itself, by the same modules. Raises
+    ValueError on a time input that it was not built for.
+    """
+
+    def __init__(self, rows: torch.Tensor, times: list[float], blocks: int, device: torch.device):
+        self.rows, self.blocks, self.device = rows, blocks, device
+        self.places = {time: place for place, time in enumerate(times)}
+
+    def lookup(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Time inputs [B] (on the CPU, else the device is waited for) → [blocks, 2, B, 1, 6·D] and norm_out's [B, 1, 2·D]."""
+        times = timestep.tolist()
+        try:
+            places = [self.places[time] for time in times]
+        except KeyError as error:
+            raise ValueError(
+                f"the modulation table has no row for the time input {error.args[0]:g}; σ must lie on the grid k/1000 or "
+                "in the schedule of the sample images"
+            ) from None
+        rows = self.rows[places]
+        if self.device.type == "cuda":
+            rows = rows.pin_memory().to(self.device, non_blocking=True)
+        width = rows.shape[1] // (12 * self.blocks + 2)
+        blocks = rows[:, : 12 * self.blocks * width].view(len(times), self.blocks, 2, 1, 6 * width)
+        return blocks.permute(1, 2, 0, 3, 4), rows[:, None, 12 * self.blocks * width :]
+
+
+@torch.no_grad()
+def build_modulation_table(transformer: QwenImageTransformer, sigmas: Iterable[float]) -> ModulationTable:
+    """Compute the table for all `sigmas` on the transformer's device; the rows lie in (pinned) host memory."""
+    parameter = transformer.proj_out.weight
+    times = time_inputs(sigmas, parameter.dtype)
+    blocks = [block for block in transformer.transformer_blocks if isinstance(block, Block)]
+    width = transformer.config.inner_dim
+    pinned = parameter.is_cuda
+    rows = torch.empty(len(times), (12 * len(blocks) + 2) * width, dtype=parameter.dtype, pin_memory=pinned)
+    for place, time in enumerate(times):
+        temb = transformer.embed_time(torch.tensor([time], device=parameter.device, dtype=parameter.dtype))
+        parts = [part.flatten() for block in blocks for part in block.modulation(temb)]
+        parts.append(transformer.final_modulation(temb).flatten())
+        rows[place].copy_(torch.cat(parts), non_blocking=pinned)
+    if pinned:
+        torch.cuda.synchronize()
+    return ModulationTable(rows, times, len(blocks), parameter.device)
+
+
+def modulation_layers(transformer: QwenImageTransformer) -> list[nn.Module]:
+    """The modules that a table replaces."""
+    blocks = [block for block in transformer.transformer_blocks if isinstance(block, Block)]
+    return [module for block in blocks for module in (block.img_mod, block.txt_mod)] + [
+        transformer.norm_out,
+        transformer.time_text_embed,
+    ]
+
+
+def is_frozen(transformer: QwenImageTransformer) -> bool:
+    """Whether nothing of the modulation is trained or carries a LoRA."""
+    names = [name for module in modulation_layers(transformer) for name, _ in module.named_parameters()]
+    trained = any(p.requires_grad for module in modulation_layers(transformer) for p in module.parameters())
+    return not trained and not any("lora_" in name for name in names)
+
+
+def replace_by_table(transformer: QwenImageTransformer, sigmas: Iterable[float]) -> int:
+    """Build the table and drop the weights it replaces; returns the bytes freed on the device.
+
+    Raises ValueError when LoRA or training reaches the modulation: then it is no constant.
+    """
+    if not is_frozen(transformer):
+        raise ValueError("a modulation table needs frozen modulation, but LoRA targets img_mod, txt_mod or norm_out")
+    table = build_modulation_table(transformer, sigmas)
+    freed = 0
+    for module in modulation_layers(transformer):
+        for owner in module.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                freed += parameter.numel() * parameter.element_size()
+                delattr(owner, name)
+    transformer.modulation_table = table
+    return freed

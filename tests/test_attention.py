@@ -1,0 +1,66 @@
+"""Padding without a mask, against a masked softmax in float64."""
+
+import pytest
+import torch
+
+from qwen_image.attention import joint_attention
+
+
+def reference(query, key, value, keep):
+    """Masked attention written out, in float64."""
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(~keep[:, None, None], float("-inf"))
+    return scores.softmax(-1) @ value
+
+
+def keep_mask(lengths, text, tokens):
+    place = torch.arange(tokens)
+    return (place < torch.tensor(lengths)[:, None]) | (place >= text)
+
+
+CASES = {
+    "none": ([6, 6], 6, 16),
+    "some": ([2, 5], 6, 16),
+    "one sample only": ([6, 1], 6, 16),
+    "nearly all": ([1, 1], 30, 31),
+    "all but one": ([0, 0], 30, 31),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=list(CASES))
+@pytest.mark.parametrize("image_only", [False, True])
+def test_output_and_gradients_equal_the_masked_softmax(case, image_only):
+    lengths, text, tokens = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 3, tokens, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+    keep = keep_mask(lengths, text, tokens)
+    grads, outputs = [], []
+    weight = torch.randn(2, 3, tokens, 8, generator=generator, dtype=torch.float64)
+    weight = weight * keep[:, None, :, None]  # as in training, nothing is read from padded rows
+    for function in (reference, lambda q, k, v, m: joint_attention(q, k, v, m, dense=True)):
+        query, key, value = (leaf.clone().requires_grad_() for leaf in leaves)
+        rows = slice(text, None) if image_only else slice(None)
+        output = function(query[:, :, rows], key, value, keep)
+        (output * weight[:, :, rows]).sum().backward()
+        outputs.append(output * keep[:, None, rows, None])
+        grads.append((query.grad, key.grad, value.grad))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-11)
+    for actual, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_dense_and_masked_agree_in_float32():
+    query, key, value = torch.randn(3, 2, 4, 20, 16).unbind()
+    keep = keep_mask([3, 8], 8, 20)
+    masked = joint_attention(query, key, value, keep, dense=False)
+    torch.testing.assert_close(joint_attention(query, key, value, keep, dense=True), masked, rtol=1e-5, atol=1e-6)
+
+
+def test_the_operator_is_registered_as_the_compiler_wants_it():
+    query, key, value = (torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(3))
+    padding = torch.tensor([0.0, 3.0])
+    torch.library.opcheck(
+        torch.ops.qwen_image.padded_attention,
+        (query, key, value, padding),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
