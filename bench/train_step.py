@@ -1,0 +1,252 @@
+"""One LoRA training step of the full-size transformer on one GPU: ours in several settings, and the peers'.
+
+    python bench/train_step.py --out step.json                                  # ours, 1024² batch 1
+    python bench/train_step.py --variants ours,full --sizes 1024x1024x1,512x512x4
+    python bench/train_step.py --layers 2 --variants ours,full,engine --peers   # a quick look at everything
+
+Random weights, cached latents and prompt embeddings, rank 32 on the six q/k/v projections, bf16. Prints medians, the
+ratio to the first row, the share of the card's measured bf16 peak, peak memory, and where kernel time goes.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_image.modulation import replace_by_table
+from qwen_image.text_encoder import Prompt
+from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from train.lora import LoraSpec, inject_lora
+from train.module import FlowMatchingModule
+
+ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+KINDS = (  # first match names a kernel's kind
+    ("attention", ("fmha", "flash", "attention", "cudnn_generated_fort", "sdpa")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "matmul", "cublas", "_mm", "xmma")),
+    ("copies", ("memcpy", "memset")),
+)
+
+
+def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) -> QwenImageTransformer:
+    """The full-size shape with so many blocks, weights N(0, 0.02), built on the device."""
+    with torch.device("meta"):
+        transformer = QwenImageTransformer(TransformerConfig(num_layers=layers)).to(dtype)
+    transformer.to_empty(device=device)
+    for name, parameter in transformer.named_parameters():
+        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 or "bias" in name else parameter.data.fill_(1.0)
+        parameter.requires_grad_(False)
+    return transformer.eval()
+
+
+@contextlib.contextmanager
+def our_step(
+    variant: str, layers: int, size: tuple[int, int, int], text: int, padding: int, device: torch.device
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """`variant`: ours | full (every block recomputed) | eager | direct (no table) | masked (padding costs a mask) | engine."""
+    height, width, batch = size
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    transformer = random_transformer(layers, device, dtype)
+    if variant != "direct":
+        replace_by_table(transformer, [k / 1000 for k in range(1, 1001)])
+    inject_lora(transformer, LoraSpec(ATTENTION, 32, 32.0), dtype=dtype)
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad and "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    transformer.checkpointed_blocks = layers if variant == "full" else 0
+    transformer.dense_padding = variant != "masked"
+    if variant != "eager" and device.type == "cuda":
+        transformer.compile_blocks()
+    module = FlowMatchingModule(transformer, "none", dtype)
+    latents = torch.randn(batch, 16, 1, height // 8, width // 8, device=device)
+    noise = torch.randn_like(latents)
+    sigma = torch.tensor([0.3 + 0.5 * i / batch for i in range(batch)]).mul(1000).round() / 1000
+    mask = None
+    if padding:
+        mask = torch.ones(batch, text, dtype=torch.bool, device=device)
+        mask[0, text - padding :] = False
+    prompt = Prompt(torch.randn(batch, text, transformer.config.joint_attention_dim, device=device, dtype=dtype), mask)
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+    if variant == "engine":
+        yield engine_step(module, (latents, noise, sigma, prompt), batch)
+        return
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
+
+    def step() -> torch.Tensor:
+        loss = module(latents, noise, sigma, prompt).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    yield step
+
+
+@contextlib.contextmanager
+def peer_step(
+    name: str, layers: int, size: tuple[int, int, int], text: int, device: torch.device
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """A peer's step, as its own training script does it (bench/peers.py)."""
+    from bench.peers import PEERS, Shape, Work
+
+    height, width, batch = size
+    with PEERS[name](Shape(layers=layers), Work(height, width, batch, text), device) as peer:
+        yield peer.step
+
+
+def engine_step(module: FlowMatchingModule, arguments: tuple[Any, ...], batch: int) -> Callable[[], torch.Tensor]:
+    """The same through DeepSpeed's engine, ZeRO-2, as train_lora.py runs it."""
+    from train.command_line import parse
+    from train.deepspeed_config import load_deepspeed_config
+    from train.engine import initialize, join_process_group
+
+    root = Path(__file__).resolve().parent.parent
+    flags = [
+        "--deepspeed",
+        str(root / "ds_configs" / "zero2.json"),
+        "--model",
+        "-",
+        "--data",
+        "-",
+        "--output_path",
+        "-",
+    ]
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    config = parse([*flags, "--batch_size", str(batch), "--dtype", dtype])
+    ranks = join_process_group()
+    engine = initialize(module, config, load_deepspeed_config(config.deepspeed, config, ranks.world))
+
+    def step() -> torch.Tensor:
+        loss = engine(*arguments).mean()
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step
+
+
+def measure(step: Callable[[], torch.Tensor], repeats: int, device: torch.device) -> dict[str, Any]:
+    """Median seconds of `repeats` warm steps, peak GiB, seconds of the first (compiling) one, and kernel totals."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    start = time.perf_counter()
+    for _ in range(3):
+        loss = step()
+    synchronize()
+    result: dict[str, Any] = {"warm_up_seconds": time.perf_counter() - start}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        loss = step()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    result |= {"seconds": statistics.median(times), "all": times, "loss": loss.item()}
+    if device.type == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["kernels"] = kernel_times(step)
+    return result
+
+
+def kernel_times(step: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    """Milliseconds of one step's kernels by kind, and the eight longest by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kinds: dict[str, float] = defaultdict(float)
+    names: dict[str, list[float]] = defaultdict(list)
+    for event in profile.events():
+        name, milliseconds = event.name.lower(), event.device_time / 1000
+        kind = next((kind for kind, words in KINDS if any(word in name for word in words)), "everything else")
+        kinds[kind] += milliseconds
+        names[event.name].append(milliseconds)
+    longest = sorted(names.items(), key=lambda item: -sum(item[1]))[:8]
+    return {"kinds": dict(kinds), "longest": [(name[:90], len(each), round(sum(each), 2)) for name, each in longest]}
+
+
+def measured_peak(device: torch.device) -> float:
+    """TFLOP/s of an 8192³ bf16 product on random data."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        a @ b
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - start) / 1e12
+
+
+def needed_tflop(layers: int, size: tuple[int, int, int], text: int) -> float:
+    """Arithmetic of a step that nothing can avoid: linear layers forward and input gradient, attention forward and back."""
+    height, width, batch = size
+    image = height * width // 256
+    linear = layers * 2 * (4 * 3072**2 + 2 * 4 * 3072**2) * (image + text)
+    attention = layers * 4 * (image + text) ** 2 * 3072
+    return batch * (2 * linear + 3.5 * attention) / 1e12
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=60, help="blocks of the transformer (default 60)")
+    parser.add_argument("--variants", default="ours", help="comma list of ours,full,eager,direct,masked,engine")
+    parser.add_argument("--sizes", default="1024x1024x1", help="comma list of HEIGHTxWIDTHxBATCH")
+    parser.add_argument("--text", type=int, default=128, help="text tokens (default 128)")
+    parser.add_argument("--padding", type=int, default=0, help="of which padding in the first sample (default 0)")
+    parser.add_argument("--repeats", type=int, default=4, help="warm steps to take the median of (default 4)")
+    parser.add_argument("--peers", default="", help="comma list of names in bench/peers.py, or all")
+    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes.split(",")]
+    peak = measured_peak(device) if device.type == "cuda" else 1.0
+    rows: list[dict[str, Any]] = []
+
+    def run(name: str, size: Any, context: Any) -> None:
+        print(f"… {name} {size}", flush=True)
+        try:
+            with context as step:
+                row = measure(step, arguments.repeats, device)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            print(f"{name}: {str(error)[:600]}", flush=True)
+            return
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        rows.append({"name": name, "size": size, **row})
+        print(json.dumps({k: v for k, v in rows[-1].items() if k != "all"}), flush=True)
+
+    for size in sizes:
+        for variant in filter(None, arguments.variants.split(",")):
+            context = our_step(variant, arguments.layers, size, arguments.text, arguments.padding, device)
+            run(variant, size, context)
+        if arguments.peers:
+            from bench.peers import PEERS
+
+            for name in PEERS if arguments.peers == "all" else arguments.peers.split(","):
+                run(name, size, peer_step(name, arguments.layers, size, arguments.text, device))
+
+    print(
+        f"\npeak {peak:.0f} TFLOP/s, torch {torch.__version__}, {arguments.layers} blocks, {arguments.text} text tokens"
+    )
+    for row in rows:
+        share = needed_tflop(arguments.layers, row["size"], arguments.text) / row["seconds"] / peak
+        print(
+            f"{row['name']:>22} {'×'.join(map(str, row['size'])):>14}  {row['seconds']:.4f} s  "
+            f"{row['seconds'] / rows[0]['seconds']:.2f} ×  {share:.0%} of peak  {row.get('peak_gib', 0):.2f} GiB"
+        )
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"peak_tflops": peak, "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
