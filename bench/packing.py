@@ -27,7 +27,7 @@ import numpy as np
 for variable in ("OMP_NUM_THREADS", "VIPS_CONCURRENCY", "OPENCV_FOR_THREADS_NUM"):
     os.environ[variable] = "1"  # before the libraries that read them
 
-PSNR_IMAGES = 24
+PSNR_IMAGES = 8  # lossless encoding and the reference cost far more than what is measured
 SIDES = (800, 4000)
 SEED = 20
 
