@@ -1,10 +1,13 @@
 """The frozen pipeline of a run: which components it needs, and whether its data was made for it."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from data_prep.encoding import LATENTS, PROMPTS, check_encoding
 from qwen_image.loading import ModelSource, resolve_model
-from qwen_image.pipeline import QwenImagePipeline
+from qwen_image.pipeline import QwenImagePipeline, load_transformer
 from qwen_image.transformer import QwenImageTransformer, TransformerConfig
 from train.config import TrainConfig
 from train.data import ShardDataset
@@ -12,25 +15,32 @@ from train.engine import DTYPES, Ranks
 from train.flow import SigmaSampling
 from train.lora import LoraSpec, resolve_targets
 from train.module import OnlineEncoder
+from train.zero3 import load_partitioned
 
 
-def load_pipeline(config: TrainConfig, dataset: ShardDataset, ranks: Ranks) -> QwenImagePipeline:
-    """The transformer, and both encoders when the shards hold images, on this rank's device.
+def load_pipeline(
+    config: TrainConfig, deepspeed_config: dict[str, Any], dataset: ShardDataset, ranks: Ranks
+) -> QwenImagePipeline:
+    """The transformer, on this rank's device or (stage 3) partitioned, and both encoders when the shards hold images.
 
-    Raises ValueError when the shards were encoded for another model.
+    Raises ValueError when the shards were encoded for another model, before weights are read.
     """
-    components = ("transformer",) if dataset.encoded else ("transformer", "text_encoder", "vae")
-    pipeline = QwenImagePipeline.from_pretrained(
-        ModelSource.from_options(config),
-        components=components,
-        dtype=DTYPES[config.dtype],
-        device=ranks.device,
-        progress=ranks.is_main,
-    )
-    assert pipeline.transformer is not None
+    source, dtype = ModelSource.from_options(config), DTYPES[config.dtype]
+    files = resolve_model(source, ("transformer", "scheduler"))
     if dataset.encoded:
-        check_data(config, dataset, pipeline.transformer.config.joint_attention_dim)
-    return pipeline
+        shape = TransformerConfig.from_config_file(files["transformer"].folder / "config.json")
+        check_data(config, dataset, shape.joint_attention_dim)
+    pipeline = QwenImagePipeline.from_pretrained(
+        source,
+        components=() if dataset.encoded else ("text_encoder", "vae"),
+        dtype=dtype,
+        device=ranks.device,
+    )
+    if deepspeed_config["zero_optimization"]["stage"] == 3:
+        transformer = load_partitioned(files, dtype, deepspeed_config, ranks.is_main)
+    else:
+        transformer = load_transformer(files, dtype, ranks.device, ranks.is_main)
+    return replace(pipeline, transformer=transformer, files=files)
 
 
 def check_data(config: TrainConfig, dataset: ShardDataset, prompt_width: int) -> None:

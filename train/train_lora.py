@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> int:
     resumed = checkpoints.find(config.resume)
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
-    pipeline = frozen.load_pipeline(config, dataset, ranks)
+    pipeline = frozen.load_pipeline(config, deepspeed_config, dataset, ranks)
     encoder = frozen.online_encoder(config, pipeline)
     preview = Preview(config, pipeline, ranks)
     transformer = pipeline.transformer
