@@ -136,7 +136,7 @@ def peak_mib() -> float:
 
 
 def print_memory(folder: Path, batches: int) -> None:
-    """Memory of this process and its readers: proportional set size, so that shared pages count once."""
+    """Memory of the loader and its readers as they go on."""
     data = write_set(folder / "small", 2000, "safetensors", side=64, tokens=8, width=16)
     loader = ours(data, 2, workers=2)
     mib: list[float] = []
@@ -154,12 +154,16 @@ def print_memory(folder: Path, batches: int) -> None:
 
 
 def proportional_mib() -> float:
+    """Anonymous and shared memory of this process and its children, shared pages counted once.
+
+    Without mapped files: how much of torch's libraries counts depends on who else on the machine uses them.
+    """
     import multiprocessing
 
     total = 0
     for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            total += int(line.split()[1]) if line.startswith("Pss:") else 0
+            total += int(line.split()[1]) if line.startswith(("Pss_Anon:", "Pss_Shmem:")) else 0
     return total / 1024
 
 
