@@ -1,4 +1,5 @@
-"""A Qwen-Image transformer of any size with random bfloat16 weights, in the Hugging Face layout, written at disk speed.
+"""A Qwen-Image transformer of any size with random bfloat16 weights, in the Hugging Face layout, written at disk speed,
+and encoded shards of noise to train it on: for measurements of memory and speed.
 
     python demo/random_model.py --output_path /local/qwen_random                     # full size: 41 GB in 9 files
     python demo/random_model.py --output_path /tmp/small --layers 27 --heads 8       # 1.0 B parameters
@@ -59,7 +60,7 @@ def write_random_model(
         groups[-1].append(name)
         filled += 2 * shape.numel()
     generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(POOL_VALUES, generator=generator).mul_(0.02).bfloat16().view(torch.uint8).numpy()
+    pool = torch.randn(POOL_VALUES, generator=generator).mul_(config.inner_dim**-0.5).bfloat16().view(torch.uint8).numpy()
     weight_map = {}
     for number, names in enumerate(groups, start=1):
         file = transformer / f"diffusion_pytorch_model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -68,6 +69,53 @@ def write_random_model(
     index = {"metadata": {"total_size": 2 * sum(s.numel() for s in shapes.values())}, "weight_map": weight_map}
     write_json(transformer / "diffusion_pytorch_model.safetensors.index.json", index)
     return sum(s.numel() for s in shapes.values()), sum(path.stat().st_size for path in transformer.iterdir())
+
+
+def write_random_encoded(
+    folder: Path, samples: int, width: int, height: int, prompt_tokens: int, text_dim: int, buckets: int = 1
+) -> Path:
+    """Encoded shards of noise that any model of `text_dim` accepts: `buckets` of them share the samples evenly.
+
+    Bucket number b is height × (width + 32·b) pixels; sample s has prompt_tokens − s % 3 tokens.
+    """
+    import safetensors.torch
+    import torch
+
+    from data_prep import shards as form
+    from data_prep.encoding import LATENTS, PROMPTS
+
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    columns: dict[str, list[Any]] = {name: [] for name in form.INDEX_ROWS.names}
+    sizes = [(width + 32 * bucket, height) for bucket in range(buckets)]
+    with form.TarShardWriter(folder / form.tar_name(0)) as tar:
+        for index in range(samples):
+            bucket, tokens, key = index % buckets, prompt_tokens - index % 3, form.sample_key(0, index)
+            latent = noise(16, sizes[bucket][1] // 8, sizes[bucket][0] // 8)
+            tensors = {"latent": latent, "prompt_embeds": noise(tokens, text_dim)}
+            members = [("safetensors", safetensors.torch.save(tensors)), ("json", b"{}"), ("txt", b"noise")]
+            places = tar.add(key, members)
+            row = {"key": key, "path": key, "shard": 0, "bucket": bucket, "caption_length": 5, "prompt_tokens": tokens}
+            for member, suffix in (("payload", "safetensors"), ("json", "json"), ("txt", "txt")):
+                row[f"{member}_offset"], row[f"{member}_size"] = places[suffix]
+            for name, value in row.items():
+                columns[name].append(value)
+    form.write_index(folder, columns)
+    safetensors.torch.save_file({"prompt_embeds": noise(5, text_dim)}, folder / form.EMPTY_PROMPT)
+    counts = [len(range(bucket, samples, buckets)) for bucket in range(buckets)]
+    listed = [form.Bucket(b, *size, count) for b, (size, count) in enumerate(zip(sizes, counts, strict=True))]
+    shard = form.Shard(form.tar_name(0), samples, tar.bytes, tar.sha256)
+    encoding = {"model": "noise", "latents": LATENTS, "prompts": PROMPTS}
+    fingerprint = f"{samples}x{width}x{height}x{prompt_tokens}x{text_dim}x{buckets}"
+    manifest = form.Manifest(
+        "safetensors", fingerprint, {}, listed, {"samples": samples}, [shard], {}, encoding=encoding
+    )
+    form.write_manifest(folder, manifest)
+    return folder
 
 
 def write_file(path: Path, shapes: dict[str, Any], pool: Any) -> None:
