@@ -7,6 +7,8 @@ the blocks (so that a table can replace it), and the last block skips the text h
 
 import json
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -226,6 +228,7 @@ class QwenImageTransformer(nn.Module):
 
     Attributes:
         checkpointed_blocks: so many leading blocks recompute their activations in the backward pass.
+        saved_inputs: a context around each of these that decides where their inputs wait for the backward pass.
         dense_padding: padded text costs no attention mask (qwen_image/attention.py); off, it costs a masked kernel.
         modulation_table: stands in for the modulation layers (qwen_image/modulation.py); None: they are computed.
     """
@@ -235,6 +238,7 @@ class QwenImageTransformer(nn.Module):
         dim = config.inner_dim
         self.config = config
         self.checkpointed_blocks = 0
+        self.saved_inputs: Callable[[], AbstractContextManager[object]] = nullcontext
         self.dense_padding = True
         self.modulation_table: ModulationTable | None = None
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
@@ -271,7 +275,8 @@ class QwenImageTransformer(nn.Module):
             modulation = block.modulation(temb) if modulations is None else modulations[index].unbind()
             arguments = (image, text, *modulation, rotary, keep, self.dense_padding)
             if index < self.checkpointed_blocks and torch.is_grad_enabled():
-                image, text = checkpoint(block, *arguments, use_reentrant=False)
+                with self.saved_inputs():
+                    image, text = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 image, text = block(*arguments)
         scale, shift = final.chunk(2, dim=-1)
