@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types format
+.PHONY: help setup demo test check lint types format bench-data bench-loader bench-step
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -29,6 +29,15 @@ demo: $(STAMP)  ## photos -> shards -> latents -> LoRA -> sample images, with a 
 
 test: $(STAMP)  ## all tests but the slow ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench-data: $(STAMP)  ## packing speed and quality against Pillow, libvips and img2dataset (those that are installed)
+	$(BIN)/python bench/packing.py
+
+bench-loader: $(STAMP)  ## loader throughput, seek and memory against webdataset
+	$(BIN)/python bench/loader.py
+
+bench-step: $(STAMP)  ## one training step on this machine's GPU, ours and the peers'
+	$(BIN)/python bench/train_step.py --variants ours,full,engine --peers diffsynth,diffusers,diffusers_tuned
 
 check: lint types test  ## what CI runs
 

@@ -166,7 +166,8 @@ def psnr(source: bytes, result: bytes) -> float:
     planes = [Image.fromarray(pixels[..., c].astype(np.float32)) for c in range(3)]
     small = [np.asarray(p.resize(image.shape[1::-1], Image.Resampling.LANCZOS, box=box)) for p in planes]
     reference = np.stack(small, axis=-1).clip(0, 255).round()
-    return float(10 * np.log10(255**2 / max(1e-9, np.mean((reference - image) ** 2))))
+    error = float(np.mean((reference - image) ** 2))
+    return float(10 * np.log10(255**2 / max(1e-9, error)))
 
 
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────

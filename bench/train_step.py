@@ -2,7 +2,7 @@
 
     python bench/train_step.py --out step.json                                  # ours, 1024² batch 1
     python bench/train_step.py --variants ours,full --sizes 1024x1024x1,512x512x4
-    python bench/train_step.py --layers 2 --variants ours,full,engine --peers   # a quick look at everything
+    python bench/train_step.py --layers 2 --variants ours,engine --peers diffsynth,diffusers,diffusers_tuned
 
 Random weights, cached latents and prompt embeddings, rank 32 on the six q/k/v projections, bf16. Prints medians, the
 ratio to the first row, the share of the card's measured bf16 peak, peak memory, and where kernel time goes.
@@ -12,10 +12,13 @@ import argparse
 import contextlib
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from qwen_image.transformer import QwenImageTransformer, TransformerConfig
 from train.lora import LoraSpec, inject_lora
 from train.module import FlowMatchingModule
 
+Size = tuple[int, int, int]  # height, width in pixels, batch
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 KINDS = (  # first match names a kernel's kind
     ("attention", ("fmha", "flash", "attention", "cudnn_generated_fort", "sdpa")),
@@ -48,7 +52,7 @@ def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) ->
 
 @contextlib.contextmanager
 def our_step(
-    variant: str, layers: int, size: tuple[int, int, int], text: int, padding: int, device: torch.device
+    variant: str, layers: int, size: Size, text: int, padding: int, device: torch.device
 ) -> Iterator[Callable[[], torch.Tensor]]:
     """`variant`: ours | full (every block recomputed) | eager | direct (no table) | masked (padding costs a mask) | engine."""
     height, width, batch = size
@@ -92,7 +96,7 @@ def our_step(
 
 @contextlib.contextmanager
 def peer_step(
-    name: str, layers: int, size: tuple[int, int, int], text: int, device: torch.device
+    name: str, layers: int, size: Size, text: int, device: torch.device
 ) -> Iterator[Callable[[], torch.Tensor]]:
     """A peer's step, as its own training script does it (bench/peers.py)."""
     from bench.peers import PEERS, Shape, Work
@@ -157,7 +161,7 @@ def measure(step: Callable[[], torch.Tensor], repeats: int, device: torch.device
 
 
 def kernel_times(step: Callable[[], torch.Tensor]) -> dict[str, Any]:
-    """Milliseconds of one step's kernels by kind, and the eight longest by name."""
+    """Milliseconds of one step's kernels by kind, and the twenty longest by name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -168,7 +172,7 @@ def kernel_times(step: Callable[[], torch.Tensor]) -> dict[str, Any]:
         kind = next((kind for kind, words in KINDS if any(word in name for word in words)), "everything else")
         kinds[kind] += milliseconds
         names[event.name].append(milliseconds)
-    longest = sorted(names.items(), key=lambda item: -sum(item[1]))[:8]
+    longest = sorted(names.items(), key=lambda item: -sum(item[1]))[:20]
     return {"kinds": dict(kinds), "longest": [(name[:90], len(each), round(sum(each), 2)) for name, each in longest]}
 
 
@@ -185,13 +189,29 @@ def measured_peak(device: torch.device) -> float:
     return 20 * 2 * 8192**3 / (time.perf_counter() - start) / 1e12
 
 
-def needed_tflop(layers: int, size: tuple[int, int, int], text: int) -> float:
+def needed_tflop(layers: int, size: Size, text: int) -> float:
     """Arithmetic of a step that nothing can avoid: linear layers forward and input gradient, attention forward and back."""
     height, width, batch = size
     image = height * width // 256
     linear = layers * 2 * (4 * 3072**2 + 2 * 4 * 3072**2) * (image + text)
     attention = layers * 4 * (image + text) ** 2 * 3072
     return batch * (2 * linear + 3.5 * attention) / 1e12
+
+
+def in_own_process(arguments: argparse.Namespace, name: str, size: Size, is_peer: bool) -> list[dict[str, Any]]:
+    """One row measured by this script in a new process; none when it fails, which it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--sizes", "x".join(map(str, size)), "--out", str(out)]
+        command += ["--variants", "" if is_peer else name, "--peers", name if is_peer else ""]
+        for option in ("layers", "text", "padding", "repeats"):
+            command += [f"--{option}", str(getattr(arguments, option))]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("…", "{"))), flush=True)
+        if done.returncode:
+            print(f"{name} failed: {done.stderr[-600:]}", flush=True)
+            return []
+        return json.loads(out.read_text())["rows"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,37 +222,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=int, default=128, help="text tokens (default 128)")
     parser.add_argument("--padding", type=int, default=0, help="of which padding in the first sample (default 0)")
     parser.add_argument("--repeats", type=int, default=4, help="warm steps to take the median of (default 4)")
-    parser.add_argument("--peers", default="", help="comma list of names in bench/peers.py, or all")
+    parser.add_argument("--peers", default="", help="comma list of names in bench/peers.py")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes.split(",")]
+    sizes = [(int(h), int(w), int(b)) for h, w, b in (size.split("x") for size in arguments.sizes.split(","))]
     peak = measured_peak(device) if device.type == "cuda" else 1.0
     rows: list[dict[str, Any]] = []
 
-    def run(name: str, size: Any, context: Any) -> None:
+    def run(name: str, size: Size, is_peer: bool) -> None:
         print(f"… {name} {size}", flush=True)
-        try:
-            with context as step:
-                row = measure(step, arguments.repeats, device)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            print(f"{name}: {str(error)[:600]}", flush=True)
-            return
-        finally:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        make = peer_step if is_peer else partial(our_step, padding=arguments.padding)
+        with make(name, arguments.layers, size, arguments.text, device=device) as step:
+            row = measure(step, arguments.repeats, device)
         rows.append({"name": name, "size": size, **row})
-        print(json.dumps({k: v for k, v in rows[-1].items() if k != "all"}), flush=True)
+        short = {key: value for key, value in row.items() if key not in ("all", "kernels")}
+        print(json.dumps(short | row.get("kernels", {}).get("kinds", {})), flush=True)
 
-    for size in sizes:
-        for variant in filter(None, arguments.variants.split(",")):
-            context = our_step(variant, arguments.layers, size, arguments.text, arguments.padding, device)
-            run(variant, size, context)
-        if arguments.peers:
-            from bench.peers import PEERS
-
-            for name in PEERS if arguments.peers == "all" else arguments.peers.split(","):
-                run(name, size, peer_step(name, arguments.layers, size, arguments.text, device))
+    jobs = [(name, size, False) for size in sizes for name in arguments.variants.split(",") if name]
+    jobs += [(name, size, True) for size in sizes for name in arguments.peers.split(",") if name]
+    if len(jobs) == 1:
+        run(*jobs[0])
+    else:
+        for name, size, is_peer in jobs:  # a process each: what one leaves on the card would count against the next
+            rows += in_own_process(arguments, name, size, is_peer)
 
     print(
         f"\npeak {peak:.0f} TFLOP/s, torch {torch.__version__}, {arguments.layers} blocks, {arguments.text} text tokens"

@@ -60,8 +60,10 @@ def write_random_model(
         groups[-1].append(name)
         filled += 2 * shape.numel()
     generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(POOL_VALUES, generator=generator).mul_(config.inner_dim**-0.5).bfloat16().view(torch.uint8).numpy()
-    weight_map = {}
+    pool = (
+        torch.randn(POOL_VALUES, generator=generator).mul_(config.inner_dim**-0.5).bfloat16().view(torch.uint8).numpy()
+    )
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = transformer / f"diffusion_pytorch_model-{number:05d}-of-{len(groups):05d}.safetensors"
         write_file(file, {name: shapes[name] for name in names}, pool)

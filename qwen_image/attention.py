@@ -35,7 +35,7 @@ def joint_attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep[:, None, None])
     kept = keep[:, None, :, None].to(key.dtype)
     padding = (~keep).sum(1, dtype=torch.float32)
-    return torch.ops.qwen_image.padded_attention(query, key * kept, value * kept, padding)[0]
+    return torch.ops.qwen_image.padded_attention(query, key * kept, value * kept, padding)[0].transpose(1, 2)
 
 
 @torch.library.custom_op("qwen_image::padded_attention", mutates_args=())
@@ -44,8 +44,9 @@ def padded_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in which `padding` [B] of each sample's keys are zero rows that must not count.
 
-    Returns the output and the corrected log-sum-exp [B, H, Lq]. The gradients of key and value hold rubbish in the zero
-    rows: the caller's `· keep` drops it.
+    query, key and value are [B, H, L, D] with the memory of [B, L, H, D], as the projections leave them; so are the
+    output [B, Lq, H, D] and all gradients. Also returns the corrected log-sum-exp [B, H, Lq]. The gradients of key and
+    value hold rubbish in the zero rows: the caller's `· keep` drops it.
     """
     if query.is_cuda:
         output, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, False, False)
@@ -54,7 +55,7 @@ def padded_attention(
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
     share = padding.view(-1, 1, 1) * torch.exp(-lse)
     output = (output / (1 - share).unsqueeze(-1)).to(query.dtype)
-    return output, (lse + torch.log1p(-share)).contiguous()
+    return output.transpose(1, 2).contiguous(), (lse + torch.log1p(-share)).contiguous()
 
 
 @padded_attention.register_fake
@@ -62,7 +63,7 @@ def _(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
+    return query.new_empty(query.transpose(1, 2).shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.custom_op("qwen_image::padded_attention_backward", mutates_args=())
@@ -74,12 +75,13 @@ def padded_attention_backward(
     output: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The dense kernel's backward with the corrected output and log-sum-exp."""
+    """The dense kernel's backward with the corrected output and log-sum-exp; gradients of shape [B, L, H, D]."""
+    grad, output = grad.transpose(1, 2), output.transpose(1, 2)
     if query.is_cuda:
         unused = torch.zeros((), dtype=torch.int64, device=query.device)  # the kernel's random state, without dropout
         length, keys = query.shape[2], key.shape[2]
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            grad.contiguous() if grad.stride(-1) != 1 else grad,
+            grad,
             query,
             key,
             value,
@@ -99,7 +101,8 @@ def padded_attention_backward(
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, output, lse, 0.0, False
         )
-    return grads[0].clone(), grads[1].clone(), grads[2].clone()
+    dq, dk, dv = (each.transpose(1, 2).contiguous() for each in grads[:3])
+    return dq, dk, dv
 
 
 @padded_attention_backward.register_fake
@@ -111,7 +114,8 @@ def _(
     output: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    rows, columns = query.transpose(1, 2).shape, key.transpose(1, 2).shape
+    return query.new_empty(rows), key.new_empty(columns), value.new_empty(columns)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -121,7 +125,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    return (*torch.ops.qwen_image.padded_attention_backward(grad, *ctx.saved_tensors), None)
+    grads = torch.ops.qwen_image.padded_attention_backward(grad.contiguous(), *ctx.saved_tensors)
+    return (*(each.transpose(1, 2) for each in grads), None)
 
 
 padded_attention.register_autograd(_backward, setup_context=_save)

@@ -4,6 +4,7 @@ The plain loop is written out here: no DeepSpeed, no checkpointing, no accumulat
 step are averaged, clipped and given to torch's AdamW.
 """
 
+import importlib
 import json
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from train.flow import SigmaSampling
 from train.loader import draw_sample
 from train.lora import LoraSpec, inject_lora, lora_parameters
 from train.module import FlowMatchingModule
+
+_MODULES = "deepspeed.runtime.engine peft functorch.compile pyarrow.dataset train.checkpoint train.export train.frozen train.preview"
+for _module in _MODULES.split():
+    importlib.import_module(_module)  # before the ranks are forked, or each of them imports it
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, ACCUMULATION, SAMPLES = 20, 2, 24
@@ -50,7 +55,18 @@ def flags(model: Path, data: Path, output: Path, config: str, *more: str) -> lis
     return [
         *("--deepspeed", str(ROOT / "ds_configs" / f"{config}.json"), "--model", str(model), "--data", str(data)),
         *("--output_path", str(output), "--dtype", "float32", "--lora_rank", "3", "--learning_rate", "2e-3"),
-        *("--num_workers", "0", "--log_steps", "1", "--wandb_mode", "disabled", "--save_steps", "0"),
+        *(
+            "--num_workers",
+            "0",
+            "--log_steps",
+            "1",
+            "--wandb_mode",
+            "disabled",
+            "--save_steps",
+            "0",
+            "--lora_target_modules",
+            "to_q,img_mlp.net.2",
+        ),
         *("--max_steps", str(STEPS), "--gradient_accumulation_steps", str(ACCUMULATION), *more),
     ]
 

@@ -94,7 +94,30 @@ def initialize(module: nn.Module, config: TrainConfig, deepspeed_config: dict[st
         config=deepspeed_config,
         dist_init_required=False,
     )
+    if engine.zero_optimization_stage() == 2 and not offloaded:
+        _lighten(engine.optimizer)
     return engine
+
+
+def _lighten(zero: Any) -> None:
+    """Take per-tensor work out of ZeRO-2's step: with hundreds of LoRA matrices its launches cost a tenth of a step.
+
+    The norm of all gradients is computed by fused kernels instead of one or two a tensor. The separate search for
+    infinities goes: DeepSpeed leaves a step out whenever that norm is not finite (`check_grad_overflow`, on by default).
+    Both names were read in DeepSpeed 0.19.8, to which requirements.txt pins.
+    """
+
+    def norm(gradients: list[torch.Tensor], params: list[nn.Parameter], norm_type: float = 2) -> torch.Tensor:
+        present = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        squares = torch.zeros((), device=zero.device, dtype=torch.float64)
+        if present:
+            squares = torch.stack(torch._foreach_norm(present, 2.0)).double().square().sum()
+        dist.all_reduce(squares, group=zero.dp_process_group)
+        total = squares.sqrt().float()
+        return torch.where(torch.isfinite(total), total, -1.0)  # DeepSpeed's sign for "not finite"
+
+    zero.get_grad_norm_direct = norm
+    zero.check_overflow = lambda partition_gradients=True: None
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

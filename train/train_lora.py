@@ -166,6 +166,8 @@ def train(config: TrainConfig) -> int:
         for _ in range(accumulation):
             batch = next(batches)
             latents, prompt = encoder(batch)
+            if config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
+                torch.manual_seed(config.seed * 1_000_003 + batch.place)
             losses = engine(latents, batch.noise, batch.sigma, prompt)
             engine.backward(losses.mean())
             watch.saw(batch, losses)

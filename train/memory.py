@@ -1,0 +1,167 @@
+"""The memory plan: what a run will hold on each GPU and in each host's memory, told and checked before weights are read.
+
+Weights, gradients and AdamW's state are counted; activations are an estimate from one measurement. What can't work is
+refused with numbers; what is only likely to fail is said.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_image.transformer import TransformerConfig
+from train.config import TrainConfig
+
+GIB = 2**30
+# What autograd keeps of one block, a token: 22.7 GiB over 60 blocks × 4,224 tokens × 3,072 channels × 2 bytes (one H100,
+# bf16, no recomputation: 63.5 GiB at the peak against 40.8 with it), so 16 tensors of a token's width.
+SAVED_PER_BLOCK = 16
+CONTEXT_BYTES = 1 * GIB  # CUDA context, NCCL, cuBLAS workspaces, fragmentation
+# Qwen2.5-VL's language model and the VAE in bfloat16, when they encode online.
+TEXT_ENCODER_PARAMETERS = 7_070_000_000
+VAE_PARAMETERS = 127_000_000
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by name: on this rank's device, and in this host's memory for all its ranks together.
+
+    Args:
+        certain: names on the device that are counted, not estimated.
+    """
+
+    device: dict[str, int]
+    host: dict[str, int]
+    certain: tuple[str, ...]
+    device_total: int | None  # None: the device is the CPU, and all of it is in the host's memory
+    host_free: int
+
+    def lines(self) -> list[str]:
+        """For people: one line for the device, one for the host."""
+        place = "in each rank" if self.device_total is None else f"on each GPU of {self.device_total / GIB:.0f} GiB"
+        lines = [f"memory {place}: {_sum(self.device)}"]
+        if self.host:
+            lines.append(f"memory of this host, {self.host_free / GIB:.0f} GiB free: {_sum(self.host)}")
+        if self.device_total is not None and sum(self.device.values()) > self.device_total:
+            lines.append("warning: that is likely too much; see ds_configs/README.md for smaller ways")
+        return lines
+
+    def check(self) -> None:
+        """Raise ValueError when what is counted does not fit."""
+        counted = sum(self.device[name] for name in self.certain if name in self.device)
+        if self.device_total is not None and counted > self.device_total:
+            raise ValueError(
+                f"weights and optimizer take {counted / GIB:.1f} GiB on each GPU, which has {self.device_total / GIB:.1f}: "
+                "use more GPUs with ds_configs/zero3.json, or ds_configs/zero3_offload.json"
+            )
+        needed = sum(self.host.values())
+        if needed > self.host_free:
+            raise ValueError(
+                f"offloading takes {needed / GIB:.1f} GiB of host memory ({_sum(self.host)}), but {self.host_free / GIB:.1f} "
+                "are free: offload less (offload_param, --encoder_device, --offload_activations), or use more hosts"
+            )
+
+
+def _sum(parts: dict[str, int]) -> str:
+    named = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    return f"{named} = {sum(parts.values()) / GIB:.2f} GiB"
+
+
+def plan_memory(
+    config: TrainConfig,
+    deepspeed_config: dict[str, Any],
+    shape: TransformerConfig,
+    parameters: int,
+    trainable: int,
+    tokens: int,
+    checkpointed_blocks: int,
+    world: int,
+    local_world: int,
+    encoders: bool,
+    device: torch.device,
+) -> MemoryPlan:
+    """The plan of a run of `world` ranks, `local_world` of them on this host.
+
+    Args:
+        parameters: of the frozen transformer; `trainable`: of the LoRA.
+        tokens: image and text tokens of the largest micro-batch, all its samples together.
+        encoders: whether text encoder and VAE encode during training.
+    """
+    zero = deepspeed_config["zero_optimization"]
+    partitioned = zero["stage"] == 3
+    itemsize = 2 if config.dtype == "bfloat16" else 4
+    base = parameters * itemsize
+    on_device: dict[str, int] = {}
+    on_host: dict[str, int] = {}
+
+    share = -(-base // world) if partitioned else base
+    if partitioned and zero.get("zero_hpz_partition_size", 1) > 1:
+        share += -(-base // zero["zero_hpz_partition_size"])
+    offloaded = partitioned and (zero.get("offload_param") or {}).get("device") == "cpu"
+    (on_host if offloaded else on_device)["base"] = share * (local_world if offloaded else 1)
+    if partitioned:
+        live = min(base, (zero["stage3_max_live_parameters"] + zero["stage3_prefetch_bucket_size"]) * itemsize)
+        on_device["gathered blocks"] = live
+
+    lora_itemsize = 2 if config.trained_dtype == "bfloat16" else 4
+    on_device["LoRA and gradients"] = trainable * (lora_itemsize + 4)
+    state = 3 * 4 * -(-trainable // world)  # master weights and two moments
+    if (zero.get("offload_optimizer") or {}).get("device") == "cpu":
+        on_host["AdamW"] = (state + 4 * -(-trainable // world)) * local_world  # and the gradients
+    else:
+        on_device["AdamW"] = state
+
+    width = tokens * shape.inner_dim * itemsize
+    kept = shape.num_layers - checkpointed_blocks
+    inputs = checkpointed_blocks * width
+    if config.offload_activations:
+        on_host["activations"] = (inputs + kept * SAVED_PER_BLOCK * width) * local_world
+        on_device["activations"] = 2 * SAVED_PER_BLOCK * width
+    else:
+        on_device["activations"] = inputs + (kept + 2) * SAVED_PER_BLOCK * width
+
+    if encoders:
+        text, vae = TEXT_ENCODER_PARAMETERS * itemsize, VAE_PARAMETERS * itemsize
+        where = config.encoder_device
+        room = device.type != "cuda" or text + sum(on_device.values()) + CONTEXT_BYTES < device_bytes(device)
+        if where == "device" or (where == "auto" and room):
+            on_device["encoders"] = text + vae
+        elif where == "cpu":
+            on_host["encoders"] = (text + vae) * local_world
+        else:
+            on_host["text encoder"] = text * local_world
+            on_device["VAE"] = vae
+    if device.type == "cuda":
+        on_device["context"] = CONTEXT_BYTES
+        total: int | None = device_bytes(device)
+    else:
+        total = None
+    certain = ("base", "LoRA and gradients", "AdamW")
+    return MemoryPlan(on_device, on_host, certain, total, host_bytes())
+
+
+def device_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def host_bytes() -> int:
+    """Memory that this host can still give: the kernel's estimate, or what the control group leaves if that is less."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        statistics = Path("/sys/fs/cgroup/memory.stat").read_text().split()
+        cached = int(statistics[statistics.index("inactive_file") + 1]) if "inactive_file" in statistics else 0
+        free = min(free, int(text) - int(used.read_text()) + cached)
+    return max(free, 0)
+
+
+def ranks_here() -> int:
+    """How many ranks share this host, as the launcher says; 1 if it doesn't."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        text = os.environ.get(name, "")
+        if text.isdigit():
+            return int(text)
+    return 1
