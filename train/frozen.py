@@ -1,27 +1,31 @@
 """The frozen pipeline of a run: which components it needs, and whether its data was made for it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from data_prep.encoding import LATENTS, PROMPTS, check_encoding
-from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.loading import ModelSource, match_weights, resolve_model
 from qwen_image.pipeline import QwenImagePipeline, load_transformer
 from qwen_image.transformer import QwenImageTransformer, TransformerConfig
 from train.config import TrainConfig
 from train.data import ShardDataset
 from train.engine import DTYPES, Ranks
 from train.flow import SigmaSampling
+from train.host_memory import pin
 from train.lora import LoraSpec, resolve_targets
+from train.memory import MemoryPlan, plan_memory, ranks_here
 from train.module import OnlineEncoder
 from train.zero3 import load_partitioned
 
 
 def load_pipeline(
-    config: TrainConfig, deepspeed_config: dict[str, Any], dataset: ShardDataset, ranks: Ranks
+    config: TrainConfig, deepspeed_config: dict[str, Any], dataset: ShardDataset, ranks: Ranks, plan: MemoryPlan
 ) -> QwenImagePipeline:
     """The transformer, on this rank's device or (stage 3) partitioned, and both encoders when the shards hold images.
+
+    The encoders go where `plan` says.
 
     Raises ValueError when the shards were encoded for another model, before weights are read.
     """
@@ -34,8 +38,12 @@ def load_pipeline(
         source,
         components=() if dataset.encoded else ("text_encoder", "vae"),
         dtype=dtype,
-        device=ranks.device,
+        device=ranks.device if plan.encoders == "device" else "cpu",
     )
+    if plan.encoders == "swap" and pipeline.vae is not None and pipeline.text_encoder is not None:
+        pipeline.vae.to(ranks.device)
+        if ranks.device.type == "cuda":
+            pin(pipeline.text_encoder.language_model)
     if deepspeed_config["zero_optimization"]["stage"] == 3:
         transformer = load_partitioned(files, dtype, deepspeed_config, ranks.is_main)
     else:
@@ -62,22 +70,59 @@ def check_data(config: TrainConfig, dataset: ShardDataset, prompt_width: int) ->
         )
 
 
-def planned_weights(config: TrainConfig, spec: LoraSpec) -> int:
-    """How many weights the LoRA will have, from the model's configuration alone.
+@dataclass(frozen=True)
+class ModelSizes:
+    """What is known of the model and its LoRA before weights are read. Counts are parameters."""
+
+    shape: TransformerConfig
+    base: int
+    trainable: int
+    checkpointed_blocks: int
+
+
+def planned_sizes(config: TrainConfig, deepspeed_config: dict[str, Any], spec: LoraSpec) -> ModelSizes:
+    """Sizes from the model's configuration alone.
 
     Raises what is wrong with the model's files, the LoRA's targets or the recomputed blocks before weights are read.
     """
+    if spec.dora and deepspeed_config["zero_optimization"]["stage"] == 3:
+        raise ValueError("lora_dora needs whole weights at every step: use ds_configs/zero2.json")
     files = resolve_model(ModelSource.from_options(config), ("transformer", "scheduler"))
     shape = TransformerConfig.from_config_file(files["transformer"].folder / "config.json")
     with torch.device("meta"):
         transformer = QwenImageTransformer(shape)
-    checkpointed_blocks(config, transformer)
-    weights = 0
+    match_weights(transformer, files["transformer"].weights)
+    trainable = 0
     for name in resolve_targets(transformer, spec.target_modules):
         layer = transformer.get_submodule(name)
         assert isinstance(layer, torch.nn.Linear)
-        weights += spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
-    return weights
+        trainable += spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
+    base = sum(parameter.numel() for parameter in transformer.parameters())
+    return ModelSizes(shape, base, trainable, checkpointed_blocks(config, transformer))
+
+
+def memory_plan(
+    config: TrainConfig, deepspeed_config: dict[str, Any], sizes: ModelSizes, dataset: ShardDataset, ranks: Ranks
+) -> MemoryPlan:
+    """What this run will hold, for its largest bucket and longest prompt. Raises ValueError when it can't fit."""
+    image = max((bucket.width // 16) * (bucket.height // 16) for bucket in dataset.manifest.buckets)
+    prompt = int(dataset.index.prompt_tokens.max()) if dataset.encoded else config.max_prompt_tokens
+    prompt = -(-min(prompt, config.max_prompt_tokens) // config.text_padding) * config.text_padding
+    plan = plan_memory(
+        config,
+        deepspeed_config,
+        sizes.shape,
+        parameters=sizes.base,
+        trainable=sizes.trainable,
+        tokens=config.batch_size * (image + prompt),
+        checkpointed_blocks=sizes.checkpointed_blocks,
+        world=ranks.world,
+        local_world=ranks_here(),
+        encoders=not dataset.encoded,
+        device=ranks.device,
+    )
+    plan.check()
+    return plan
 
 
 def needed_bytes(config: TrainConfig, weights: int, steps: int) -> int:
@@ -88,8 +133,9 @@ def needed_bytes(config: TrainConfig, weights: int, steps: int) -> int:
     return weights * (files * DTYPES[config.save_dtype].itemsize + max(1, checkpoints) * 3 * 4)
 
 
-def online_encoder(config: TrainConfig, pipeline: QwenImagePipeline) -> OnlineEncoder:
-    return OnlineEncoder(pipeline.vae, pipeline.text_encoder, config.max_prompt_tokens, config.text_padding)
+def online_encoder(config: TrainConfig, pipeline: QwenImagePipeline, ranks: Ranks, plan: MemoryPlan) -> OnlineEncoder:
+    options = config.max_prompt_tokens, config.text_padding, ranks.device, plan.encoders == "swap"
+    return OnlineEncoder(pipeline.vae, pipeline.text_encoder, *options)
 
 
 def sigma_sampling(config: TrainConfig, pipeline: QwenImagePipeline) -> SigmaSampling:

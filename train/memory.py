@@ -7,7 +7,7 @@ refused with numbers; what is only likely to fail is said.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,7 @@ class MemoryPlan:
 
     Args:
         certain: names on the device that are counted, not estimated.
+        encoders: where text encoder and VAE go.
     """
 
     device: dict[str, int]
@@ -37,6 +38,7 @@ class MemoryPlan:
     certain: tuple[str, ...]
     device_total: int | None  # None: the device is the CPU, and all of it is in the host's memory
     host_free: int
+    encoders: Literal["device", "swap", "cpu"]
 
     def lines(self) -> list[str]:
         """For people: one line for the device, one for the host."""
@@ -122,11 +124,15 @@ def plan_memory(
     else:
         on_device["activations"] = inputs + (kept + 2) * SAVED_PER_BLOCK * width
 
+    where: Literal["device", "swap", "cpu"] = "device"
     if encoders:
         text, vae = TEXT_ENCODER_PARAMETERS * itemsize, VAE_PARAMETERS * itemsize
-        where = config.encoder_device
-        room = device.type != "cuda" or text + sum(on_device.values()) + CONTEXT_BYTES < device_bytes(device)
-        if where == "device" or (where == "auto" and room):
+        if config.encoder_device == "auto":
+            room = device.type != "cuda" or text + sum(on_device.values()) + CONTEXT_BYTES < device_bytes(device)
+            where = "device" if room else "swap"
+        else:
+            where = config.encoder_device
+        if where == "device":
             on_device["encoders"] = text + vae
         elif where == "cpu":
             on_host["encoders"] = (text + vae) * local_world
@@ -139,7 +145,7 @@ def plan_memory(
     else:
         total = None
     certain = ("base", "LoRA and gradients", "AdamW")
-    return MemoryPlan(on_device, on_host, certain, total, host_bytes())
+    return MemoryPlan(on_device, on_host, certain, total, host_bytes(), where)
 
 
 def device_bytes(device: torch.device) -> int:

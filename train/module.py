@@ -1,5 +1,7 @@
 """What DeepSpeed wraps: a module whose forward takes a batch and returns the loss."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from qwen_image.transformer import QwenImageTransformer
 from qwen_image.vae import VAE, pixels_from_uint8
 from train.data import Batch
 from train.flow import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
+from train.host_memory import lent
 
 # Encoded shards store latents and prompt embeddings in this type; encoding online rounds alike, so both give one loss.
 STORED_DTYPE = torch.bfloat16
@@ -34,11 +37,24 @@ class FlowMatchingModule(nn.Module):
 
 
 class OnlineEncoder:
-    """Latents and prompts of a batch: taken from it, or made on the fly when the shards hold images."""
+    """Latents and prompts of a batch on `device`: taken from it, or made on the fly when the shards hold images.
 
-    def __init__(self, vae: VAE | None, text_encoder: TextEncoder | None, max_prompt_tokens: int, text_multiple: int):
+    `swap`: the text encoder lives in host memory and is on the device only while it encodes.
+    """
+
+    def __init__(
+        self,
+        vae: VAE | None,
+        text_encoder: TextEncoder | None,
+        max_prompt_tokens: int,
+        text_multiple: int,
+        device: torch.device,
+        swap: bool = False,
+    ):
         self.vae = vae
         self.text_encoder = text_encoder
+        self.device = device
+        self.swap = swap
         self.max_prompt_tokens = max_prompt_tokens
         self.text_multiple = text_multiple
 
@@ -47,8 +63,15 @@ class OnlineEncoder:
         if batch.latents is not None:
             assert batch.prompt_embeds is not None
             return batch.latents, Prompt(batch.prompt_embeds, batch.prompt_mask)
-        assert self.vae is not None and self.text_encoder is not None, "image shards need both encoders"
+        assert self.vae is not None, "image shards need both encoders"
         assert batch.pixels is not None
-        latents = self.vae.encode(pixels_from_uint8(batch.pixels)).to(STORED_DTYPE)
-        embeds = self.text_encoder.encode_list(batch.captions, self.max_prompt_tokens)
+        latents = self.vae.encode(pixels_from_uint8(batch.pixels)).to(self.device, STORED_DTYPE)
+        embeds = self.encode_prompts(batch.captions)
         return latents, Prompt.from_list([item.to(STORED_DTYPE) for item in embeds], self.text_multiple)
+
+    def encode_prompts(self, captions: list[str]) -> list[torch.Tensor]:
+        """One [T_i, D] a caption, on `device`."""
+        assert self.text_encoder is not None, "no text encoder loaded"
+        with lent(self.text_encoder.language_model, self.device) if self.swap else nullcontext():
+            embeds = self.text_encoder.encode_list(captions, self.max_prompt_tokens)
+        return [item.to(self.device) for item in embeds]

@@ -11,6 +11,7 @@ from qwen_image.text_encoder import Prompt
 from train.config import TrainConfig
 from train.engine import DTYPES, Ranks
 from train.grid import make_grid, save_png
+from train.module import OnlineEncoder
 
 
 class Preview:
@@ -20,7 +21,7 @@ class Preview:
     Every rank makes the same number of images (under ZeRO-3 each forward is a collective).
     """
 
-    def __init__(self, config: TrainConfig, pipeline: QwenImagePipeline, ranks: Ranks):
+    def __init__(self, config: TrainConfig, pipeline: QwenImagePipeline, encoder: OnlineEncoder, ranks: Ranks):
         self.config, self.pipeline, self.ranks = config, pipeline, ranks
         prompts = list(config.sample_prompts)
         per_rank = -(-len(prompts) // ranks.world)
@@ -28,22 +29,18 @@ class Preview:
         self.jobs = [(place, place % len(prompts)) for place in places] if prompts else []
         if not prompts:
             return
-        encoders = pipeline
         if pipeline.text_encoder is None:
-            encoders = QwenImagePipeline.from_pretrained(
+            loaded = QwenImagePipeline.from_pretrained(
                 ModelSource.from_options(config),
                 components=("text_encoder", "vae"),
                 dtype=DTYPES[config.dtype],
             )
-        assert encoders.text_encoder is not None and encoders.vae is not None
-        encoders.text_encoder.language_model.to(ranks.device)
+            options = config.max_prompt_tokens, config.text_padding, ranks.device
+            encoder = OnlineEncoder(loaded.vae, loaded.text_encoder, *options, swap=True)
+        assert encoder.vae is not None
         texts = [*prompts, DEFAULT_NEGATIVE_PROMPT]
-        self.embeds = [
-            Prompt(embeds[None].cpu(), None)
-            for text in texts
-            for embeds in encoders.text_encoder.encode_list([text], config.max_prompt_tokens)
-        ]
-        self.vae = encoders.vae
+        self.embeds = [Prompt(encoder.encode_prompts([text])[0][None].cpu(), None) for text in texts]
+        self.vae = encoder.vae
         self.vae_home = self.vae.device
 
     def write(self, step: int) -> Path | None:

@@ -40,6 +40,7 @@ def train(config: TrainConfig) -> int:
     import torch
 
     from train import frozen
+    from train.activation_offload import ActivationOffload
     from train.checkpoint import Checkpoints, check_same
     from train.data import ShardDataset
     from train.deepspeed_config import load_deepspeed_config, warnings
@@ -72,15 +73,19 @@ def train(config: TrainConfig) -> int:
     global_batch = config.batch_size * accumulation * ranks.world
     total_steps = config.max_steps or steps_of(config.num_epochs or 1, order.length, ranks.world, accumulation)
     spec = LoraSpec.from_config(config)
-    needed_bytes = frozen.needed_bytes(config, frozen.planned_weights(config, spec), total_steps)
+    sizes = frozen.planned_sizes(config, deepspeed_config, spec)
+    needed_bytes = frozen.needed_bytes(config, sizes.trainable, total_steps)
+    plan = frozen.memory_plan(config, deepspeed_config, sizes, dataset, ranks)
+    for line in plan.lines():
+        ranks.say(line)
     versions = prepare_run_folder(config, deepspeed_config, needed_bytes) if ranks.is_main else {}
     checkpoints = Checkpoints(config.output_path, config.keep_checkpoints, say=ranks.say)
     resumed = checkpoints.find(config.resume)
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
-    pipeline = frozen.load_pipeline(config, deepspeed_config, dataset, ranks)
-    encoder = frozen.online_encoder(config, pipeline)
-    preview = Preview(config, pipeline, ranks)
+    pipeline = frozen.load_pipeline(config, deepspeed_config, dataset, ranks, plan)
+    encoder = frozen.online_encoder(config, pipeline, ranks, plan)
+    preview = Preview(config, pipeline, encoder, ranks)
     transformer = pipeline.transformer
     assert transformer is not None
     adapted = inject_lora(transformer, spec, config.seed, DTYPES[config.trained_dtype])
@@ -88,7 +93,9 @@ def train(config: TrainConfig) -> int:
         filled = start_from(transformer, read_lora(config.lora_checkpoint, transformer), spec)
         ranks.say(f"starting from {config.lora_checkpoint}: {filled} of {len(adapted)} layers")
     speedups = apply_speedups(config, pipeline, deepspeed_config["zero_optimization"]["stage"], ranks.device)
-    transformer.checkpointed_blocks = frozen.checkpointed_blocks(config, transformer)
+    transformer.checkpointed_blocks = sizes.checkpointed_blocks
+    if config.offload_activations:
+        transformer.saved_inputs = ActivationOffload(ranks.device)
     module = FlowMatchingModule(transformer, config.loss_weighting, DTYPES[config.dtype])
     engine = initialize(module, config, deepspeed_config)
     export = LoraExport(config, spec, pipeline, dataset, ranks)

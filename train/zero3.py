@@ -16,6 +16,7 @@ from torch import nn
 from qwen_image.loading import ModelFiles, match_weights, replace_parameter
 from qwen_image.transformer import QwenImageTransformer, TransformerConfig
 from qwen_image.weight_files import RangeReader, StoredTensor
+from train.host_memory import pinned_memory
 
 ARENA_ALIGNMENT = 256  # bytes; for copies by DMA and vector loads
 ARENA_BYTES = 2 << 30  # pinned at once, while threads already read into the arena before
@@ -129,10 +130,7 @@ def read_part(reader: RangeReader, stored: StoredTensor, part: torch.Tensor, ran
 
 @dataclass
 class Home:
-    """Where partitions of `dtype` stay. Pinned host memory comes in arenas of its exact size.
-
-    torch's pinned allocator rounds each tensor up to a power of two: 62 GB for the 41 GB of Qwen-Image.
-    """
+    """Where partitions of `dtype` stay. Pinned host memory comes in arenas."""
 
     device: torch.device
     dtype: torch.dtype
@@ -153,16 +151,3 @@ class Home:
             self._arena, start = pinned_memory(elements, self.dtype), 0
         self._used = start + size
         return self._arena[start : start + size]
-
-
-def pinned_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Page-locked host memory of exactly this size, for the life of the process. Raises MemoryError."""
-    memory = torch.empty(elements, dtype=dtype)
-    runtime = torch.cuda.cudart()
-    error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel() * dtype.itemsize, 0)
-    if int(error) != 0:
-        raise MemoryError(
-            f"{elements * dtype.itemsize / 1e9:.1f} GB of host memory could not be page-locked ({error}): "
-            'set "pin_memory": false in offload_param, or use fewer ranks on this host'
-        )
-    return memory
