@@ -15,7 +15,7 @@ from train.engine import DTYPES, Ranks
 from train.flow import SigmaSampling
 from train.host_memory import pin
 from train.lora import LoraSpec, resolve_targets
-from train.memory import MemoryPlan, plan_memory, ranks_here
+from train.memory import EncoderSizes, MemoryPlan, plan_memory, ranks_here
 from train.module import OnlineEncoder
 from train.zero3 import load_partitioned
 
@@ -108,6 +108,10 @@ def memory_plan(
     image = max((bucket.width // 16) * (bucket.height // 16) for bucket in dataset.manifest.buckets)
     prompt = int(dataset.index.prompt_tokens.max()) if dataset.encoded else config.max_prompt_tokens
     prompt = -(-min(prompt, config.max_prompt_tokens) // config.text_padding) * config.text_padding
+    encoders = None
+    if not dataset.encoded:
+        parts = ("text_encoder", "tokenizer", "vae")
+        encoders = EncoderSizes.from_files(resolve_model(ModelSource.from_options(config), parts))
     plan = plan_memory(
         config,
         deepspeed_config,
@@ -118,7 +122,7 @@ def memory_plan(
         checkpointed_blocks=sizes.checkpointed_blocks,
         world=ranks.world,
         local_world=ranks_here(),
-        encoders=not dataset.encoded,
+        encoders=encoders,
         device=ranks.device,
     )
     plan.check()

@@ -7,11 +7,13 @@ refused with numbers; what is only likely to fail is said.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from qwen_image.loading import ModelFiles
 from qwen_image.transformer import TransformerConfig
+from qwen_image.weight_files import read_headers
 from train.config import TrainConfig
 
 GIB = 2**30
@@ -19,9 +21,20 @@ GIB = 2**30
 # bf16, no recomputation: 63.5 GiB at the peak against 40.8 with it), so 16 tensors of a token's width.
 SAVED_PER_BLOCK = 16
 CONTEXT_BYTES = 1 * GIB  # CUDA context, NCCL, cuBLAS workspaces, fragmentation
-# Qwen2.5-VL's language model and the VAE in bfloat16, when they encode online.
-TEXT_ENCODER_PARAMETERS = 7_070_000_000
-VAE_PARAMETERS = 127_000_000
+
+
+class EncoderSizes(NamedTuple):
+    """Parameters that stay in memory: the text encoder's without its vision tower and vocabulary head."""
+
+    text_encoder: int
+    vae: int
+
+    @classmethod
+    def from_files(cls, files: ModelFiles) -> "EncoderSizes":
+        """From the headers of the weight files; reads no weights."""
+        text = read_headers(files["text_encoder"].weights).items()
+        kept = sum(stored.numel for name, stored in text if "visual." not in name and not name.startswith("lm_head"))
+        return cls(kept, sum(stored.numel for stored in read_headers(files["vae"].weights).values()))
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def plan_memory(
     checkpointed_blocks: int,
     world: int,
     local_world: int,
-    encoders: bool,
+    encoders: EncoderSizes | None,
     device: torch.device,
 ) -> MemoryPlan:
     """The plan of a run of `world` ranks, `local_world` of them on this host.
@@ -89,7 +102,7 @@ def plan_memory(
     Args:
         parameters: of the frozen transformer; `trainable`: of the LoRA.
         tokens: image and text tokens of the largest micro-batch, all its samples together.
-        encoders: whether text encoder and VAE encode during training.
+        encoders: those that encode during training; None: the shards are encoded.
     """
     zero = deepspeed_config["zero_optimization"]
     partitioned = zero["stage"] == 3
@@ -105,7 +118,9 @@ def plan_memory(
     (on_host if offloaded else on_device)["base"] = share * (local_world if offloaded else 1)
     if partitioned:
         live = min(base, (zero["stage3_max_live_parameters"] + zero["stage3_prefetch_bucket_size"]) * itemsize)
-        on_device["gathered blocks"] = live
+        # Autograd holds on to the weights of blocks that are not recomputed: DeepSpeed can't let go of them.
+        kept_weights = base * (shape.num_layers - checkpointed_blocks) // max(1, shape.num_layers)
+        on_device["gathered blocks"] = max(live, kept_weights)
 
     lora_itemsize = 2 if config.trained_dtype == "bfloat16" else 4
     on_device["LoRA and gradients"] = trainable * (lora_itemsize + 4)
@@ -125,8 +140,8 @@ def plan_memory(
         on_device["activations"] = inputs + (kept + 2) * SAVED_PER_BLOCK * width
 
     where: Literal["device", "swap", "cpu"] = "device"
-    if encoders:
-        text, vae = TEXT_ENCODER_PARAMETERS * itemsize, VAE_PARAMETERS * itemsize
+    if encoders is not None:
+        text, vae = encoders.text_encoder * itemsize, encoders.vae * itemsize
         if config.encoder_device == "auto":
             room = device.type != "cuda" or text + sum(on_device.values()) + CONTEXT_BYTES < device_bytes(device)
             where = "device" if room else "swap"
