@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ def join_process_group() -> Ranks:
     """Initialise torch.distributed (NCCL on CUDA, gloo else) and choose this process's device."""
     import deepspeed
 
+    # torch 2.13 renamed collectives that DeepSpeed 0.19 calls, and says so at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, default)
     if os.environ["WORLD_SIZE"] == "1":

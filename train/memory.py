@@ -173,8 +173,8 @@ def host_bytes() -> int:
     free = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        statistics = Path("/sys/fs/cgroup/memory.stat").read_text().split()
-        cached = int(statistics[statistics.index("inactive_file") + 1]) if "inactive_file" in statistics else 0
+        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        cached = sum(int(statistics.get(name, 0)) for name in ("inactive_file", "active_file"))  # given back when asked
         free = min(free, int(text) - int(used.read_text()) + cached)
     return max(free, 0)
 
