@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types format bench-data bench-loader bench-step
+.PHONY: help setup demo test check lint types format bench-data bench-loader bench-step bench-zero3
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -51,3 +51,6 @@ types: $(STAMP)  ## mypy
 format: $(STAMP)  ## rewrite the files as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-zero3: $(STAMP)  ## host memory of each rank while a model is loaded under ZeRO-3, against plain loading
+	$(BIN)/python bench/zero3_loading.py

@@ -6,11 +6,15 @@ step are averaged, clipped and given to torch's AdamW.
 
 import importlib
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from forked_ranks import run_ranks
+from PIL import Image
 from safetensors.torch import load_file
 
 from demo.random_model import write_random_encoded, write_random_model
@@ -25,7 +29,8 @@ from train.loader import draw_sample
 from train.lora import LoraSpec, inject_lora, lora_parameters
 from train.module import FlowMatchingModule
 
-_MODULES = "deepspeed.runtime.engine peft functorch.compile pyarrow.dataset train.checkpoint train.export train.frozen train.preview"
+_MODULES = "deepspeed.runtime.engine peft functorch.compile pyarrow.dataset qwen_image.modulation train.checkpoint"
+_MODULES += " train.export train.frozen train.metrics train.preview train.speed"
 for _module in _MODULES.split():
     importlib.import_module(_module)  # before the ranks are forked, or each of them imports it
 
@@ -53,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(model: Path, data: Path, output: Path, config: str, *more: str) -> list[str]:
     return [
-        *("--deepspeed", str(ROOT / "ds_configs" / f"{config}.json"), "--model", str(model), "--data", str(data)),
+        *("--deepspeed", f"{ROOT / 'ds_configs' / config}.json", "--model", str(model), "--data", str(data)),
         *("--output_path", str(output), "--dtype", "float32", "--lora_rank", "3", "--learning_rate", "2e-3"),
         *(
             "--num_workers",
@@ -119,6 +124,66 @@ def check_all_equal_plain(world: int, cases: list[tuple[str, str]], model: Path,
         assert saved.keys() == {f"transformer.{name}.weight" for name in weights}
         worst = max((saved[f"transformer.{name}.weight"] - weights[name]).abs().max() for name in weights)
         assert worst < 2e-6, (case, worst)
+
+
+@pytest.fixture(scope="module")
+def whole_model(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model with encoders, for sample images, and the data as if they had made it."""
+    copy = shutil.copytree(data, tmp_path_factory.mktemp("data") / "encoded")
+    files = resolve_model(ModelSource(str(tiny_model)))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["encoding"] |= {part: files.fingerprint(part) for part in ("vae", "text_encoder")}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return tiny_model, copy
+
+
+def write_config(folder: Path, name: str, base: str, **zero: Any) -> str:
+    """A DeepSpeed JSON beside the four of the project; what `flags` takes for it."""
+    config = json.loads((ROOT / "ds_configs" / f"{base}.json").read_text())
+    config["zero_optimization"] |= zero
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    return str(folder / name)
+
+
+def test_variants_of_stage_3(whole_model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample images, validation, hpZ and offloaded activations change nothing; checkpoints hold LoRA alone."""
+    monkeypatch.setattr("train.activation_offload.SMALLEST_BYTES", 0)
+    variants = {
+        "zero2": ("zero2", []),
+        "offload": ("zero3_offload", ["--offload_activations", "true"]),
+        "hpz": (write_config(tmp_path, "hpz", "zero3", zero_hpz_partition_size=2), []),
+    }
+    more = ["--max_steps", "3", "--validation_samples", "3", "--validation_steps", "2", "--sample_prompts", "a", "b, c"]
+    more += [
+        "--sample_steps",
+        "2",
+        "--sample_height",
+        "32",
+        "--sample_width",
+        "48",
+        "--sample_num_inference_steps",
+        "2",
+    ]
+    runs = [flags(*whole_model, tmp_path / name, file, *more, *extra) for name, (file, extra) in variants.items()]
+    assert run_ranks(2, train_all, runs) == [0] * len(runs)
+
+    def outcome(name: str) -> tuple[list[float], list[float], np.ndarray]:
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
+        images = [np.array(Image.open(p)) for p in sorted((tmp_path / name / "samples").rglob("0*.png"))]
+        return [row["loss"] for row in rows if "loss" in row], validation, np.stack(images).astype(int)
+
+    losses, validation, images = outcome("zero2")
+    assert len(losses) == 3 and len(validation) == 3 and len(images) == 2 * 2
+    for name in variants:
+        assert outcome(name)[0] == pytest.approx(losses, rel=2e-6), name
+        assert outcome(name)[1] == pytest.approx(validation, rel=2e-6), name
+        assert abs(outcome(name)[2] - images).max() <= 1, name  # of 255: float32 rounding at a pixel's edge
+        (state,) = (tmp_path / name / "checkpoints").rglob("*.safetensors")
+        tensors = load_file(state)
+        assert all(".lora_" in key for key in tensors)
+        trained = load_file(tmp_path / name / "lora.safetensors")
+        assert sum(t.numel() for t in tensors.values()) == 3 * sum(t.numel() for t in trained.values())
 
 
 def test_two_ranks_equal_the_plain_loop(model: Path, data: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ REFUSED = {
 REFUSED_ZERO = {
     "zero_quantized_nontrainable_weights": "it turns the frozen bf16 weights into noise without a word",
     "round_robin_gradients": "LoRA files written under it are wrong",
+    "leaf_module": "its hooks need block inputs with gradients, which the first block of a frozen model has not",
     "zenflow": "it replaces the optimizer; the trainer's AdamW is used",
     "cpu_offload": 'say "offload_optimizer": {"device": "cpu"}',
     "cpu_offload_param": 'say "offload_param": {"device": "cpu"}',

@@ -72,7 +72,8 @@ def _load(
         pinned=bool(offload.get("pin_memory")) and init.local_device.type == "cuda",
         remaining=sum(share_of(tensor.numel, world) for tensor in stored.values()),
     )
-    total = sum(share_of(tensor.numel, world) * tensor.dtype.itemsize for tensor in stored.values())
+    groups = [world] + ([init.num_ranks_in_param_group] if init.zero_param_process_group is not None else [])
+    total = sum(share_of(t.numel, group) * t.dtype.itemsize for t in stored.values() for group in groups)
     with RangeReader(progress, total) as reader:
         for name, tensor in stored.items():
             # No memory behind it: a partition that already exists is never copied from the whole.

@@ -1,0 +1,89 @@
+"""The memory plan: what it counts, where it puts things, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_image.transformer import TransformerConfig
+from train import memory
+from train.config import TrainConfig
+from train.memory import GIB, EncoderSizes, MemoryPlan, plan_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+QWEN, LORA = 20_430_401_088, 23_592_960 * 2
+ENCODERS = EncoderSizes(7_070_000_000, 127_000_000)
+
+
+def plan(
+    file: str, world: int = 1, monkeypatch: Any = None, card: int = 80, host: int = 1000, **options: Any
+) -> MemoryPlan:
+    """A plan for GPUs of `card` GiB and hosts of `host` GiB, 1024² at batch size 1."""
+    monkeypatch.setattr(memory, "device_bytes", lambda device: card * GIB)
+    monkeypatch.setattr(memory, "host_bytes", lambda: host * GIB)
+    encoders, blocks = options.pop("encoders", None), options.pop("checkpointed_blocks", 60)
+    config = TrainConfig(model="a/b", data="d", deepspeed=Path("d"), output_path=Path("o"), **options)
+    settings = json.loads((ROOT / "ds_configs" / f"{file}.json").read_text())
+    return plan_memory(
+        config,
+        settings,
+        TransformerConfig(),
+        parameters=QWEN,
+        trainable=LORA,
+        tokens=4096 + 128,
+        checkpointed_blocks=blocks,
+        world=world,
+        local_world=world,
+        encoders=encoders,
+        device=torch.device("cuda"),
+    )
+
+
+def test_stage_2_keeps_the_base_on_every_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = plan("zero2", 8, monkeypatch)
+    assert two.device["base"] == 2 * QWEN and not two.host
+    none = plan("zero2", 8, monkeypatch, checkpointed_blocks=0)
+    # the measurement behind the estimate: 22.7 GiB more without recomputation
+    assert (none.device["activations"] - two.device["activations"]) / GIB == pytest.approx(22.7, rel=0.1)
+    two.check()
+    with pytest.raises(ValueError, match=r"on each GPU, which has 24\.0: use more GPUs"):
+        plan("zero2", 8, monkeypatch, card=24).check()
+
+
+def test_stage_3_divides_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    three = plan("zero3", 8, monkeypatch)
+    assert three.device["base"] == pytest.approx(2 * QWEN / 8, abs=8)
+    assert three.device["gathered blocks"] == 2 * 1_350_000_000
+    # autograd keeps the weights of blocks that are not recomputed
+    assert plan("zero3", 8, monkeypatch, checkpointed_blocks=30).device["gathered blocks"] == QWEN
+    plan("zero3", 8, monkeypatch, card=24).check()
+
+
+def test_offload_needs_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    offload = plan("zero3_offload", 4, monkeypatch)
+    assert offload.host["base"] == pytest.approx(2 * QWEN, abs=64) and "base" not in offload.device
+    assert "AdamW" in offload.host
+    offload.check()
+    with pytest.raises(ValueError, match=r"offloading takes 3\d\.\d GiB of host memory .* but 16\.0 are free"):
+        plan("zero3_offload", 4, monkeypatch, host=16).check()
+    parked = plan("zero2", 1, monkeypatch, offload_activations=True)
+    assert parked.host["activations"] == 60 * 4224 * 3072 * 2
+
+
+@pytest.mark.parametrize(
+    "card,option,place", [(80, "auto", "device"), (48, "auto", "swap"), (80, "swap", "swap"), (80, "cpu", "cpu")]
+)
+def test_encoders_go_where_there_is_room(monkeypatch: pytest.MonkeyPatch, card: int, option: str, place: str) -> None:
+    chosen = plan("zero2", 1, monkeypatch, card=card, encoders=ENCODERS, encoder_device=option)
+    assert chosen.encoders == place
+    on_card = {"device": 2 * sum(ENCODERS), "swap": 2 * ENCODERS.vae, "cpu": 0}[place]
+    assert chosen.device.get("encoders", 0) + chosen.device.get("VAE", 0) == on_card
+
+
+def test_lines_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    offload = plan("zero3_offload", 2, monkeypatch, card=1)
+    lines = offload.lines()
+    assert lines[0].startswith("memory on each GPU of 1 GiB: ") and lines[2].startswith("warning: ")
+    assert lines[0].endswith(f"= {sum(offload.device.values()) / GIB:.2f} GiB") and "base 38.05" in lines[1]
