@@ -1,0 +1,60 @@
+#!/bin/bash
+# Encode image shards on a Slurm cluster, one task a GPU, from the root directory of the project:
+#
+#   sbatch slurm/encode_shards.sh --model Qwen/Qwen-Image --data SHARDS --output_path ENCODED
+#   sbatch --nodes=4 --time=12:00:00 slurm/encode_shards.sh --model MODEL --data SHARDS --output_path ENCODED
+#   sbatch --gpus-per-node=4 --ntasks-per-node=4 slurm/encode_shards.sh --model MODEL --data SHARDS --output_path ENCODED
+#   sbatch --gpus-per-node=0 --ntasks-per-node=2 slurm/encode_shards.sh --model MODEL ...                # without GPUs
+#
+# Tasks share the shards out by number and don't wait for each other; the one that ends last writes the manifest. Two
+# minutes before the time limit the job goes back into the queue, as it does when a node fails, and goes on after each
+# task's last finished shard. So does a second submission, with any number of tasks. A --time shorter than one shard
+# takes would never end. PYTHON names another interpreter than .venv/bin/python.
+
+#SBATCH --job-name=encode_shards
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -euo pipefail
+
+cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this script in a spool folder
+if [[ ! -f data_prep/encode_shards.py ]]; then
+    echo "error: no data_prep/encode_shards.py in $SLURM_SUBMIT_DIR: submit from the root directory of the project" >&2
+    exit 2
+fi
+
+tasks="${SLURM_NTASKS_PER_NODE:-$SLURM_NTASKS}"
+gpus="${SLURM_GPUS_ON_NODE:-0}"
+if ((gpus > 0 && gpus != tasks)); then
+    echo "error: $tasks tasks but $gpus GPUs a node: make --ntasks-per-node and --gpus-per-node equal" >&2
+    exit 2
+fi
+
+python="${PYTHON:-python}"
+if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then
+    python=.venv/bin/python
+fi
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
+
+# The signal comes to this shell alone (B: above), which hears it only because srun is in the background.
+trap 'echo "job $SLURM_JOB_ID is out of time: back into the queue"; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+
+# --gpu-bind=none: each task sees all GPUs of its node and takes number LOCAL_RANK.
+# --kill-on-bad-exit=0: a task that fails leaves the others at work.
+# shellcheck disable=SC2016 # the variables are those of each task
+srun --gpu-bind=none --kill-on-bad-exit=0 bash -c '
+    export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
+    exec "$@"
+' task "$python" data_prep/encode_shards.py "$@" &
+status=0
+wait "$!" || status=$?
+exit "$status"
