@@ -25,6 +25,7 @@ from train import train_lora
 from train.command_line import parse
 from train.data import ShardDataset, make_batch
 from train.flow import SigmaSampling
+from train.frozen import planned_sizes
 from train.loader import draw_sample
 from train.lora import LoraSpec, inject_lora, lora_parameters
 from train.module import FlowMatchingModule
@@ -193,3 +194,10 @@ def test_two_ranks_equal_the_plain_loop(model: Path, data: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_three_ranks_equal_the_plain_loop(model: Path, data: Path, tmp_path: Path) -> None:
     check_all_equal_plain(3, CASES, model, data, tmp_path)
+
+
+def test_dora_needs_whole_weights(model: Path, data: Path, tmp_path: Path) -> None:
+    config = parse(flags(model, data, tmp_path, "zero3", "--lora_dora", "true"))
+    with pytest.raises(ValueError, match=r"lora_dora needs whole weights at every step: use ds_configs/zero2\.json"):
+        planned_sizes(config, {"zero_optimization": {"stage": 3}}, LoraSpec.from_config(config))
+    planned_sizes(config, {"zero_optimization": {"stage": 2}}, LoraSpec.from_config(config))
