@@ -147,7 +147,10 @@ def write_config(folder: Path, name: str, base: str, **zero: Any) -> str:
     return str(folder / name)
 
 
-def test_variants_of_stage_3(whole_model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("which", ["offload", pytest.param("hpz", marks=pytest.mark.slow)])
+def test_variants_of_stage_3(
+    whole_model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
     """Sample images, validation, hpZ and offloaded activations change nothing; checkpoints hold LoRA alone."""
     monkeypatch.setattr("train.activation_offload.SMALLEST_BYTES", 0)
     variants = {
