@@ -58,7 +58,14 @@ class TrainConfig:
     dtype: Annotated[Precision, "of the frozen weights and the activations"] = "bfloat16"
 
     # ---- data
-    data: Annotated[str, "folder of shards (make_shards.py) or of encoded shards (encode_shards.py)"]
+    data: Annotated[
+        str,
+        "folder of shards (make_shards.py) or of encoded shards (encode_shards.py), here or remote (s3://, hf://, …)",
+    ]
+    data_cache_path: Annotated[Path, "folder for local copies of remote shards"] = Path("~/.cache/qwen_image_lora")
+    data_cache_gb: Annotated[
+        NotNegative, "each node keeps so many GB of the remote shards that come next; 0 = none"
+    ] = 50.0
     dataset_repeat: Annotated[Count, "how often every sample occurs in an epoch"] = 1
     batch_size: Annotated[Count, "samples of a micro-batch on each rank"] = 1
     num_workers: Annotated[Whole, "loader processes of each rank; 0 = load in the training process"] = 2
@@ -68,7 +75,11 @@ class TrainConfig:
         "a bucket's last, incomplete batch: wrap fills it from the bucket's start, drop leaves it out of the epoch; "
         "auto wraps small data sets",
     ] = "auto"
-    loader: Annotated[Literal["indexed"], "how shards are read: by random access through their index"] = "indexed"
+    loader: Annotated[
+        Literal["indexed", "webdataset"],
+        "indexed: random access through the shards' index, exactly resumable; webdataset: one after another, for streams "
+        "without an index (pipe:, braces), with weaker promises",
+    ] = "indexed"
     max_prompt_tokens: Annotated[
         Annotated[int, Range(1, 1024)], "longer captions are cut; sampling cuts at 512, the encoder allows 1024"
     ] = 512
@@ -92,6 +103,9 @@ class TrainConfig:
         Precision | None, "of the LoRA weights in the forward pass (AdamW's are float32); not given: as dtype"
     ] = None
     lora_checkpoint: Annotated[Path | None, "LoRA file to start from (weights only, steps count from 0)"] = None
+    preset_lora_path: Annotated[
+        tuple[str, ...], "LoRA files merged into the frozen base, each FILE or FILE:WEIGHT (repeat the flag)"
+    ] = ()
 
     # ---- flow matching
     timestep_sampling: Annotated[
@@ -151,6 +165,10 @@ class TrainConfig:
         Whole | None, "write a resumable checkpoint (optimizer state) this often; not given: save_steps"
     ] = None
     keep_checkpoints: Annotated[Whole, "how many of the newest checkpoints stay; 0 = all"] = 2
+    keep_every: Annotated[Whole, "checkpoints at multiples of this many steps stay as well; 0 = none"] = 0
+    on_save_error: Annotated[
+        Literal["stop", "continue"], "what a checkpoint or LoRA file that cannot be written (a full disk) does"
+    ] = "stop"
     save_dtype: Annotated[Literal["float32", "bfloat16"], "of the weights in LoRA files"] = "float32"
     resume: Annotated[str, "auto (newest checkpoint in output_path, if any), never, or a checkpoint's path"] = "auto"
     resume_ignore_data: Annotated[bool, "resume although the data set has changed; its order starts anew"] = False
@@ -197,6 +215,10 @@ class TrainConfig:
             raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must not be above max_steps ({self.max_steps})")
         if self.lora_dtype == "bfloat16" and self.dtype == "float32":
             raise ValueError("lora_dtype bfloat16 needs dtype bfloat16, got dtype float32")
+        if self.loader == "webdataset" and (self.max_steps is None or self.validation_samples):
+            raise ValueError(
+                "loader webdataset knows no epochs and can't hold samples out: give max_steps, and no validation_samples"
+            )
         for name in ("model", "data", "resume", "wandb_project", "lora_target_modules"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")

@@ -24,8 +24,9 @@ def save_lora(
 ) -> None:
     """Write a LoRA file: `tensors` by short name (see `short_name`), whole, not partitioned.
 
-    Written under a temporary name, flushed to the disk, then renamed: a reader never sees half a file.
+    Written under a temporary name, flushed to the disk, then renamed: a reader never sees half a file. Raises OSError.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state = {}
@@ -44,10 +45,15 @@ def save_lora(
         **metadata,
     }
     temporary = path.with_name(path.name + ".tmp")
-    save_file(state, temporary, metadata=header)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        save_file(state, temporary, metadata=header)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except SafetensorError as error:  # the library's name for a full disk
+        raise OSError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,12 @@ def read_lora(path: Path, transformer: nn.Module) -> LoraFile:
     for name, layer in layers.items():
         if not {"lora_A", "lora_B"} <= layer.keys():
             raise ValueError(f"{path}: {name} has only {', '.join(layer)}; the file is incomplete")
-        weight = base_layer(transformer, name).weight
+        base = base_layer(transformer, name)  # its weight may be partitioned (ZeRO-3)
         shape = (layer["lora_B"].shape[0], layer["lora_A"].shape[1])
-        if shape != tuple(weight.shape) or layer["lora_B"].shape[1] != len(layer["lora_A"]):
+        if shape != (base.out_features, base.in_features) or layer["lora_B"].shape[1] != len(layer["lora_A"]):
             raise ValueError(
                 f"{path}: LoRA of {name} is made for a {shape[0]}×{shape[1]} layer, but this model's is "
-                f"{weight.shape[0]}×{weight.shape[1]}; it belongs to another model"
+                f"{base.out_features}×{base.in_features}; it belongs to another model"
             )
         alpha = layer.pop("alpha", None)
         scale = default_scale if alpha is None else alpha.item() / len(layer["lora_A"])

@@ -31,6 +31,7 @@ class StreamLoader:
         urls: what webdataset takes: paths, http URLs, `pipe:` commands, braces.
         empty_prompt: [5, D] for caption dropout; encoded shards need it.
         consumed: micro-batches of an earlier run; they are counted on from, and change the shuffle, no more.
+        total: samples of the whole set, for `epoch`; 0 where nobody knows.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class StreamLoader:
         device: torch.device | str = "cpu",
         on_broken_sample: Literal["skip", "stop"] = "skip",
         buffer: int = BUFFER,
+        total: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
         self.consumed, self.broken, self._say = consumed, 0, say
+        self._epochs_a_micro_batch = batch_size / total if total else 0.0
         self._micro_batches_a_step, device = world * accumulation, torch.device(device)
         attempts = 0 if on_broken_sample == "stop" else ATTEMPTS
         shuffle_seed = (seed * 1_000_003 + rank) * 1_000_003 + consumed
@@ -93,6 +96,11 @@ class StreamLoader:
     def state(self) -> dict[str, Any]:
         """A count, and no position."""
         return {"consumed": self.consumed, "order": {"loader": "webdataset"}}
+
+    @property
+    def epoch(self) -> float:
+        """Samples that were drawn, in epochs; 0 where the number of samples is unknown."""
+        return self.consumed * self._epochs_a_micro_batch
 
     def close(self) -> None:
         self._stream = iter(())

@@ -42,11 +42,10 @@ def train(config: TrainConfig) -> int:
     from train import frozen
     from train.activation_offload import ActivationOffload
     from train.checkpoint import Checkpoints, check_same
-    from train.data import ShardDataset
     from train.deepspeed_config import load_deepspeed_config, warnings
     from train.engine import DTYPES, initialize, join_process_group, learning_rate, mean_over_ranks, set_learning_rate
     from train.export import LoraExport
-    from train.loader import BatchLoader
+    from train.feed import make_loader, make_order, open_data
     from train.lora import LoraSpec, inject_lora, start_from
     from train.lora_file import read_lora
     from train.metrics import Metrics
@@ -55,6 +54,7 @@ def train(config: TrainConfig) -> int:
     from train.optimizer_state import trainable_shapes
     from train.order import steps_of
     from train.preemption import PREEMPTED, Preemption
+    from train.preset import Preset, merge_presets
     from train.preview import Preview
     from train.run_folder import prepare_run_folder
     from train.speed import apply_speedups
@@ -67,11 +67,14 @@ def train(config: TrainConfig) -> int:
     for warning in warnings(deepspeed_config):
         ranks.say(f"warning: {warning}")
     frozen.seed_everything(config)
-    dataset = ShardDataset(config.data, config.validation_samples, config.max_prompt_tokens, ranks.say)
-    order = dataset.order(config.batch_size, config.seed, config.shuffle_window, config.tail, config.dataset_repeat)
+    dataset = open_data(config, ranks.say)
+    order = make_order(config, dataset)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * accumulation * ranks.world
-    total_steps = config.max_steps or steps_of(config.num_epochs or 1, order.length, ranks.world, accumulation)
+    total_steps = config.max_steps or 0
+    if not total_steps:
+        assert order is not None, "only a run with an order knows epochs"
+        total_steps = steps_of(config.num_epochs or 1, order.length, ranks.world, accumulation)
     spec = LoraSpec.from_config(config)
     sizes = frozen.planned_sizes(config, deepspeed_config, spec)
     needed_bytes = frozen.needed_bytes(config, sizes.trainable, total_steps)
@@ -79,7 +82,9 @@ def train(config: TrainConfig) -> int:
     for line in plan.lines():
         ranks.say(line)
     versions = prepare_run_folder(config, deepspeed_config, needed_bytes) if ranks.is_main else {}
-    checkpoints = Checkpoints(config.output_path, config.keep_checkpoints, say=ranks.say)
+    checkpoints = Checkpoints(
+        config.output_path, config.keep_checkpoints, config.keep_every, config.on_save_error, ranks.say
+    )
     resumed = checkpoints.find(config.resume)
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
@@ -88,11 +93,14 @@ def train(config: TrainConfig) -> int:
     preview = Preview(config, pipeline, encoder, ranks)
     transformer = pipeline.transformer
     assert transformer is not None
+    presets = [Preset.read(text, transformer) for text in config.preset_lora_path]
+    if presets:
+        ranks.say(f"{len(presets)} preset LoRAs merged into {merge_presets(transformer, presets)} layers")
     adapted = inject_lora(transformer, spec, config.seed, DTYPES[config.trained_dtype])
     if config.lora_checkpoint is not None:
         filled = start_from(transformer, read_lora(config.lora_checkpoint, transformer), spec)
         ranks.say(f"starting from {config.lora_checkpoint}: {filled} of {len(adapted)} layers")
-    speedups = apply_speedups(config, pipeline, deepspeed_config["zero_optimization"]["stage"], ranks.device)
+    speedups = apply_speedups(config, pipeline, spec, deepspeed_config["zero_optimization"]["stage"], ranks.device)
     transformer.checkpointed_blocks = sizes.checkpointed_blocks
     if config.offload_activations:
         transformer.saved_inputs = ActivationOffload(ranks.device)
@@ -103,10 +111,11 @@ def train(config: TrainConfig) -> int:
 
     # ── Going on where an earlier run stopped ─────────────────────────────────────────────────────────────────────────
     identity = {
-        "model": {"transformer": pipeline.files.fingerprint("transformer")},
+        "model": {"transformer": pipeline.files.fingerprint("transformer")}
+        | ({"presets": [preset.identity() for preset in presets]} if presets else {}),
         "lora": spec.to_dict(),
         "data": dataset.fingerprint,
-        "order": order.state(),
+        "order": {"loader": "webdataset"} if order is None else order.state(),
     }
     step = consumed = 0
     if resumed is not None:
@@ -115,13 +124,18 @@ def train(config: TrainConfig) -> int:
         step = resumed.step
         consumed = resumed.client["consumed"] if same_data else 0
         ranks.say(f"resumed from {resumed.path}")
+        if step < total_steps and config.save_steps and step % config.save_steps == 0:
+            export.write(engine, step)  # a kill may have come between the checkpoint and this file
 
     # ── What is about to happen, in numbers ───────────────────────────────────────────────────────────────────────────
     trainable = sum(torch.Size(shape).numel() for shape in trainable_shapes(engine).values())
-    ranks.say(order.summary())
+    epochs = ""
+    if order is not None:
+        ranks.say(order.summary())
+        epochs = f", {total_steps * global_batch / config.batch_size / order.length:.2f} epochs"
     ranks.say(
         f"{total_steps} steps of {global_batch} samples ({ranks.world} ranks × {accumulation} accumulated × "
-        f"{config.batch_size}), {total_steps * global_batch / config.batch_size / order.length:.2f} epochs"
+        f"{config.batch_size}){epochs}"
     )
     ranks.say(
         f"LoRA of rank {spec.rank}, scale {spec.scale:g}, on {len(adapted)} layers: {trainable:,} trainable parameters; "
@@ -132,21 +146,8 @@ def train(config: TrainConfig) -> int:
 
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
     metrics = Metrics(config, total_steps, global_batch, step, ranks.rank, {**versions, "trainable": trainable})
-    loader = BatchLoader(
-        dataset,
-        order,
-        frozen.sigma_sampling(config, pipeline),
-        caption_dropout=config.caption_dropout,
-        rank=ranks.rank,
-        world=ranks.world,
-        accumulation=accumulation,
-        consumed=consumed,
-        num_workers=config.num_workers,
-        device=ranks.device,
-        text_multiple=config.text_padding,
-        on_broken_sample=config.on_broken_sample,
-        say=metrics.say,
-    )
+    sampling = frozen.sigma_sampling(config, pipeline)
+    loader = make_loader(config, dataset, order, sampling, ranks, consumed, metrics.say)
 
     def due(every: int) -> bool:
         return step == total_steps or (every > 0 and step % every == 0)
@@ -186,6 +187,7 @@ def train(config: TrainConfig) -> int:
             loss_sum += step_loss
             summed += 1
         elif config.on_nonfinite == "stop":
+            export.finish()
             metrics.close()
             return NOT_FINITE
         loader.stepped()
@@ -216,12 +218,13 @@ def train(config: TrainConfig) -> int:
             save_checkpoint()
         elif preemption.agreed():
             save_checkpoint()
+            export.finish()
             metrics.say(f"asked to leave: checkpoint of step {step} saved, exit code {PREEMPTED}")
             metrics.close()
             return PREEMPTED
 
     # ── The result ────────────────────────────────────────────────────────────────────────────────────────────────────
-    path = export.write(engine, step, final=True)
+    path = export.write_final(engine, step)
     metrics.say(f"LoRA of step {step}: {path}")
     metrics.close()
     loader.close()
@@ -229,4 +232,7 @@ def train(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "train.engine" in sys.modules:  # else nothing was joined
+        sys.modules["train.engine"].leave_process_group()
+    sys.exit(code)

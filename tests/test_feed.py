@@ -1,0 +1,135 @@
+"""The trainer's ways to its data, and what it does when it can't write: through train_lora.main."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from demo.random_model import write_random_encoded, write_random_model
+from train import lora_file, train_lora
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Transformer and scheduler alone: any encoded shards fit."""
+    folder = tmp_path_factory.mktemp("model") / "random"
+    write_random_model(folder, layers=1, heads=1, text_dim=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "encoded"
+    return write_random_encoded(folder, 12, 32, 32, prompt_tokens=6, text_dim=64, buckets=2)
+
+
+def train(model: Path, data: Path | str, output: Path, *more: str) -> int:
+    flags = ["--deepspeed", str(ROOT / "ds_configs" / "zero2.json"), "--model", str(model), "--data", str(data)]
+    flags += ["--output_path", str(output), "--dtype", "float32", "--lora_rank", "2", "--lora_target_modules", "to_q"]
+    flags += ["--num_workers", "0", "--log_steps", "1", "--wandb_mode", "disabled", "--max_steps", "4", *more]
+    return train_lora.main(flags)
+
+
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_remote_shards_give_the_same_training_and_fill_the_cache(model, data, tmp_path):
+    assert train(model, data, tmp_path / "local", "--validation_samples", "2") == 0
+    cache = ["--data_cache_path", str(tmp_path / "cache"), "--data_cache_gb", "1", "--validation_samples", "2"]
+    assert train(model, f"file://{data}", tmp_path / "remote", *cache) == 0
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    assert list((tmp_path / "cache").rglob("index.parquet")) and list((tmp_path / "cache").rglob("000000.tar"))
+    none = ["--data_cache_path", str(tmp_path / "none"), "--data_cache_gb", "0", "--validation_samples", "2"]
+    assert train(model, f"file://{data}", tmp_path / "uncached", *none) == 0
+    assert losses(tmp_path / "uncached") == losses(tmp_path / "local")
+    assert not list((tmp_path / "none").rglob("*.tar"))
+
+
+@pytest.mark.parametrize("url", ["file://{}/nothing", "nosuch://bucket/set"])
+def test_remote_data_that_is_not_there_is_one_line(model, tmp_path, capsys, url):
+    code = train(model, url.format(tmp_path), tmp_path / "run", "--data_cache_path", str(tmp_path / "cache"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and error.startswith("error: ") and ("nosuch" in error or "holds no manifest.json" in error)
+
+
+def test_webdataset_says_what_it_does_not_promise_and_resumes(model, data, tmp_path, capsys):
+    more = ["--loader", "webdataset", "--save_steps", "2"]
+    assert train(model, data, tmp_path / "run", *more, "--max_steps", "2") == 0
+    assert "a resumed run sees other samples" in capsys.readouterr().out
+    assert train(model, data, tmp_path / "run", *more) == 0
+    assert "resumed from" in capsys.readouterr().out and len(losses(tmp_path / "run")) == 4
+    assert train(model, data, tmp_path / "run", "--max_steps", "6") == 2  # another kind of order
+    assert 'order.loader is "webdataset" in the checkpoint' in capsys.readouterr().err
+    (tmp_path / "one.tar").symlink_to(data / "000000.tar")
+    assert train(model, f"pipe:cat {tmp_path}/one.tar", tmp_path / "pipe", *more) == 2
+    assert "no manifest.json says for which model" in capsys.readouterr().err
+
+
+def test_webdataset_needs_max_steps(model, data, tmp_path, capsys):
+    assert train(model, data, tmp_path / "run", "--loader", "webdataset", "--validation_samples", "2") == 2
+    assert "can't hold samples out" in capsys.readouterr().err
+
+
+def test_webdataset_takes_images_from_a_pipe(tiny_model, tmp_path, capsys):
+    from test_data import write_set
+
+    folder = write_set(tmp_path / "images", payload="png")
+    more = ["--loader", "webdataset", "--save_steps", "0", "--max_steps", "1"]
+    assert train(tiny_model, f"pipe:cat {folder}/000000.tar", tmp_path / "run", *more) == 0, capsys.readouterr().err
+    assert "has no manifest.json: the memory plan takes 32×32" in capsys.readouterr().out
+
+
+def test_checkpoints_at_multiples_stay(model, data, tmp_path):
+    more = ["--save_steps", "1", "--keep_checkpoints", "1", "--keep_every", "2", "--max_steps", "5"]
+    assert train(model, data, tmp_path / "run", *more) == 0
+    kept = sorted(path.name[-1] for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert kept == ["2", "4", "5"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("lora*")) == [
+        *(f"lora-{step}.safetensors" for step in (1, 2, 3, 4)),
+        "lora.safetensors",
+    ]
+    final = load_file(tmp_path / "run" / "lora.safetensors")
+    assert not all(torch.equal(t, final[n]) for n, t in load_file(tmp_path / "run" / "lora-4.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    "policy,broken,code", [("continue", "lora-2", 0), ("stop", "lora-2", 2), ("continue", "lora.", 2)]
+)
+def test_a_lora_file_that_cannot_be_written(model, data, tmp_path, capsys, monkeypatch, policy, broken, code):
+    original, threads = lora_file.save_lora, []
+
+    def save(path: Path, *arguments) -> None:
+        threads.append(threading.current_thread().name)
+        if path.name.startswith(broken):
+            raise OSError(28, "No space left on device")
+        original(path, *arguments)
+
+    monkeypatch.setattr("train.export.save_lora", save)
+    output = tmp_path / "run"
+    assert train(model, data, output, "--save_steps", "1", "--on_save_error", policy) == code
+    said = capsys.readouterr()
+    assert "not written: [Errno 28]" in (said.out if code == 0 else said.err) and set(threads) == {"lora-export"}
+    assert (output / "lora.safetensors").exists() == (code == 0) and (output / "lora-1.safetensors").exists()
+
+
+def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    from train.lora import LoraSpec
+
+    def save_file(tensors, path, metadata) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left"):
+        lora_file.save_lora(tmp_path / "lora.safetensors", {}, LoraSpec(("to_q",), 1, 1.0), {}, torch.float32)
+    assert not list(tmp_path.iterdir())

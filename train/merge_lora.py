@@ -1,0 +1,169 @@
+"""Merge LoRAs into the base: a whole transformer in the Hugging Face layout, which diffusers and this project load.
+
+    python train/merge_lora.py --model Qwen/Qwen-Image --lora style.safetensors --output_path merged/transformer
+    python train/merge_lora.py --model MODEL --lora a.safetensors:0.8 --lora b.safetensors:0.5 --output_path MERGED
+
+MERGED receives config.json and the weights, in the base's dtype. Use it as `--transformer_path MERGED` here, or as
+`QwenImageTransformer2DModel.from_pretrained("MERGED")` in diffusers. One tensor is in memory at a time.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen_image.weight_files import StoredTensor
+    from train.preset import Preset
+
+FILE_BYTES = 5_000_000_000  # of one weight file, as diffusers splits them
+STEM = "diffusion_pytorch_model"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout, or a hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--transformer_path", help="file, folder or glob to use for the transformer")
+    parser.add_argument(
+        "--lora", action="append", required=True, metavar="FILE[:WEIGHT]", help="LoRA file; repeat for more"
+    )
+    parser.add_argument("--output_path", type=Path, required=True, help="folder to make; must not exist")
+    options = parser.parse_args(argv)
+    try:
+        files, size = merge(
+            options.model, options.lora, options.output_path, options.revision, options.transformer_path
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.output_path}: {files} weight files, {size / 1e9:.2f} GB")
+    return 0
+
+
+def merge(
+    model: str,
+    loras: Sequence[str],
+    output_path: Path,
+    revision: str | None = None,
+    transformer_path: str | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> tuple[int, int]:
+    """Write base + LoRAs (`FILE` or `FILE:WEIGHT`) to `output_path`; returns the number of weight files and their bytes.
+
+    The folder appears when it is complete. Raises ValueError for a LoRA of another model, FileNotFoundError for what is
+    missing, FileExistsError, and OSError when the disk has too little room.
+    """
+    import torch
+
+    from qwen_image.loading import ModelSource, match_weights, resolve_model
+    from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+    from train.preset import Preset
+
+    if output_path.exists():
+        raise FileExistsError(f"output_path: {output_path} exists already")
+    found = resolve_model(ModelSource(model, revision, transformer_path), ("transformer",))
+    component = found["transformer"]
+    with torch.device("meta"):
+        transformer = QwenImageTransformer(TransformerConfig.from_config_file(component.folder / "config.json"))
+    stored = match_weights(transformer, component.weights)
+    presets = [Preset.read(text, transformer) for text in loras]
+    size = sum(byte_size(tensor) for tensor in stored.values())
+    nearest = next(path for path in output_path.absolute().parents if path.exists())
+    if shutil.disk_usage(nearest).free < size:
+        raise OSError(f"output_path: the merged model needs {size / 1e9:.1f} GB, {nearest} has less room")
+    metadata = {
+        "format": "pt",
+        "base_model": found.name,
+        "base_model_revision": found.revision or "",
+        "base_model_fingerprint": found.fingerprint("transformer"),
+        "merged_loras": json.dumps([{"file": p.path.name, **p.identity()} for p in presets]),
+    }
+    partial = output_path.with_name(f".partial-{output_path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        shutil.copyfile(component.folder / "config.json", partial / "config.json")
+        groups = list(split(stored, file_bytes))
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(groups, start=1):
+            part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+            name = f"{STEM}{part}.safetensors"
+            write_merged(partial / name, {n: stored[n] for n in names}, presets, metadata)
+            weight_map |= dict.fromkeys(names, name)
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            (partial / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        partial.rename(output_path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return len(groups), size
+
+
+def byte_size(tensor: "StoredTensor") -> int:
+    return tensor.numel * tensor.dtype.itemsize
+
+
+def split(stored: dict[str, "StoredTensor"], file_bytes: int) -> Iterator[list[str]]:
+    """The tensors' names in their order, in groups of at most `file_bytes` (or of one tensor)."""
+    group: list[str] = []
+    filled = 0
+    for name, tensor in stored.items():
+        if group and filled + byte_size(tensor) > file_bytes:
+            yield group
+            group, filled = [], 0
+        group.append(name)
+        filled += byte_size(tensor)
+    yield group
+
+
+def write_merged(
+    path: Path, stored: dict[str, "StoredTensor"], presets: "Sequence[Preset]", metadata: dict[str, str]
+) -> None:
+    """Write one safetensors file, tensor by tensor; those without a LoRA byte by byte as they are."""
+    import torch
+
+    from qwen_image.weight_files import DTYPES
+    from train.preset import merged
+
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in stored.items():
+        start, end = end, end + byte_size(tensor)
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    adapted = {f"{layer}.weight" for preset in presets for layer in preset.lora.layers}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in stored.items():
+            values = read(tensor)
+            if name in adapted:
+                values = merged(values, name.removesuffix(".weight"), presets)
+            file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(stored: "StoredTensor") -> "torch.Tensor":
+    """The whole tensor from its file."""
+    import torch
+
+    values = torch.empty(stored.shape, dtype=stored.dtype)
+    with stored.path.open("rb") as file:
+        file.seek(stored.offset)
+        count = file.readinto(values.flatten().view(torch.uint8).numpy().data)
+    if count != byte_size(stored):
+        raise ValueError(f"{stored.path} ends inside a tensor; download it again")
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())
