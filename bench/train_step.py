@@ -27,6 +27,7 @@ import torch
 from qwen_image.modulation import replace_by_table
 from qwen_image.text_encoder import Prompt
 from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from train.fused_projection import fuse_projections
 from train.lora import LoraSpec, inject_lora
 from train.module import FlowMatchingModule
 
@@ -54,7 +55,7 @@ def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) ->
 def our_step(
     variant: str, layers: int, size: Size, text: int, padding: int, device: torch.device
 ) -> Iterator[Callable[[], torch.Tensor]]:
-    """`variant`: ours | full (every block recomputed) | eager | direct (no table) | masked (padding costs a mask) | engine."""
+    """`variant`: ours | full (every block recomputed) | eager | direct (no table) | separate (q, k, v) | masked | engine."""
     height, width, batch = size
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = random_transformer(layers, device, dtype)
@@ -64,6 +65,8 @@ def our_step(
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
             parameter.data.normal_(0, 0.02)
+    if variant != "separate":
+        fuse_projections(transformer)
     transformer.checkpointed_blocks = layers if variant == "full" else 0
     transformer.dense_padding = variant != "masked"
     if variant != "eager" and device.type == "cuda":
@@ -217,7 +220,9 @@ def in_own_process(arguments: argparse.Namespace, name: str, size: Size, is_peer
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=60, help="blocks of the transformer (default 60)")
-    parser.add_argument("--variants", default="ours", help="comma list of ours,full,eager,direct,masked,engine")
+    parser.add_argument(
+        "--variants", default="ours", help="comma list of ours,full,eager,direct,separate,masked,engine"
+    )
     parser.add_argument("--sizes", default="1024x1024x1", help="comma list of HEIGHTxWIDTHxBATCH")
     parser.add_argument("--text", type=int, default=128, help="text tokens (default 128)")
     parser.add_argument("--padding", type=int, default=0, help="of which padding in the first sample (default 0)")

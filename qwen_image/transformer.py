@@ -6,7 +6,6 @@ the blocks (so that a table can replace it), and the last block skips the text h
 """
 
 import json
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -19,14 +18,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qwen_image.attention import joint_attention
+from qwen_image.layers import NORM_EPS, FeedForward, Linear, RMSNorm, TimestepEmbedder
 from qwen_image.rotary import Rotary, apply_rotary, rotary_table
 
 if TYPE_CHECKING:
     from qwen_image.modulation import ModulationTable
 
-NORM_EPS = 1e-6
-SINUSOID_CHANNELS = 256
-SINUSOID_SCALE = 1000
 # Modules of the last block that only feed its unused text output: they get no gradient, so LoRA must not target them.
 DEAD_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 
@@ -69,48 +66,6 @@ class TransformerConfig:
         return cls(**known)
 
 
-class Linear(nn.Linear):
-    """nn.Linear that leaves its memory uninitialised: weights always come from a checkpoint."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis, in float32, rounded to the weight's dtype before the product."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS)
-        return x.to(self.weight.dtype) * self.weight
-
-
-class GELUProjection(nn.Module):
-    """Linear, then GELU with the tanh approximation. The attribute `proj` is part of the checkpoint's names."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.proj = Linear(dim, hidden_dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    """dim → 4·dim → dim. The list `net` with its gap at 1 is part of the checkpoint's names."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net[2](self.net[0](x))
-
-
 class JointAttention(nn.Module):
     """One attention over [text, image]; each stream has its own projections and norms."""
 
@@ -123,6 +78,21 @@ class JointAttention(nn.Module):
         self.norm_added_q, self.norm_added_k = RMSNorm(dim // heads), RMSNorm(dim // heads)
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.to_add_out = Linear(dim, dim)
+        # Called with (input, layers), these may do the work of the layers (train/fused_projection.py).
+        self.image_projection: nn.Module | None = None
+        self.text_projection: nn.Module | None = None
+
+    def image_layers(self) -> tuple[nn.Module, ...]:
+        """What makes the image's q, k and v."""
+        return self.to_q, self.to_k, self.to_v
+
+    def text_layers(self, with_query: bool) -> tuple[nn.Module, ...]:
+        """What makes the text's q, k and v; the last block's query is never used."""
+        return (self.add_q_proj, self.add_k_proj, self.add_v_proj)[0 if with_query else 1 :]
+
+    @staticmethod
+    def _project(fused: nn.Module | None, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> tuple[torch.Tensor, ...]:
+        return fused(x, layers) if fused is not None else tuple(layer(x) for layer in layers)
 
     def forward(
         self,
@@ -140,15 +110,17 @@ class JointAttention(nn.Module):
         def split_heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (self.heads, -1))
 
-        key = torch.cat(
-            [self.norm_added_k(split_heads(self.add_k_proj(text))), self.norm_k(split_heads(self.to_k(image)))], 1
+        image_query, image_key, image_value = self._project(self.image_projection, image, self.image_layers())
+        *text_query, text_key, text_value = self._project(
+            self.text_projection, text, self.text_layers(with_query=not image_only)
         )
-        value = torch.cat([split_heads(self.add_v_proj(text)), split_heads(self.to_v(image))], 1)
-        query = self.norm_q(split_heads(self.to_q(image)))
+        key = torch.cat([self.norm_added_k(split_heads(text_key)), self.norm_k(split_heads(image_key))], 1)
+        value = torch.cat([split_heads(text_value), split_heads(image_value)], 1)
+        query = self.norm_q(split_heads(image_query))
         if image_only:
             query = apply_rotary(query, cos[:, text_tokens:], sin[:, text_tokens:])
         else:
-            query = torch.cat([self.norm_added_q(split_heads(self.add_q_proj(text))), query], 1)
+            query = torch.cat([self.norm_added_q(split_heads(text_query[0])), query], 1)
             query = apply_rotary(query, cos, sin)
         key = apply_rotary(key, cos, sin)
         attended = joint_attention(
@@ -204,23 +176,6 @@ class Block(nn.Module):
             text = text + text_gate1 * text_attended
             text = text + text_gate2 * self.txt_mlp(self.norm(text) * (1 + text_scale2) + text_shift2)
         return image, text
-
-
-class TimestepEmbedder(nn.Module):
-    """256 sinusoids (cosines first) → linear → SiLU → linear."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.linear_1 = Linear(SINUSOID_CHANNELS, dim)
-        self.linear_2 = Linear(dim, dim)
-
-    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        """timestep [B] in the model's dtype, σ's range → [B, dim]."""
-        half = SINUSOID_CHANNELS // 2
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-        angles = SINUSOID_SCALE * (timestep[:, None].float() * torch.exp(exponent))
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.dtype)
-        return self.linear_2(F.silu(self.linear_1(sinusoid)))
 
 
 class QwenImageTransformer(nn.Module):

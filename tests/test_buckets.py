@@ -30,8 +30,9 @@ def test_table(area: int, step: int, ratio: int) -> None:
         assert width % step == height % step == 0 and width * height <= area
         assert max(width, height) <= ratio * min(width, height)
         assert (height, width) in table
-        # No room for another step on the shorter side.
-        assert width * height + max(width, height) * step >= area
+        # No room for another step on the shorter side, or the step would make it the longer side of too long a shape.
+        short, long = sorted((width, height))
+        assert width * height + long * step >= area or short + step > ratio * long
     assert list(table) == sorted(table, key=lambda bucket: (Fraction(*bucket), bucket))
 
 

@@ -59,6 +59,12 @@ def join_process_group() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
+def leave_process_group() -> None:
+    """At the very end, so that nothing warns at exit; DeepSpeed can't join a second group in one process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant, cosine or linear to 0.
 

@@ -6,13 +6,18 @@ from qwen_image.modulation import is_frozen, replace_by_table
 from qwen_image.pipeline import QwenImagePipeline
 from qwen_image.vae import PIXEL_MULTIPLE
 from train.config import TrainConfig
+from train.engine import DTYPES
 from train.flow import SIGMA_STEPS
+from train.fused_projection import can_fuse, fuse_projections
+from train.lora import LoraSpec
 
 PARTITIONED = 3  # the ZeRO stage that spreads frozen weights over the ranks
 
 
-def apply_speedups(config: TrainConfig, pipeline: QwenImagePipeline, stage: int, device: torch.device) -> list[str]:
-    """Replace the modulation by a table and compile the blocks, as the configuration says; returns lines that tell.
+def apply_speedups(
+    config: TrainConfig, pipeline: QwenImagePipeline, spec: LoraSpec, stage: int, device: torch.device
+) -> list[str]:
+    """Replace the modulation by a table, fuse projections, compile blocks, as the configuration says; lines that tell.
 
     Raises ValueError when something is asked for that this run can't have.
     """
@@ -26,6 +31,8 @@ def apply_speedups(config: TrainConfig, pipeline: QwenImagePipeline, stage: int,
     if config.modulation_table != "off" and possible:
         freed = replace_by_table(transformer, noise_levels(config, pipeline))
         lines.append(f"modulation tabulated, {freed / 2**30:.2f} GiB of weights dropped")
+    if stage != PARTITIONED and can_fuse(spec, DTYPES[config.trained_dtype], DTYPES[config.dtype]):
+        fuse_projections(transformer)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and stage != PARTITIONED):
         transformer.compile_blocks()
         lines.append("blocks compiled: the first step of each shape takes a minute or two")
