@@ -15,22 +15,23 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.shards import Manifest, ShardIndex, ShardReader, read_index, read_manifest, tar_name
+from data_prep.shards import ShardReader, read_index, read_manifest
 
 if TYPE_CHECKING:
     import torch
 
+    from data_prep.encoded_samples import Sample
+    from qwen_image.loading import ModelFiles
     from qwen_image.text_encoder import TextEncoder
     from qwen_image.vae import VAE
 
-CACHED_CAPTIONS = 4096  # embeddings of the latest captions; about 1 MB each at 150 tokens
+CACHE_BYTES = 1 << 30  # embeddings of the latest captions on a rank: about 1,000 captions of 150 tokens
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         return encode(build_parser().parse_args(argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; finished shards stay valid: start again to go on", file=sys.stderr)
         return 2
 
 
@@ -59,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="images of one bucket encoded together (default 8)")
     parser.add_argument("--num_workers", type=int, default=4, help="threads that decode images (default 4)")
+    parser.add_argument(
+        "--on_broken_sample",
+        choices=("stop", "skip"),
+        default="stop",
+        help="an image or caption that cannot be read ends the run (default), or is left out, named and counted",
+    )
     parser.add_argument("--latent_std", action="store_true", help="store the posterior's standard deviation too")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
@@ -66,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def encode(arguments: argparse.Namespace) -> int:
     """Encode this rank's share of the shards; the last rank to finish writes index and manifest."""
+    from data_prep.encoded_samples import EncodedSamples
     from data_prep.encoded_set import EncodedSet
 
     if arguments.batch_size < 1 or arguments.num_workers < 1:
@@ -77,79 +88,87 @@ def encode(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--data {arguments.data} holds encoded shards already; give the folder of image shards")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
-    encoders = Encoders.load(arguments)
-    encoded = EncodedSet(arguments.output_path, manifest, index, encoders.description, arguments.data)
-    encoded.prepare(encoders.empty_prompt)
-    mine = [shard for shard in range(len(manifest.shards))[rank::world] if not encoded.is_done(shard)]
-    todo = sum(manifest.shards[shard].samples for shard in mine)
-    skipped = len(range(len(manifest.shards))[rank::world]) - len(mine)
-    if skipped:
-        print(f"rank {rank}: {skipped} shards are encoded already")
+    files = model_files(arguments)
+    encoded = EncodedSet(arguments.output_path, manifest, index, describe(files, arguments), arguments.data)
+    encoders: list[Encoders] = []  # empty until a shard, or the empty prompt, needs them
+
+    def loaded() -> Encoders:
+        if not encoders:
+            encoders.append(Encoders.load(files, arguments))
+        return encoders[0]
+
+    encoded.prepare(lambda: loaded().empty_prompt())
+    share = range(len(manifest.shards))[rank::world]
+    mine = [shard for shard in share if not encoded.is_done(shard)]
+    if not mine and encoded.is_finished():
+        print(f"rank {rank}: nothing to do, {arguments.output_path} is finished")
+        return 0
+    if len(mine) < len(share):
+        print(f"rank {rank}: {len(share) - len(mine)} of {len(share)} shards are encoded already")
 
     from tqdm import tqdm
 
-    reader = ShardReader(arguments.data, manifest)
-    with tqdm(
-        total=todo, desc=f"encoding (rank {rank})", unit="image", disable=None if rank == 0 else True
-    ) as progress:
+    reader, skip = ShardReader(arguments.data, manifest), arguments.on_broken_sample == "skip"
+    todo = sum(manifest.shards[shard].samples for shard in mine)
+    with tqdm(total=todo, desc=f"encoding (rank {rank})", unit="image", disable=rank != 0) as progress:
         for shard in mine:
             rows = np.flatnonzero(index.shard == shard)
-            samples = encode_rows(encoders, reader, manifest, index, rows, arguments.batch_size, arguments.num_workers)
-            encoded.write_shard(shard, rows, counted(samples, progress))
-    if encoded.finish_if_complete():
-        print(f"{len(index)} samples in {len(manifest.shards)} shards: {arguments.output_path}")
+            samples = EncodedSamples(
+                loaded(), reader, manifest, index, arguments.batch_size, arguments.num_workers, skip
+            )
+            encoded.write_shard(shard, rows, counted(samples.of(rows), progress))
+    if missing := encoded.missing():
+        print(f"rank {rank}: {len(missing)} of {len(manifest.shards)} shards are left to other ranks")
+        return 0
+    totals = encoded.finish().totals
+    left_out = f", {totals['failed']} samples left out" if totals["failed"] else ""
+    print(f"{totals['samples']} samples in {len(manifest.shards)} shards{left_out}: {arguments.output_path}")
     return 0
 
 
-def counted(
-    samples: Iterator[tuple[int, dict[str, torch.Tensor]]], progress: Any
-) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+def counted(samples: Iterator[Sample], progress: Any) -> Iterator[Sample]:
     for sample in samples:
         yield sample
         progress.update()
 
 
-def encode_rows(
-    encoders: Encoders,
-    reader: ShardReader,
-    manifest: Manifest,
-    index: ShardIndex,
-    rows: np.ndarray,
-    batch_size: int,
-    threads: int,
-) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """(row, tensors) of every sample of `rows`, bucket by bucket, images decoded ahead in threads.
+def device_of_rank() -> torch.device:
+    import torch
 
-    The batches depend on the shard alone, so a shard's bytes do not depend on ranks or restarts.
-    """
-    from data_prep.pixels import decode_stored
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
-    sizes = {bucket.id: (bucket.width, bucket.height) for bucket in manifest.buckets}
 
-    def load(row: int) -> tuple[np.ndarray, str]:
-        width, height = sizes[int(index.bucket[row])]
-        place = int(index.shard[row]), int(index.payload_offset[row]), int(index.payload_size[row])
-        text = reader.read(place[0], int(index.txt_offset[row]), int(index.txt_size[row]))
-        try:
-            return decode_stored(reader.read(*place), width, height), text.decode("utf-8")
-        except (ValueError, OSError) as error:
-            shard = tar_name(int(index.shard[row]))
-            raise ValueError(f"{index.key[row]} in {shard} ({index.path[row]}) cannot be read: {error}") from error
+def encoder_dtype(arguments: argparse.Namespace) -> str:
+    return arguments.dtype or ("bfloat16" if device_of_rank().type == "cuda" else "float32")
 
-    ordered = rows[np.argsort(index.bucket[rows], kind="stable")]
-    cuts = np.flatnonzero(np.diff(index.bucket[ordered])) + 1
-    batches = [
-        part[start : start + batch_size]
-        for part in np.split(ordered, cuts)
-        for start in range(0, len(part), batch_size)
-    ]
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = [pool.submit(load, int(row)) for row in batches[0]] if batches else []
-        for batch, following in zip(batches, [*batches[1:], np.array([], dtype=np.int64)], strict=True):
-            loaded = [future.result() for future in ahead]
-            ahead = [pool.submit(load, int(row)) for row in following]
-            tensors = encoders.encode([pixels for pixels, _ in loaded], [caption for _, caption in loaded])
-            yield from zip((int(row) for row in batch), tensors, strict=True)
+
+def model_files(arguments: argparse.Namespace) -> ModelFiles:
+    from qwen_image.loading import ModelSource, resolve_model
+
+    names = ("model", "revision", "text_encoder_path", "vae_path", "tokenizer_path")
+    source = ModelSource(**{name: getattr(arguments, name) for name in names})
+    return resolve_model(source, ("text_encoder", "tokenizer", "vae"))
+
+
+def describe(files: ModelFiles, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`Manifest.encoding` of these encoders, from their files: no weights are loaded."""
+    from transformers import AutoTokenizer
+
+    from data_prep.encoding import describe_encoding
+    from qwen_image.text_encoder import TEMPLATE
+
+    tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"].folder)
+    return describe_encoding(
+        model=files.name,
+        revision=files.revision,
+        vae=files.fingerprint("vae"),
+        text_encoder=files.fingerprint("text_encoder"),
+        template_drop=len(tokenizer(TEMPLATE.partition("{}")[0]).input_ids),
+        latent_std=arguments.latent_std,
+        computed_in=encoder_dtype(arguments),
+    )
 
 
 @dataclass
@@ -158,85 +177,60 @@ class Encoders:
 
     vae: VAE
     text_encoder: TextEncoder
-    description: dict[str, Any]
     latent_std: bool
 
     def __post_init__(self) -> None:
         self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._cached = 0  # bytes
 
     @classmethod
-    def load(cls, arguments: argparse.Namespace) -> Encoders:
+    def load(cls, files: ModelFiles, arguments: argparse.Namespace) -> Encoders:
         import torch
 
-        from data_prep.encoding import describe_encoding
-        from qwen_image.loading import ModelSource
-        from qwen_image.pipeline import QwenImagePipeline
+        from qwen_image.text_encoder import TextEncoder
+        from qwen_image.vae import VAE
 
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        source = ModelSource(
-            arguments.model,
-            revision=arguments.revision,
-            text_encoder_path=arguments.text_encoder_path,
-            vae_path=arguments.vae_path,
-            tokenizer_path=arguments.tokenizer_path,
-        )
-        pipeline = QwenImagePipeline.from_pretrained(
-            source,
-            components=("text_encoder", "vae"),
-            dtype=getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")),
-            device=device,
-        )
-        assert pipeline.vae is not None and pipeline.text_encoder is not None
-        description = describe_encoding(
-            model=pipeline.files.name,
-            revision=pipeline.files.revision,
-            vae=pipeline.files.fingerprint("vae"),
-            text_encoder=pipeline.files.fingerprint("text_encoder"),
-            template_drop=pipeline.text_encoder.template_drop,
-            latent_std=arguments.latent_std,
-        )
-        return cls(pipeline.vae, pipeline.text_encoder, description, arguments.latent_std)
+        device, dtype = device_of_rank(), getattr(torch, encoder_dtype(arguments))
+        text_encoder = TextEncoder.from_files(files["text_encoder"], files["tokenizer"], dtype, device)
+        return cls(VAE.from_files(files["vae"], dtype, device), text_encoder, arguments.latent_std)
 
-    def encode(self, images: list[np.ndarray], captions: list[str]) -> list[dict[str, torch.Tensor]]:
-        """Per sample: latent bf16 [16, H/8, W/8], prompt_embeds bf16 [T, D], and latent_std if asked."""
+    def encode_images(self, images: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
+        """Per uint8 [H, W, 3] image: latent bf16 [16, H/8, W/8], and latent_std of that shape if asked."""
         import torch
 
         from qwen_image.vae import pixels_from_uint8
 
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.vae.device, non_blocking=True)
         mode, std = self.vae.encode_moments(pixels_from_uint8(pixels))
-        latents = mode.squeeze(2).to(torch.bfloat16).cpu()
-        samples = [
-            {"latent": latent.contiguous(), "prompt_embeds": embeds}
-            for latent, embeds in zip(latents, self.encode_captions(captions), strict=True)
-        ]
-        if self.latent_std:
-            for sample, deviation in zip(samples, std.squeeze(2).to(torch.bfloat16).cpu(), strict=True):
-                sample["latent_std"] = deviation.contiguous()
-        return samples
+        found = {"latent": mode} | ({"latent_std": std} if self.latent_std else {})
+        stored = {name: tensor.squeeze(2).to(torch.bfloat16).cpu() for name, tensor in found.items()}
+        return [{name: tensor[i].clone() for name, tensor in stored.items()} for i in range(len(images))]
 
-    def encode_captions(self, captions: list[str]) -> list[torch.Tensor]:
-        """bf16 [T, D] each, on the CPU; a caption that came lately is not encoded again."""
+    def encode_captions(self, captions: list[str], batch_size: int) -> dict[str, torch.Tensor]:
+        """bf16 [T, D] of each caption, on the CPU; one that came lately is not encoded again.
+
+        Captions of similar length are encoded together. In bfloat16 their company may change an embedding's last bit.
+        """
         import torch
 
-        unknown = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
-        if unknown:
-            for caption, embeds in zip(unknown, self.text_encoder.encode_list(unknown), strict=True):
-                self._cache[caption] = embeds.to("cpu", torch.bfloat16).contiguous()
+        unknown = sorted(set(captions) - self._cache.keys(), key=lambda caption: (len(caption), caption))
+        for start in range(0, len(unknown), batch_size):
+            batch = unknown[start : start + batch_size]
+            for caption, embeds in zip(batch, self.text_encoder.encode_list(batch), strict=True):
+                self._cache[caption] = embeds.to("cpu", torch.bfloat16).clone()
+                self._cached += self._cache[caption].nbytes
         for caption in captions:
             self._cache.move_to_end(caption)
-        found = [self._cache[caption] for caption in captions]
-        while len(self._cache) > CACHED_CAPTIONS:
-            self._cache.popitem(last=False)
+        found = {caption: self._cache[caption] for caption in captions}
+        while self._cached > CACHE_BYTES:
+            self._cached -= self._cache.popitem(last=False)[1].nbytes
         return found
 
     def empty_prompt(self) -> bytes:
         """The embedding of the empty caption as a safetensors file: what caption dropout trains with."""
         import safetensors.torch
 
-        return safetensors.torch.save({"prompt_embeds": self.encode_captions([""])[0]})
+        return safetensors.torch.save({"prompt_embeds": self.encode_captions([""], 1)[""]})
 
 
 if __name__ == "__main__":

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from data_prep.encoding import IDENTITY
 from data_prep.files import json_bytes, remove_abandoned, write_file
+from data_prep.finalise import finalise
+from data_prep.pack import read_stats
 from data_prep.shards import (
     EMPTY_PROMPT,
-    INDEX_ROWS,
-    SIZES,
+    MANIFEST,
+    SHARD_ROWS,
     Manifest,
-    Shard,
     ShardIndex,
     ShardReader,
     TarShardWriter,
+    bucket_name,
     rows_name,
     stats_name,
     tar_name,
-    write_index,
-    write_manifest,
     write_rows,
 )
 
@@ -34,14 +35,17 @@ if TYPE_CHECKING:
     import torch
 
 ENCODING = "encoding.json"  # written first: what every shard of this folder must agree with
+SETTINGS = (*IDENTITY, "latent_std", "computed_in")  # shards that differ in one of these don't go into one set
+FAILED = "cannot be read"  # the reason that stands in the statistics; the details stand in NNNNNN.parquet
 
 
 class EncodedSet:
     """The output folder of encode_shards.py for one image set and one pair of encoders.
 
-    Shards keep the numbers of the image shards. NNNNNN.parquet holds the rows of the future index; NNNNNN_stats.json is
-    written last and marks the shard as done. The encoded index has the image index's row order, so that a sample's
-    random draws in training are the same for both.
+    Shards keep the numbers of the image shards, where those have numbers for names, and samples their keys. A shard's
+    files are those of make_shards.py: NNNNNN.parquet holds one row a sample, left-out ones with the reason, and
+    NNNNNN_stats.json is written last and marks the shard as done. The encoded index has the image index's row order,
+    so that (unless samples are left out) a sample's random draws in training are the same for both.
     """
 
     def __init__(
@@ -49,7 +53,10 @@ class EncodedSet:
     ) -> None:
         self.folder, self.images, self.index, self.encoding = folder, images, index, encoding
         self._reader = ShardReader(source, images)
-        identity = {name: encoding[name] for name in (*IDENTITY, "latent_std")}
+        names = [shard.name for shard in images.shards]
+        ours = all(re.fullmatch(r"\d{6}\.tar", name) for name in names)  # shards made elsewhere are just counted
+        self._numbers = [int(name[:6]) for name in names] if ours else list(range(len(names)))
+        identity = {name: encoding[name] for name in SETTINGS}
         self.fingerprint = hashlib.sha256(json_bytes({"images": images.fingerprint, **identity})).hexdigest()
 
     def prepare(self, empty_prompt: Callable[[], bytes]) -> None:
@@ -77,66 +84,108 @@ class EncodedSet:
 
     def _difference(self, there: dict[str, Any]) -> str:
         here = self._identity()
-        names = [name for name in ("images", *IDENTITY, "latent_std") if there.get(name) != here[name]]
+        names = [name for name in ("images", *SETTINGS) if there.get(name) != here[name]]
         return ", ".join(f"{name} {there.get(name)} there, {here[name]} here" for name in names)
 
     def is_done(self, shard: int) -> bool:
-        return self._stats_path(shard).is_file()
+        """Whether the shard at this position of the image manifest is committed and its files are whole."""
+        return self._stats(shard) is not None
 
-    def _number(self, shard: int) -> int:
-        return int(self.images.shards[shard].name.partition(".")[0])
+    def _stats(self, shard: int) -> dict[str, Any] | None:
+        return read_stats(self.folder, self._numbers[shard], self.fingerprint)
 
-    def _stats_path(self, shard: int) -> Path:
-        return self.folder / stats_name(self._number(shard))
+    def is_finished(self) -> bool:
+        return (self.folder / MANIFEST).is_file() and not self.missing()
 
-    def write_shard(self, shard: int, rows: np.ndarray, samples: Iterator[tuple[int, dict[str, torch.Tensor]]]) -> None:
-        """Write one shard from (row of the image index, tensors); commits it."""
+    def missing(self) -> list[int]:
+        """Positions of the shards that are not committed yet."""
+        return [shard for shard in range(len(self.images.shards)) if not self.is_done(shard)]
+
+    def write_shard(
+        self, shard: int, rows: np.ndarray, samples: Iterator[tuple[int, dict[str, torch.Tensor] | ValueError]]
+    ) -> int:
+        """Write one shard from (row of the image index, its tensors or why it is left out); commits it.
+
+        Returns how many samples were left out.
+        """
         import safetensors.torch
 
-        number, images = self._number(shard), self.index
-        columns: dict[str, dict[int, Any]] = {name: {} for name in INDEX_ROWS.names}
+        number = self._numbers[shard]
+        for stale in (self.folder / stats_name(number), self.folder / MANIFEST):
+            stale.unlink(missing_ok=True)
+        records: dict[int, dict[str, Any]] = {}
         with TarShardWriter(self.folder / tar_name(number)) as tar:
             for row, tensors in samples:
-                text, record = (
-                    self._reader.read(shard, int(offset[row]), int(size[row]))
-                    for offset, size in ((images.txt_offset, images.txt_size), (images.json_offset, images.json_size))
-                )
-                payload = safetensors.torch.save(tensors)
-                places = tar.add(str(images.key[row]), (("safetensors", payload), ("json", record), ("txt", text)))
-                for member, suffix in (("payload", "safetensors"), ("json", "json"), ("txt", "txt")):
-                    columns[f"{member}_offset"][row], columns[f"{member}_size"][row] = places[suffix]
-                for name in ("key", "path", "shard", "bucket", "caption_length"):
-                    columns[name][row] = getattr(images, name)[row]
-                columns["prompt_tokens"][row] = len(tensors["prompt_embeds"])
-        table = {name: [values[int(row)] for row in rows] for name, values in columns.items()}
-        write_rows(self.folder / rows_name(number), table, INDEX_ROWS)
-        stats = {"fingerprint": self.fingerprint, "samples": len(rows), "bytes": tar.bytes, "sha256": tar.sha256}
-        write_file(self._stats_path(shard), json_bytes(stats))
+                text, body, record = self._sample(row)
+                records[row] = record
+                if isinstance(tensors, ValueError):
+                    record |= {"status": "failed", "reason": FAILED, "detail": str(tensors)}
+                    continue
+                members = (("safetensors", safetensors.torch.save(tensors)), ("json", body), ("txt", text))
+                places = tar.add(record["key"], members)
+                for member, (offset, size) in zip(("payload", "json", "txt"), places.values(), strict=True):
+                    record |= {f"{member}_offset": offset, f"{member}_size": size}
+                record["prompt_tokens"] = len(tensors["prompt_embeds"])
+        ordered = [records[int(row)] for row in rows]
+        kept = [record for record in ordered if record["status"] == "ok"]
+        if not kept:
+            tar.path.unlink()
+        write_rows(
+            self.folder / rows_name(number),
+            {name: [record[name] for record in ordered] for name in SHARD_ROWS.names},
+            SHARD_ROWS,
+        )
+        failed = len(ordered) - len(kept)
+        stats = {
+            "fingerprint": self.fingerprint,
+            "samples": len(kept),
+            "failed": failed,
+            "bytes": tar.bytes if kept else 0,
+            "sha256": tar.sha256 if kept else "",
+            "reasons": {f"failed: {FAILED}": failed} if failed else {},
+            "buckets": dict(Counter(bucket_name(record["width"], record["height"]) for record in kept)),
+        }
+        write_file(self.folder / stats_name(number), json_bytes(stats))
+        return failed
 
-    def finish_if_complete(self) -> bool:
-        """Write index, sizes and manifest when every shard is there. Ranks that end together write the same bytes."""
-        if not all(self.is_done(shard) for shard in range(len(self.images.shards))):
-            return False
-        tables, shards = [], []
-        for position in range(len(self.images.shards)):
-            number = self._number(position)
-            tables.append(pq.read_table(self.folder / rows_name(number)))
-            stats = json.loads(self._stats_path(position).read_bytes())
-            shards.append(Shard(tar_name(number), stats["samples"], stats["bytes"], stats["sha256"]))
-        write_index(self.folder, {name: [v for t in tables for v in t[name].to_pylist()] for name in INDEX_ROWS.names})
-        write_file(self.folder / SIZES, json_bytes({shard.name: shard.samples for shard in shards}))
-        manifest = Manifest(
+    def _sample(self, row: int) -> tuple[bytes, bytes, dict[str, Any]]:
+        """txt member, json member, and the record for NNNNNN.parquet without places. Shards made elsewhere may lack both."""
+        index = self.index
+        shard, bucket = int(index.shard[row]), self.images.buckets[index.bucket[row]]
+        text, body = (
+            self._reader.read(shard, int(offset[row]), int(size[row]))
+            for offset, size in ((index.txt_offset, index.txt_size), (index.json_offset, index.json_size))
+        )
+        known = {} if "indexed_by" in self.images.options else json.loads(body)
+        caption = text.decode("utf-8", "replace")
+        record: dict[str, Any] = dict.fromkeys(SHARD_ROWS.names, -1)
+        record |= {"key": str(index.key[row]), "path": str(index.path[row]), "width": bucket.width}
+        record |= {"height": bucket.height, "caption": caption, "caption_length": len(caption)}
+        body = body or json.dumps({name: record[name] for name in ("key", "path", "caption")}).encode()
+        record |= {name: known[name] for name in ("original_width", "original_height") if name in known}
+        record |= dict(zip(_CROP, known.get("crop", ()), strict=False))
+        record |= {"status": "ok", "reason": "", "detail": "", "sha256": str(known.get("sha256", ""))}
+        return text, body, record | {"copied": False, "frames": 0, "prompt_tokens": 0}
+
+    def finish(self) -> Manifest:
+        """Write index, sizes and manifest; every shard must be there. Ranks that end together write the same bytes."""
+        stats = {number: self._stats(shard) for shard, number in enumerate(self._numbers)}
+        committed = {number: found for number, found in stats.items() if found is not None}
+        assert len(committed) == len(stats), "a shard is missing"
+        if not any(found["samples"] for found in committed.values()):
+            raise ValueError(f"no sample of {len(self.index)} could be read; {self.folder}/*.parquet say why")
+        return finalise(
+            self.folder,
+            committed,
             payload="safetensors",
             fingerprint=self.fingerprint,
             options={"images": self.images.fingerprint, "latent_std": self.encoding["latent_std"]},
-            buckets=self.images.buckets,
-            totals={"samples": len(self.index), "bytes": sum(shard.bytes for shard in shards)},
-            shards=shards,
             versions=_versions(),
             encoding=self.encoding,
         )
-        write_manifest(self.folder, manifest)
-        return True
+
+
+_CROP = ("crop_left", "crop_top", "crop_width", "crop_height")
 
 
 def _versions() -> dict[str, str]:

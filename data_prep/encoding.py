@@ -11,15 +11,26 @@ IDENTITY = ("vae", "text_encoder", "latents", "prompts", "template_drop", "dtype
 
 
 def describe_encoding(
-    *, model: str, revision: str | None, vae: str, text_encoder: str, template_drop: int, latent_std: bool
+    *,
+    model: str,
+    revision: str | None,
+    vae: str,
+    text_encoder: str,
+    template_drop: int,
+    latent_std: bool,
+    computed_in: str,
 ) -> dict[str, Any]:
-    """`Manifest.encoding`: `vae` and `text_encoder` are fingerprints of their weights, `model` is for people."""
+    """`Manifest.encoding`: `vae` and `text_encoder` are fingerprints of their weights, `model` is for people.
+
+    `dtype` is that of the stored tensors, `computed_in` that of the encoders.
+    """
     return {
         "model": model,
         "revision": revision,
         "vae": vae,
         "text_encoder": text_encoder,
         "dtype": "bfloat16",
+        "computed_in": computed_in,
         "latents": LATENTS,
         "latent_std": latent_std,
         "prompts": PROMPTS,

@@ -5,13 +5,15 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, load_file
 
-from data_prep import encode_shards, make_shards
+from data_prep import check_shards, encode_shards, make_shards
 from data_prep.pixels import decode_stored
+from data_prep.scan import build_index
 from data_prep.shards import ShardReader, read_index, read_manifest
 from qwen_image.pipeline import QwenImagePipeline
 from qwen_image.vae import pixels_from_uint8
@@ -151,4 +153,62 @@ def test_a_broken_image_is_named(images, tiny_model, tmp_path, capsys):
         file.write(bytes(200))
     assert encode(tiny_model, broken, tmp_path / "out") == 2
     error = capsys.readouterr().err
+    assert "--on_broken_sample skip" in error
     assert f"{index.key[2]} in 000000.tar (" in error and json.dumps(str(index.path[2])).strip('"') in error
+
+    assert encode(tiny_model, broken, tmp_path / "out", "--on_broken_sample", "skip") == 0  # goes on from the stop
+    written, counted = capsys.readouterr()
+    assert f"left out: {index.key[2]} in 000000.tar" in counted and "1 samples left out" in written
+    left, manifest = read_index(tmp_path / "out"), read_manifest(tmp_path / "out")
+    assert left.key.tolist() == [key for key in index.key.tolist() if key != index.key[2]]
+    assert manifest.totals["failed"] == 1 and manifest.totals["samples"] == len(left) == 19
+    assert sum(bucket.count for bucket in manifest.buckets) == 19
+    table = pq.read_table(tmp_path / "out" / "000000.parquet").to_pylist()
+    assert [row["key"] for row in table if row["status"] == "failed"] == [index.key[2]]
+    assert check_shards.main([str(tmp_path / "out"), "--num_workers", "0"]) == 0
+
+
+def test_a_finished_set_loads_no_encoder(images, encoded, tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(encode_shards.Encoders, "load", None)
+    before = hashes(encoded)
+    assert encode(tiny_model, images, encoded, "--latent_std") == 0
+    assert "nothing to do" in capsys.readouterr().out and hashes(encoded) == before
+
+
+def test_check_and_report_of_an_encoded_set(encoded, tmp_path, capsys):
+    report = tmp_path / "report.html"
+    assert check_shards.main([str(encoded), "--num_workers", "0", "--report", str(report)]) == 0
+    assert "20 safetensors samples in 3 shards" in capsys.readouterr().out
+    page = report.read_text()
+    assert "latents and prompt embeddings" in page and "another one" in page and "posterior mode" in page
+
+
+def test_shards_made_elsewhere(images, tiny_model, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    shutil.copy(images / "000001.tar", foreign / "train-a.tar")
+    build_index(foreign)
+    assert encode(tiny_model, foreign, tmp_path / "out") == 0
+    assert read_index(tmp_path / "out").key.tolist() == read_index(foreign).key.tolist()
+    assert check_shards.main([str(tmp_path / "out"), "--num_workers", "0"]) == 0
+
+
+def test_captions_of_like_length_share_a_batch_and_the_cache_is_bounded(monkeypatch):
+    batches = []
+
+    class TextEncoder:
+        def encode_list(self, captions):
+            batches.append([len(caption) for caption in captions])
+            return [torch.zeros(len(caption), 4) for caption in captions]
+
+    encoders = encode_shards.Encoders(None, TextEncoder(), latent_std=False)
+    captions = ["x" * length for length in (9, 1, 8, 2, 9)]
+    found = encoders.encode_captions(captions, 2)
+    assert batches == [[1, 2], [8, 9]] and {len(text): len(tensor) for text, tensor in found.items()} == {
+        1: 1, 2: 2, 8: 8, 9: 9
+    }  # fmt: skip
+    monkeypatch.setattr(encode_shards, "CACHE_BYTES", 100)
+    encoders.encode_captions(["x"], 2)
+    assert batches == [[1, 2], [8, 9]]
+    encoders.encode_captions(["x", "x" * 8], 2)  # x was used lately and stayed, 8 had to go
+    assert batches == [[1, 2], [8, 9], [8]]
