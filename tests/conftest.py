@@ -23,3 +23,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     return build_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork ranks come first: later ones train in this process, whose process group the forks would inherit."""
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "run_ranks"))
