@@ -10,7 +10,9 @@ What a batch holds depends on its place in the global stream alone: not on the n
 steps. The state counts optimizer steps that were taken, never what workers have read ahead.
 """
 
+import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import TracebackType
@@ -91,6 +93,7 @@ class BatchLoader:
                 pin_memory=self.device.type == "cuda",
             )
         )
+        end_workers_at_exit(self._batches)
         checked = self._checked()
         self._stream: Iterator[Batch] = copied_ahead(checked, self.device) if self.device.type == "cuda" else checked
 
@@ -179,6 +182,18 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """Slurm and Ctrl-C signal every process of a job; a reader that died of it would take the last checkpoint along."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers_at_exit(batches: Any) -> None:
+    """Tell workers to end before multiprocessing sends them a SIGTERM, which they ignore, and waits for them forever."""
+    alive = weakref.ref(batches)
+
+    def end() -> None:
+        iterator = alive()
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+
+    atexit.register(end)
 
 
 def as_it_is(batch: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from data_prep.pixels import decode_stored
 from train.data import ATTEMPTS, LATENT_CHANNELS, VAE_FACTOR, Batch, BrokenSample, Sample, collate
 from train.flow import SigmaSampling, sample_draws
-from train.loader import PREFETCH, as_it_is, copied_ahead, leave_signals_to_the_parent
+from train.loader import PREFETCH, as_it_is, copied_ahead, end_workers_at_exit, leave_signals_to_the_parent
 
 BUFFER = 1000  # samples that are shuffled together
 
@@ -74,6 +74,7 @@ class StreamLoader:
                 pin_memory=device.type == "cuda",
             )
         )
+        end_workers_at_exit(self._batches)
         checked = self._checked()
         self._stream: Iterator[Batch] = copied_ahead(checked, device) if device.type == "cuda" else checked
 
