@@ -189,7 +189,7 @@ def end_workers_at_exit(batches: Any) -> None:
     alive = weakref.ref(batches)
 
     def end() -> None:
-        iterator = alive()
+        iterator: Any = alive()
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
 
