@@ -133,7 +133,8 @@ def needed_bytes(config: TrainConfig, weights: int, steps: int) -> int:
     """What the run's LoRA files and checkpoints (weights and two moments in float32) will take on the disk."""
     files = 1 + (steps // config.save_steps if config.save_steps else 0)
     saved = steps // config.checkpoint_every if config.checkpoint_every else 1
-    checkpoints = min(saved, config.keep_checkpoints + 1) if config.keep_checkpoints else saved
+    kept = config.keep_checkpoints + 1 + (steps // config.keep_every if config.keep_every else 0)
+    checkpoints = min(saved, kept) if config.keep_checkpoints else saved
     return weights * (files * DTYPES[config.save_dtype].itemsize + max(1, checkpoints) * 3 * 4)
 
 
