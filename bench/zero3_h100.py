@@ -204,7 +204,8 @@ def only_lora(output: Path) -> bool:
 
 def run(command: list[str]) -> str:
     """What a command prints; its standard error goes to ours. Raises RuntimeError when it fails."""
-    environment: dict[str, Any] = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment: dict[str, Any] = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     lines = []
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
