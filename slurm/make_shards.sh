@@ -6,8 +6,8 @@
 #   sbatch --array=0-15%4 --cpus-per-task=32 slurm/make_shards.sh --dataset_base_path PHOTOS --output_path SHARDS
 #
 # Give the same flags each time. Without the first line every task makes the plan itself: they agree, but all of them read
-# every image's header. The task that ends last writes the manifest. A task that was killed, or ran out of time, is put
-# back into the queue and goes on after its last finished shard; so does the whole array when it is submitted again.
+# every image's header. The task that ends last writes the manifest. A task whose node failed is put back into the
+# queue and goes on after its last finished shard; after a time limit submit the array again: finished shards are skipped.
 # PYTHON names another interpreter than .venv/bin/python.
 
 #SBATCH --job-name=make_shards
