@@ -6,20 +6,23 @@
 Random weights in bf16. The share of the card's bf16 peak counts the matrix products and convolutions that run.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+if TYPE_CHECKING:
+    import torch
 
 
 def language_model(tiny: bool, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """Qwen2.5-VL 7B's language model (config.json of Qwen/Qwen2.5-VL-7B-Instruct), random weights."""
+    import torch
     from transformers import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
@@ -51,6 +54,8 @@ def vae_model(tiny: bool, device: torch.device, dtype: torch.dtype) -> Any:
 
 def timed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median seconds of a call after a warm one."""
+    import torch
+
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call()
     synchronize()
@@ -64,10 +69,14 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> flo
 
 
 def main(argv: list[str] | None = None) -> int:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls to take the median of (default 5)")
     arguments = parser.parse_args(argv)
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 

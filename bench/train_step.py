@@ -8,6 +8,8 @@ Random weights, cached latents and prompt embeddings, rank 32 on the six q/k/v p
 ratio to the first row, the share of the card's measured bf16 peak, peak memory, and where kernel time goes.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
@@ -20,16 +22,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from qwen_image.modulation import replace_by_table
-from qwen_image.text_encoder import Prompt
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
-from train.fused_projection import fuse_projections
-from train.lora import LoraSpec, inject_lora
-from train.module import FlowMatchingModule
+    from qwen_image.transformer import QwenImageTransformer
+    from train.module import FlowMatchingModule
+
 
 Size = tuple[int, int, int]  # height, width in pixels, batch
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -42,6 +42,10 @@ KINDS = (  # first match names a kernel's kind
 
 def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) -> QwenImageTransformer:
     """The full-size shape with so many blocks, weights N(0, 0.02), built on the device."""
+    import torch
+
+    from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+
     with torch.device("meta"):
         transformer = QwenImageTransformer(TransformerConfig(num_layers=layers)).to(dtype)
     transformer.to_empty(device=device)
@@ -56,6 +60,14 @@ def our_step(
     variant: str, layers: int, size: Size, text: int, padding: int, device: torch.device
 ) -> Iterator[Callable[[], torch.Tensor]]:
     """`variant`: ours | full (every block recomputed) | eager | direct (no table) | separate (q, k, v) | masked | engine."""
+    import torch
+
+    from qwen_image.modulation import replace_by_table
+    from qwen_image.text_encoder import Prompt
+    from train.fused_projection import fuse_projections
+    from train.lora import LoraSpec, inject_lora
+    from train.module import FlowMatchingModule
+
     height, width, batch = size
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = random_transformer(layers, device, dtype)
@@ -111,6 +123,8 @@ def peer_step(
 
 def engine_step(module: FlowMatchingModule, arguments: tuple[Any, ...], batch: int) -> Callable[[], torch.Tensor]:
     """The same through DeepSpeed's engine, ZeRO-2, as train_lora.py runs it."""
+    import torch
+
     from train.command_line import parse
     from train.deepspeed_config import load_deepspeed_config
     from train.engine import initialize, join_process_group
@@ -142,6 +156,8 @@ def engine_step(module: FlowMatchingModule, arguments: tuple[Any, ...], batch: i
 
 def measure(step: Callable[[], torch.Tensor], repeats: int, device: torch.device) -> dict[str, Any]:
     """Median seconds of `repeats` warm steps, peak GiB, seconds of the first (compiling) one, and kernel totals."""
+    import torch
+
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     start = time.perf_counter()
     for _ in range(3):
@@ -165,6 +181,8 @@ def measure(step: Callable[[], torch.Tensor], repeats: int, device: torch.device
 
 def kernel_times(step: Callable[[], torch.Tensor]) -> dict[str, Any]:
     """Milliseconds of one step's kernels by kind, and the twenty longest by name."""
+    import torch
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -181,6 +199,8 @@ def kernel_times(step: Callable[[], torch.Tensor]) -> dict[str, Any]:
 
 def measured_peak(device: torch.device) -> float:
     """TFLOP/s of an 8192³ bf16 product on random data."""
+    import torch
+
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
         a @ b
@@ -230,6 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", default="", help="comma list of names in bench/peers.py")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     arguments = parser.parse_args(argv)
+
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = [(int(h), int(w), int(b)) for h, w, b in (size.split("x") for size in arguments.sizes.split(","))]
     peak = measured_peak(device) if device.type == "cuda" else 1.0
