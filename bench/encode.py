@@ -69,13 +69,13 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> flo
 
 
 def main(argv: list[str] | None = None) -> int:
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls to take the median of (default 5)")
     arguments = parser.parse_args(argv)
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
