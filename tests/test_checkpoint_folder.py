@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwen_image.loading import weights_fingerprint
 from train import checkpoint_folder
-from train.checkpoint import Checkpoints, check_same, weights_fingerprint
+from train.checkpoint import Checkpoints, check_same
 from train.checkpoint_folder import FACTS, LATEST, TENSORS, step_folders
 
 CLIENT = {"model": "m", "lora": {"rank": 3}, "data": "d", "order": {"seed": 0}}

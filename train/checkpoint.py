@@ -13,9 +13,7 @@ on the disk, and how it stays whole: train/checkpoint_folder.py. How ZeRO's piec
 train/optimizer_state.py.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,22 +147,6 @@ def differences(saved: Any, now: Any, name: str = "") -> list[str]:
     if as_json[0] == as_json[1]:
         return []
     return [f"{name} is {json.dumps(saved)} in the checkpoint, {json.dumps(now)} in this run"]
-
-
-def weights_fingerprint(files: Iterable[Path], blocks: int = 64) -> str:
-    """sha256 that tells weight files apart without reading all of them: sizes and `blocks` pieces of 4 KiB of each.
-
-    Two checkpoints of one architecture have equal headers and differ in the values, which the pieces catch.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.name):
-        size = path.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with open(path, "rb") as file:
-            for block in range(blocks):
-                file.seek(size * block // blocks)
-                digest.update(file.read(4096))
-    return digest.hexdigest()
 
 
 def object_device() -> torch.device:
