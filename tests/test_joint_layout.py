@@ -1,0 +1,196 @@
+"""The joint layout, plain and by kernel (on a GPU, else in Triton's interpreter), against float64 arithmetic."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_image import joint_layout as module
+from qwen_image.joint_layout import Norms, can_invert, has_kernel, joint_layout, plain_joint_layout
+from qwen_image.layers import NORM_EPS, RMSNorm
+from qwen_image.rotary import rotary_table
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_kernel = pytest.mark.skipif(
+    not module.HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED),
+    reason="the kernels run on a GPU, or with Triton installed and TRITON_INTERPRET=1",
+)
+
+# text tokens, (rows, columns) of the image, heads, dim, batch, padding of each sample or None, whether text has queries
+CASES = {
+    "even": (4, (2, 4), 4, 32, 1, None, True),
+    "odd text, six heads": (5, (2, 3), 6, 16, 2, None, True),
+    "padding in one sample": (3, (2, 3), 2, 32, 2, (2, 0), True),
+    "last block": (5, (2, 3), 3, 32, 2, None, False),
+    "last block, padding": (5, (2, 2), 4, 32, 2, (0, 4), False),
+}
+# Relative to the largest value: one rounding of the result in bf16 (2⁻⁹), plus that of what is inverted; float32 sums.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+needs_rounding = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter truncates to bf16 where a GPU rounds")
+
+
+def make(case, dtype, weight_spread=1.5, seed=0):
+    text_tokens, (rows, columns), heads, dim, batch, padding, text_query = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    tokens, inner = text_tokens + rows * columns, heads * dim
+    image = torch.randn(batch, rows * columns, 3 * inner, generator=generator).to(dtype)
+    text = 3 * torch.randn(batch, text_tokens, (2 + text_query) * inner, generator=generator).to(dtype)
+    norms = Norms(*(RMSNorm(dim).requires_grad_(False) for _ in range(4)))
+    for norm in norms:
+        exponent = 2 * torch.rand(dim, generator=generator) - 1
+        norm.weight.data = (weight_spread**exponent).to(dtype)
+    keep = None
+    if padding is not None:
+        keep = torch.arange(tokens) < text_tokens - torch.tensor(padding)[:, None]
+        keep = keep | (torch.arange(tokens) >= text_tokens)
+    grads = [
+        torch.randn(batch, length, heads, dim, generator=generator).to(dtype)
+        for length in (tokens if text_query else rows * columns, tokens, tokens)
+    ]
+    axes = (dim - 2 * (3 * dim // 8), 3 * dim // 8, 3 * dim // 8)
+    rotary = rotary_table(text_tokens, rows, columns, axes, torch.device("cpu"))
+    return image, text, norms, rotary, keep, grads
+
+
+def reference(image, text, norms, rotary, keep):
+    """The definition in float64, channel pairs as complex numbers."""
+    cos, sin = (table[0, :, :, ::2].double() for table in rotary)
+    turn = torch.complex(cos, sin)
+    dim = norms.q.weight.shape[0]
+
+    def normed(x, norm):
+        x = x.unflatten(-1, (-1, dim))
+        return x / (x.square().mean(-1, keepdim=True) + NORM_EPS).sqrt() * norm.weight.double()
+
+    def rotated(x, turn):
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+    q, k, v = image.chunk(3, -1)
+    *text_q, text_k, text_v = text.split(q.shape[-1], -1)
+    key = rotated(torch.cat([normed(text_k, norms.added_k), normed(k, norms.k)], 1), turn)
+    value = torch.cat([text_v, v], 1).unflatten(-1, (-1, dim))
+    query = normed(q, norms.q)
+    if text_q:
+        query = torch.cat([normed(text_q[0], norms.added_q), query], 1)
+    query = rotated(query, turn[-query.shape[1] :])
+    if keep is not None:
+        key, value = key * keep[..., None, None], value * keep[..., None, None]
+    return query, key, value
+
+
+def outputs_and_gradients(function, image, text, norms, rotary, keep, grads, *more):
+    image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
+    outputs = function(image, text, norms, rotary, keep, *more)
+    loss = sum((output * grad).sum() for output, grad in zip(outputs, grads, strict=True))
+    return [each.detach() for each in (*outputs, *torch.autograd.grad(loss, [image, text]))]
+
+
+def expected_of(image, text, norms, rotary, keep, grads):
+    return outputs_and_gradients(
+        reference, image.double(), text.double(), norms, rotary, keep, [grad.double() for grad in grads]
+    )
+
+
+def assert_near(actual, expected, tolerance):
+    for ours, exact in zip(actual, expected, strict=True):
+        error = ((ours.double().cpu() - exact).abs().max() / exact.abs().max()).item()
+        assert error < tolerance
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Arguments moved to where the kernels run; the CPU counts as such in the interpreter."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(module, "has_kernel", lambda *_: True)
+
+    def move(image, text, norms, rotary, keep, grads):
+        norms = Norms(*(norm.to(DEVICE) for norm in norms))
+        rotary = type(rotary)(*(table.to(DEVICE) for table in rotary))
+        keep = None if keep is None else keep.to(DEVICE)
+        return image.to(DEVICE), text.to(DEVICE), norms, rotary, keep, [grad.to(DEVICE) for grad in grads]
+
+    return move
+
+
+@pytest.mark.parametrize("case", CASES, ids=list(CASES))
+def test_plain_operations_equal_the_definition(case):
+    arguments = make(case, torch.float32)
+    assert not has_kernel(*arguments[:3])
+    actual = outputs_and_gradients(plain_joint_layout, *arguments)
+    assert_near(actual, expected_of(*arguments), TOLERANCE[torch.float32])
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_rounding)], ids=str)
+@pytest.mark.parametrize("invertible", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=list(CASES))
+def test_kernels_equal_the_definition(case, invertible, dtype, on_device):
+    arguments = make(case, dtype)
+    expected = expected_of(*arguments)
+    actual = outputs_and_gradients(joint_layout, *on_device(*arguments), invertible)
+    assert_near(actual, expected, TOLERANCE[dtype])
+    assert [each.dtype for each in actual] == [dtype] * 5
+
+
+@needs_kernel
+@needs_rounding
+def test_kernels_are_at_least_as_exact_as_plain_operations(on_device):
+    arguments = make("even", torch.bfloat16, seed=1)
+    expected = expected_of(*arguments)
+    ours = outputs_and_gradients(joint_layout, *on_device(*arguments), True)
+    plain = outputs_and_gradients(plain_joint_layout, *arguments)
+    for kernel, operations, exact in zip(ours, plain, expected, strict=True):
+        kernel_error, error = ((x.double().cpu() - exact).square().mean().sqrt() for x in (kernel, operations))
+        assert kernel_error <= 1.05 * error
+
+
+@needs_kernel
+def test_gradients_of_other_memory_orders(on_device):
+    """Attention's backward pass may leave them as [B, H, L, D]."""
+    image, text, norms, rotary, keep, grads = make("odd text, six heads", torch.float32)
+    expected = expected_of(image, text, norms, rotary, keep, grads)
+    grads = [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads]
+    moved = on_device(image, text, norms, rotary, keep, grads)
+    assert_near(outputs_and_gradients(joint_layout, *moved, True), expected, TOLERANCE[torch.float32])
+
+
+@needs_kernel
+@pytest.mark.parametrize("case", ["odd text, six heads", "last block, padding"])
+def test_the_operators_are_registered_as_the_compiler_wants_them(case, on_device):
+    image, text, norms, rotary, keep, _ = on_device(*make(case, torch.float32))
+    weights = [norm.weight for norm in norms]
+    torch.library.opcheck(
+        torch.ops.qwen_image.joint_layout,
+        (image.requires_grad_(), text.requires_grad_(), *weights, *rotary, keep, True),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_weights_that_cannot_be_divided_out():
+    norms = make("even", torch.bfloat16)[2]
+    assert can_invert(norms)
+    for weight in (0.0, 1 / 16):
+        norms.added_k.weight.data[3] = weight
+        assert not can_invert(norms)
+        norms.added_k.weight.data[3] = 1.0
+
+
+def test_the_interpreter_runs_the_kernels():
+    """This file again with the kernels on the CPU; another process, since Triton asks once, when they are defined."""
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed (PyTorch's CUDA builds bring it)")
+    if INTERPRETED or DEVICE == "cuda":
+        pytest.skip("the kernels run in this process")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
