@@ -22,20 +22,27 @@ aten = torch.ops.aten
 
 
 def joint_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor | None, dense: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    dense: bool,
+    zeroed: bool = False,
 ) -> torch.Tensor:
     """softmax(q·kᵀ/√D)·v over the keys where `keep` is True.
 
     query [B, H, Lq, D], key and value [B, H, L, D], keep bool [B, L] or None → [B, H, Lq, D]. `dense` chooses the
-    method above, else padding costs a masked kernel.
+    method above, else padding costs a masked kernel; `zeroed`: for that, key and value are 0 already where they should.
     """
     if keep is None:
         return F.scaled_dot_product_attention(query, key, value)
     if not dense:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep[:, None, None])
-    kept = keep[:, None, :, None].to(key.dtype)
+    if not zeroed:
+        kept = keep[:, None, :, None].to(key.dtype)
+        key, value = key * kept, value * kept
     padding = (~keep).sum(1, dtype=torch.float32)
-    return torch.ops.qwen_image.padded_attention(query, key * kept, value * kept, padding)[0].transpose(1, 2)
+    return torch.ops.qwen_image.padded_attention(query, key, value, padding)[0].transpose(1, 2)
 
 
 @torch.library.custom_op("qwen_image::padded_attention", mutates_args=())

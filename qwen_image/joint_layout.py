@@ -56,17 +56,21 @@ def joint_layout(
 
 
 def has_kernel(image: torch.Tensor, text: torch.Tensor, norms: Norms) -> bool:
-    """Whether the kernels can do it: a GPU, Triton, whole (not partitioned) frozen norms, a head size they can tile."""
+    """Whether the kernels can do it: a GPU, Triton, frozen norms that are always there, a head size they can tile."""
     weights = [norm.weight for norm in norms]
     dim = weights[0].shape[0]
+    trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    partitioned = any(hasattr(weight, "ds_id") for weight in weights)  # by ZeRO-3: there only within a norm's forward
     return (
         HAS_TRITON
+        and not trained
+        and not partitioned
         and image.is_cuda
         and image.dtype == text.dtype
         and image.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and dim >= 16
         and dim & (dim - 1) == 0
-        and all(weight.shape[0] == dim and not weight.requires_grad for weight in weights)
+        and all(weight.shape[0] == dim for weight in weights)
     )
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qwen_image.attention import joint_attention
+from qwen_image.joint_layout import Norms, can_invert, joint_layout
 from qwen_image.layers import NORM_EPS, FeedForward, Linear, RMSNorm, TimestepEmbedder
-from qwen_image.rotary import Rotary, apply_rotary, rotary_table
+from qwen_image.rotary import Rotary, rotary_table
 
 if TYPE_CHECKING:
     from qwen_image.modulation import ModulationTable
@@ -81,6 +82,10 @@ class JointAttention(nn.Module):
         # Called with (input, layers), these may do the work of the layers (train/fused_projection.py).
         self.image_projection: nn.Module | None = None
         self.text_projection: nn.Module | None = None
+        self.invertible_norms = False
+
+    def norms(self) -> Norms:
+        return Norms(self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k)
 
     def image_layers(self) -> tuple[nn.Module, ...]:
         """What makes the image's q, k and v."""
@@ -91,8 +96,9 @@ class JointAttention(nn.Module):
         return (self.add_q_proj, self.add_k_proj, self.add_v_proj)[0 if with_query else 1 :]
 
     @staticmethod
-    def _project(fused: nn.Module | None, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> tuple[torch.Tensor, ...]:
-        return fused(x, layers) if fused is not None else tuple(layer(x) for layer in layers)
+    def _project(fused: nn.Module | None, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> torch.Tensor:
+        """The layers' outputs side by side."""
+        return fused(x, layers) if fused is not None else torch.cat([layer(x) for layer in layers], -1)
 
     def forward(
         self,
@@ -104,31 +110,21 @@ class JointAttention(nn.Module):
         image_only: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """image [B,S,D], text [B,T,D], keep bool [B,T+S] or None → attended image and text (None if image_only)."""
-        text_tokens = text.shape[1]
-        cos, sin = rotary
-
-        def split_heads(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(-1, (self.heads, -1))
-
-        image_query, image_key, image_value = self._project(self.image_projection, image, self.image_layers())
-        *text_query, text_key, text_value = self._project(
-            self.text_projection, text, self.text_layers(with_query=not image_only)
+        query, key, value = joint_layout(
+            self._project(self.image_projection, image, self.image_layers()),
+            self._project(self.text_projection, text, self.text_layers(with_query=not image_only)),
+            self.norms(),
+            rotary,
+            keep if dense_padding else None,
+            self.invertible_norms,
         )
-        key = torch.cat([self.norm_added_k(split_heads(text_key)), self.norm_k(split_heads(image_key))], 1)
-        value = torch.cat([split_heads(text_value), split_heads(image_value)], 1)
-        query = self.norm_q(split_heads(image_query))
-        if image_only:
-            query = apply_rotary(query, cos[:, text_tokens:], sin[:, text_tokens:])
-        else:
-            query = torch.cat([self.norm_added_q(split_heads(text_query[0])), query], 1)
-            query = apply_rotary(query, cos, sin)
-        key = apply_rotary(key, cos, sin)
         attended = joint_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), keep, dense_padding
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), keep, dense_padding, zeroed=True
         )
         attended = attended.transpose(1, 2).flatten(2)
         if image_only:
             return self.to_out[0](attended), None
+        text_tokens = text.shape[1]
         return self.to_out[0](attended[:, text_tokens:]), self.to_add_out(attended[:, :text_tokens])
 
 
@@ -250,4 +246,6 @@ class QwenImageTransformer(nn.Module):
         """Compile the blocks' forward, one graph for all (and one for the last), each shape once."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.transformer_blocks:
+            assert isinstance(block, Block)
+            block.attn.invertible_norms = can_invert(block.attn.norms())
             block.compile(dynamic=False)

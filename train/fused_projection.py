@@ -33,8 +33,8 @@ class FusedProjection(nn.Module):
         for base, weight, bias in zip(bases, self.weight.split(self.rows), self.bias.split(self.rows), strict=True):
             base.weight.data, base.bias.data = weight, bias
 
-    def forward(self, x: torch.Tensor, layers: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        """x [B, L, D] → each layer's output [B, L, rows]; `layers` are those of the constructor."""
+    def forward(self, x: torch.Tensor, layers: Sequence[Any]) -> torch.Tensor:
+        """x [B, L, D] → the layers' outputs side by side [B, L, rows]; `layers` are those of the constructor."""
         output = F.linear(x, self.weight, self.bias)
         if any(scale is not None for scale in self.scales):
             down, up = [], []
@@ -45,7 +45,7 @@ class FusedProjection(nn.Module):
                     down.append(layer.lora_A[ADAPTER].weight)
                     up.append(layer.lora_B[ADAPTER].weight * scale)
             output = output + F.linear(F.linear(x, torch.cat(down)), torch.block_diag(*up))
-        return output.split(self.rows, dim=-1)
+        return output
 
 
 def can_fuse(spec: LoraSpec, lora_dtype: torch.dtype, base_dtype: torch.dtype) -> bool:
