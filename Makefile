@@ -6,6 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCH_SITE := .bench_site
+PEERS_STAMP := $(BENCH_SITE)/.installed
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
@@ -24,14 +27,24 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+$(BIN)/python:
+	$(MAKE) setup
+
 demo: $(STAMP)  ## photos -> shards -> latents -> LoRA -> sample images, with a tiny model; minutes on two CPU cores
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python demo/run.py --output_path $(DEMO_OUTPUT)
 
 test: $(STAMP)  ## all tests but the slow ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench-data: $(STAMP)  ## packing speed and quality against Pillow, libvips and img2dataset (those that are installed)
-	$(BIN)/python bench/packing.py
+bench-data: $(PEERS_STAMP)  ## packing speed and quality against Pillow, libvips and img2dataset; sets these up in .bench_site
+	PYTHONPATH="$(abspath $(BENCH_SITE))" $(BIN)/python bench/packing.py $(BENCH_ARGS)
+
+# Beside the environment, which is made where there is none and otherwise left as it is: img2dataset asks for old
+# OpenCV, albumentations and webdataset.
+$(PEERS_STAMP): bench/requirements-packing.txt | $(BIN)/python
+	rm -rf $(BENCH_SITE)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(BENCH_SITE) --requirement bench/requirements-packing.txt
+	@touch $@
 
 bench-loader: $(STAMP)  ## loader throughput, seek and memory against webdataset
 	$(BIN)/python bench/loader.py

@@ -1,8 +1,8 @@
 """CPU time of one image's way into a shard, against Pillow, libvips and img2dataset's resizer, in one run.
 
-    python bench/packing.py                       # 1,000 photo-like JPEGs, made once; about 10 minutes of one core
-    python bench/packing.py --images 100
-    pip install pyvips-binary pyvips img2dataset    # the peers; those that aren't installed are left out
+    make bench-data                                     # with its peers; 1,000 photo-like JPEGs, 10 minutes of one core
+    make bench-data BENCH_ARGS="--images 100 --num_workers 2"
+    python bench/packing.py --images 100                # peers that aren't installed are left out
 
 All read the same bytes, resize to the bucket of about 1024 x 1024 pixels and encode a JPEG of quality 95, 4:4:4 (but
 img2dataset: its own subsampling, no crop, area filter), on one thread, image by image in turn. PSNR is that of the
@@ -26,6 +26,7 @@ import numpy as np
 
 for variable in ("OMP_NUM_THREADS", "VIPS_CONCURRENCY", "OPENCV_FOR_THREADS_NUM"):
     os.environ[variable] = "1"  # before the libraries that read them
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset imports it, and it asks the network for its newest version
 
 PSNR_IMAGES = 8  # lossless encoding and the reference cost far more than what is measured
 SIDES = (800, 4000)
