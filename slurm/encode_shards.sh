@@ -25,36 +25,20 @@
 set -euo pipefail
 
 cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this script in a spool folder
-if [[ ! -f data_prep/encode_shards.py ]]; then
-    echo "error: no data_prep/encode_shards.py in $SLURM_SUBMIT_DIR: submit from the root directory of the project" >&2
+if [[ ! -f slurm/common.sh ]]; then
+    echo "error: no slurm/common.sh in $SLURM_SUBMIT_DIR: submit from the root directory of the project" >&2
     exit 2
 fi
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
+choose_python
+one_gpu_a_task
 
-tasks="${SLURM_NTASKS_PER_NODE:-$SLURM_NTASKS}"
-gpus="${SLURM_GPUS_ON_NODE:-0}"
-if ((gpus > 0 && gpus != tasks)); then
-    echo "error: $tasks tasks but $gpus GPUs a node: make --ntasks-per-node and --gpus-per-node equal" >&2
-    exit 2
-fi
-
-python="${PYTHON:-python}"
-if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then
-    python=.venv/bin/python
-fi
-
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
-
-# The signal comes to this shell alone (B: above), which hears it only because srun is in the background.
+# The signal comes to this shell alone (B: above), which hears it only because srun runs in the background.
 trap 'echo "job $SLURM_JOB_ID is out of time: back into the queue"; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
 
-# --gpu-bind=none: each task sees all GPUs of its node and takes number LOCAL_RANK.
 # --kill-on-bad-exit=0: a task that fails leaves the others at work.
-# shellcheck disable=SC2016 # the variables are those of each task
-srun --gpu-bind=none --kill-on-bad-exit=0 bash -c '
-    export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
-    exec "$@"
-' task "$python" data_prep/encode_shards.py "$@" &
+ranks --kill-on-bad-exit=0 -- "$python" data_prep/encode_shards.py "$@" &
 status=0
 wait "$!" || status=$?
 exit "$status"

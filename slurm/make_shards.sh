@@ -22,18 +22,16 @@
 set -euo pipefail
 
 cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this script in a spool folder
-if [[ ! -f data_prep/make_shards.py ]]; then
-    echo "error: no data_prep/make_shards.py in $SLURM_SUBMIT_DIR: submit from the root directory of the project" >&2
+if [[ ! -f slurm/common.sh ]]; then
+    echo "error: no slurm/common.sh in $SLURM_SUBMIT_DIR: submit from the root directory of the project" >&2
     exit 2
 fi
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
+choose_python
 if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
     echo "error: not an array job: sbatch --array=0-15 slurm/make_shards.sh ..." >&2
     exit 2
-fi
-
-python="${PYTHON:-python}"
-if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then
-    python=.venv/bin/python
 fi
 
 # Counted from the first task, so that --array=1-16 works too; steps and lists of ids (0-15:2, 1,5) don't

@@ -26,17 +26,14 @@ set -euo pipefail
 readonly REQUEUE=85 # what train_lora.py exits with after a checkpoint that a signal asked for
 
 cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this script in a spool folder
-if [[ ! -f train/train_lora.py ]]; then
-    echo "error: no train/train_lora.py in $SLURM_SUBMIT_DIR: submit from the root directory of the project" >&2
+if [[ ! -f slurm/common.sh ]]; then
+    echo "error: no slurm/common.sh in $SLURM_SUBMIT_DIR: submit from the root directory of the project" >&2
     exit 2
 fi
-
-tasks="${SLURM_NTASKS_PER_NODE:-$SLURM_NTASKS}"
-gpus="${SLURM_GPUS_ON_NODE:-0}"
-if ((gpus > 0 && gpus != tasks)); then
-    echo "error: $tasks tasks but $gpus GPUs a node: make --ntasks-per-node and --gpus-per-node equal" >&2
-    exit 2
-fi
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
+choose_python
+one_gpu_a_task
 
 config=()
 if (($# > 0)) && [[ $1 != -* ]]; then
@@ -44,28 +41,15 @@ if (($# > 0)) && [[ $1 != -* ]]; then
     shift
 fi
 
-python="${PYTHON:-python}"
-if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then
-    python=.venv/bin/python
-fi
-
 # The address that Slurm itself uses for the first node: node names need not resolve
 first_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 MASTER_ADDR="$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
 export MASTER_ADDR="${MASTER_ADDR:-$first_node}"
 export MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))" # jobs that share a node need different ports
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
 
-# --gpu-bind=none: each task sees all GPUs of its node and takes number LOCAL_RANK, as NCCL's peer access needs.
 # --wait: when a task dies, the others, which wait for it, are ended two minutes later.
-# exec: the signal goes to Python and to no shell in between.
 status=0
-# shellcheck disable=SC2016 # the variables are those of each task
-srun --gpu-bind=none --wait=120 bash -c '
-    export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
-    exec "$@"
-' task "$python" train/train_lora.py ${config[@]+"${config[@]}"} "$@" || status=$?
+ranks --wait=120 -- "$python" train/train_lora.py ${config[@]+"${config[@]}"} "$@" || status=$?
 
 if ((status == REQUEUE)); then
     echo "job $SLURM_JOB_ID saved a checkpoint before it was ended: back into the queue"

@@ -1,14 +1,13 @@
 """slurm/qwen_lora.sh under stand-ins for srun and scontrol: what each task gets, and what its exit code leads to."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from slurm_stand_ins import SLURM, submit_folder, two_nodes
 
-SCRIPT = Path(__file__).parent.parent / "slurm" / "qwen_lora.sh"
+SCRIPT = SLURM / "qwen_lora.sh"
 
 TRAINER = """
 import json, os, sys
@@ -18,51 +17,25 @@ with open("tasks.jsonl", "a") as file:
     file.write("\\n")
 sys.exit(int(os.environ["TRAINER_EXITS"]))
 """
-SRUN = """#!/bin/bash
-echo "$@" > "$SLURM_SUBMIT_DIR/srun_arguments"
-while [[ $1 == -* ]]; do shift; done
-status=0
-for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
-    SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) "$@" || status=$?
-done
-exit $status
-"""
-SCONTROL = """#!/bin/bash
-case "$1 $2" in
-    "show hostnames") printf 'gpu07\\ngpu08\\n' ;;
-    "show node") printf 'NodeName=%s Arch=x86_64\\n   NodeAddr=10.0.0.7 NodeHostName=x\\n' "$3" ;;
-    *) echo "$@" >> "$SLURM_SUBMIT_DIR/requeued" ;;
-esac
-"""
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
     """A submit folder with a stand-in trainer, and beside it a PATH folder with srun and scontrol."""
-    submit, binaries = tmp_path / "a project", tmp_path / "bin"
-    for folder in (submit / "train", binaries):
-        folder.mkdir(parents=True)
-    (submit / "train" / "train_lora.py").write_text(TRAINER, encoding="utf-8")
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (binaries / name).write_text(text, encoding="utf-8")
-        (binaries / name).chmod(0o755)
-    return submit
+    return submit_folder(tmp_path, "train/train_lora.py", TRAINER)
 
 
 def run_script(submit: Path, *arguments: str, exits: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the script as a batch job of 2 nodes with 2 tasks each, from a foreign folder."""
-    slurm = {"SLURM_SUBMIT_DIR": str(submit), "SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "gpu[07-08]"}
-    slurm |= {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "3", "SLURM_GPUS_ON_NODE": "2"}
-    outside = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    path = {"PATH": f"{submit.parent / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHON": sys.executable}
-    environment = outside | slurm | path | {"TRAINER_EXITS": str(exits)} | variables
+    environment = two_nodes(submit, TRAINER_EXITS=str(exits), **variables)
     return subprocess.run(
         ["bash", str(SCRIPT), *arguments], cwd="/", env=environment, capture_output=True, text=True, check=False
     )
 
 
-def test_the_syntax_is_valid() -> None:
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sh")), ids=lambda script: script.name)
+def test_the_syntax_is_valid(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
 
 
 def test_each_task_gets_its_rank_and_the_same_meeting_point(cluster: Path) -> None:

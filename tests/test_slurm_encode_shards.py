@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from slurm_stand_ins import SLURM, submit_folder, two_nodes
 
-SCRIPT = Path(__file__).parents[1] / "slurm" / "encode_shards.sh"
+SCRIPT = SLURM / "encode_shards.sh"
 
 ENCODER = """
 import json, os, sys, time
@@ -23,40 +23,20 @@ with open("tasks.jsonl", "a") as file:
 time.sleep(float(os.environ.get("ENCODER_TAKES", 0)))
 sys.exit(2 if os.environ["RANK"] == os.environ.get("ENCODER_FAILS") else 0)
 """
-SRUN = """#!/bin/bash
-echo "$@" > srun_arguments
-while [[ $1 == -* ]]; do shift; done
-status=0
-for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
-    SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) "$@" || status=$?
-done
-exit $status
-"""
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
     """A submit folder with a stand-in for the encoder, and beside it a PATH folder with srun and scontrol."""
-    submit, binaries = tmp_path / "a project", tmp_path / "bin"
-    for folder in (submit / "data_prep", binaries):
-        folder.mkdir(parents=True)
-    (submit / "data_prep" / "encode_shards.py").write_text(ENCODER, encoding="utf-8")
-    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "$@" >> requeued\n')):
-        (binaries / name).write_text(text, encoding="utf-8")
-        (binaries / name).chmod(0o755)
-    return submit
+    return submit_folder(tmp_path, "data_prep/encode_shards.py", ENCODER)
 
 
 def start(submit: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     """Start the script as a batch job of 2 nodes with 2 tasks each, from a foreign folder."""
-    slurm = {"SLURM_SUBMIT_DIR": str(submit), "SLURM_JOB_ID": "1234567", "SLURM_NTASKS": "4"}
-    slurm |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "3", "SLURM_GPUS_ON_NODE": "2"}
-    slurm |= {"PATH": f"{submit.parent / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHON": sys.executable}
-    outside = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return subprocess.Popen(
         ["bash", str(SCRIPT), *arguments],
         cwd="/",
-        env=outside | slurm | variables,
+        env=two_nodes(submit, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from photos import encoded, photo
+from slurm_stand_ins import SLURM, environment, write_commands
 
 from data_prep import make_shards
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "slurm" / "make_shards.sh"
+ROOT = SLURM.parent
+SCRIPT = SLURM / "make_shards.sh"
 
 
 def submit(binaries: Path, task: int, array: tuple[int, int, int], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the script as Slurm does for one task of an array (first id, last id, number of ids)."""
-    binaries.mkdir(exist_ok=True)
-    srun = binaries / "srun"
-    srun.write_text('#!/bin/sh\n[ "$1" = --cpus-per-task=1 ] || exit 9\nshift\nexec "$@"\n')
-    srun.chmod(0o755)
+    write_commands(binaries, srun='#!/bin/sh\n[ "$1" = --cpus-per-task=1 ] || exit 9\nshift\nexec "$@"\n')
     names = ("MIN", "MAX", "COUNT")
     slurm = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, array, strict=True)}
-    slurm |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "1"}
-    slurm |= {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    slurm |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_CPUS_PER_TASK": "1"}
     command = ["bash", str(SCRIPT), *arguments]
-    return subprocess.run(command, env=os.environ | slurm, cwd="/", capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env=environment(ROOT, binaries, **slurm), cwd="/", capture_output=True, text=True, check=False
+    )
 
 
 def test_an_array_packs_what_one_process_packs(tmp_path: Path) -> None:
