@@ -16,7 +16,7 @@ from qwen_image.rotary import Rotary, apply_rotary
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
-    from qwen_image import joint_kernels  # noqa: F401  (registers the operators)
+    from qwen_image import joint_operators  # noqa: F401  (registers them)
 
 # Neighbouring channels are rotated and rounded together, so dividing by the smaller of their two weights magnifies the
 # larger one's rounding error by the ratio. Beyond this the projections are kept instead.
