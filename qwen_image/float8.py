@@ -1,0 +1,209 @@
+"""Frozen linear layers in float8 (e4m3): half of bf16's memory, and up to twice its speed on a GPU that multiplies float8.
+
+    use_float8(transformer)              # on the meta device, before weights are loaded (qwen_image/loading.py fills it)
+    quantise_blocks(transformer)         # or layer by layer when they are there already
+    keep_transposed(transformer, 12)     # the first 12 blocks are recomputed: they do with one layout
+
+Weights have one float32 scale an output row, set once. Inputs and output gradients get one a token, at each product: a row is
+then read once where the kernel that made it (AdaLN, GELU) is still at it, which one scale a tensor would not allow, and
+an outlier costs its own token precision, not all. Nothing but the input gradient is computed backwards: no trained weight
+is in here, and float8 inputs are not kept.
+
+In the input gradient g·W the weight's row scales s lie along the sum: Σₙ gₙ sₙ Wₙ, so g·s is what gets quantised. float8
+products take operands whose rows lie along the sum alone, so the backward pass needs the weight transposed: kept beside the
+other, or made each time. Format: OCP 8-bit floating point, E4M3 (largest value 448, three bits of mantissa: a relative
+error of at most 1/16 in the normal range).
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from qwen_image.layers import Linear
+from qwen_image.transformer import Block, QwenImageTransformer
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0  # torch.finfo(FLOAT8).max
+SMALLEST_SCALE = 1e-30  # for rows of zeros; gradients times weight scales reach 1e-16
+ROWS_AT_ONCE = 2048  # of a weight while it is quantised: its float32 copy stays below 100 MB
+FIRST_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply float8
+
+
+def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """values [M, K] → float8 [M, K] and scales float32 [M, 1] with values ≈ float8 · scale; NaN and ∞ spoil their row."""
+    scale = (values.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
+    return (values.float() * scale.reciprocal()).to(FLOAT8), scale
+
+
+def scaled_product(
+    left: torch.Tensor,
+    left_scale: torch.Tensor,
+    right: torch.Tensor,
+    right_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """left [M, K] · right [N, K]ᵀ with scales [M, 1] and [1, N], plus bias [N] → [M, N] of `dtype` (bf16 on a GPU).
+
+    On the CPU the same sum in float32: right, but slow.
+    """
+    if left.is_cuda:
+        return torch._scaled_mm(
+            left,
+            right.t(),
+            scale_a=left_scale,
+            scale_b=right_scale,
+            bias=bias,
+            out_dtype=dtype,
+            use_fast_accum=True,
+        )
+    product = (left.float() @ right.float().t()) * left_scale * right_scale
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+class Float8Weight(NamedTuple):
+    """A quantised weight: data [N, K] · scaleᵀ. The backward pass takes `transposed` [K, N] if there, and `ones` [1, K]."""
+
+    data: torch.Tensor
+    scale: torch.Tensor  # float32 [1, N]
+    ones: torch.Tensor
+    transposed: torch.Tensor | None
+
+    def output(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [M, K] → x·Wᵀ + bias [M, N]."""
+        return scaled_product(*quantise_rows(x), self.data, self.scale, bias, x.dtype)
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The output's gradient [M, N] → the input's, [M, K]."""
+        rows = quantise_rows(gradient.float() * self.scale)
+        transposed = self.data.t().contiguous() if self.transposed is None else self.transposed
+        return scaled_product(*rows, transposed, self.ones, None, gradient.dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor, *weight: Any) -> torch.Tensor:
+        ctx.save_for_backward(*weight)
+        return Float8Weight(*weight).output(x.flatten(0, -2), bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        weight = Float8Weight(*ctx.saved_tensors)
+        flat = weight.input_gradient(gradient.flatten(0, -2))
+        return flat.unflatten(0, gradient.shape[:-1]), None, None, None, None, None
+
+
+class Float8Linear(Linear):
+    """A frozen linear layer whose `weight` is float8; input, bias and output keep the model's dtype.
+
+    Attributes:
+        compute_dtype: the model's dtype, under the name by which PEFT asks for it.
+        fused: a fused projection does this layer's work (train/fused_projection.py): it never needs `transposed`.
+    """
+
+    scale: torch.Tensor
+    ones: torch.Tensor
+    transposed: torch.Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype = torch.bfloat16):
+        super().__init__(in_features, out_features, device="meta", dtype=dtype)
+        self.requires_grad_(False)
+        self.compute_dtype = dtype
+        self.fused = False
+        for name in ("scale", "ones", "transposed"):
+            self.register_buffer(name, None, persistent=False)
+
+    @torch.no_grad()
+    def quantise(self, weight: torch.Tensor) -> None:
+        """Take `weight` [out, in] of any floating type; it is not kept."""
+        data = torch.empty(weight.shape, dtype=FLOAT8, device=weight.device)
+        self.scale = torch.empty(1, len(weight), dtype=torch.float32, device=weight.device)
+        for start in range(0, len(weight), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            data[rows], scale = quantise_rows(weight[rows])
+            self.scale[:, rows] = scale.t()
+        self.ones = torch.ones(1, weight.shape[1], dtype=torch.float32, device=weight.device)
+        self.weight = nn.Parameter(data, requires_grad=False)
+
+    def keep_transposed(self, keep: bool) -> None:
+        """Hold the weight in the backward pass's layout too: as much memory again, and no transposing at each step."""
+        self.transposed = self.weight.detach().t().contiguous() if keep and not self.fused else None
+
+    def quantised(self) -> Float8Weight:
+        return Float8Weight(self.weight, self.scale, self.ones, self.transposed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Product.apply(x, self.bias, *self.quantised())
+
+
+def block_linears(transformer: QwenImageTransformer) -> Iterator[tuple[str, nn.Linear]]:
+    """(full name, layer) of what becomes float8: both streams' projections and MLPs in all blocks, not the modulation."""
+    for index, block in enumerate(transformer.transformer_blocks):
+        assert isinstance(block, Block)
+        for name, module in block.named_modules():
+            if type(module) is Linear and name.split(".")[0] in ("attn", "img_mlp", "txt_mlp"):
+                yield f"transformer_blocks.{index}.{name}", module
+
+
+def use_float8(transformer: QwenImageTransformer, dtype: torch.dtype) -> None:
+    """Put Float8Linear, still without weights, in the place of the blocks' layers; biases stay as they are."""
+    for name, layer in list(block_linears(transformer)):
+        replacement = Float8Linear(layer.in_features, layer.out_features, dtype)
+        replacement.bias = layer.bias
+        transformer.set_submodule(name, replacement)
+
+
+@torch.no_grad()
+def quantise_blocks(transformer: QwenImageTransformer) -> None:
+    """Turn the blocks' layers of a frozen transformer that has its weights into float8, one after the other."""
+    dtype = transformer.proj_out.weight.dtype
+    for name, layer in list(block_linears(transformer)):
+        replacement = Float8Linear(layer.in_features, layer.out_features, dtype)
+        replacement.bias = layer.bias
+        replacement.quantise(layer.weight)
+        transformer.set_submodule(name, replacement)
+
+
+@torch.no_grad()
+def keep_transposed(transformer: QwenImageTransformer, checkpointed_blocks: int) -> None:
+    """Both layouts in the blocks that are not recomputed, one in the `checkpointed_blocks` that are (to save memory)."""
+    for index, block in enumerate(transformer.transformer_blocks):
+        for module in block.modules():
+            if callable(keep := getattr(module, "keep_transposed", None)):
+                keep(index >= checkpointed_blocks)
+
+
+def float8_bytes(transformer: QwenImageTransformer, checkpointed_blocks: int) -> tuple[int, int]:
+    """(parameters, bytes) that the blocks' float8 layers hold: data, scales, and the second layout where it is kept.
+
+    The transformer may be on the meta device and need not be quantised. Biases are not counted.
+    """
+    parameters = total = 0
+    for name, layer in block_linears(transformer):
+        size = layer.in_features * layer.out_features
+        layouts = 1 if int(name.split(".")[1]) < checkpointed_blocks else 2
+        parameters += size
+        total += layouts * size + 4 * (layer.in_features + layer.out_features)
+    return parameters, total
+
+
+def check_float8(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Lines to tell the user. Raises ValueError when `device` can't multiply float8 for a model of `dtype`."""
+    if device.type != "cuda":
+        return ["base_precision float8 is emulated on the CPU: the same numbers, but slow"]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FIRST_CAPABILITY:
+        raise ValueError(
+            f"base_precision float8 needs a GPU of compute capability {FIRST_CAPABILITY[0]}.{FIRST_CAPABILITY[1]} or newer "
+            f"(Ada, Hopper, Blackwell), but {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: "
+            "use --base_precision dtype"
+        )
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"base_precision float8 computes in bfloat16 on a GPU, got dtype {str(dtype).removeprefix('torch.')}: "
+            "use --dtype bfloat16"
+        )
+    return []
