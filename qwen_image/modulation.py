@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from qwen_image.transformer import Block, QwenImageTransformer
+from qwen_image.transformer import Block, Modulation, QwenImageTransformer
 
 
 def time_inputs(sigmas: Iterable[float], dtype: torch.dtype) -> list[float]:
@@ -24,15 +24,15 @@ class ModulationTable:
     """Rows of all blocks' modulation: [time inputs, blocks · 12 · D + 2 · D], image before text within a block.
 
     Bit-equal to computing a batch of one in place: each row was computed by itself, by the same modules. Raises
-    ValueError on a time input that it was not built for.
+    ValueError on a time input that it was not built for. `replaced`: bytes of weights that it stands in for.
     """
 
-    def __init__(self, rows: torch.Tensor, times: list[float], blocks: int, device: torch.device):
-        self.rows, self.blocks, self.device = rows, blocks, device
+    def __init__(self, rows: torch.Tensor, times: list[float], blocks: int, device: torch.device, replaced: int = 0):
+        self.rows, self.blocks, self.device, self.replaced = rows, blocks, device, replaced
         self.places = {time: place for place, time in enumerate(times)}
 
-    def lookup(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Time inputs [B] (on the CPU, else the device is waited for) → [blocks, 2, B, 1, 6·D] and norm_out's [B, 1, 2·D]."""
+    def lookup(self, timestep: torch.Tensor) -> Modulation:
+        """Time inputs [B] (on the CPU, else the device is waited for) → all blocks' rows and norm_out's."""
         times = timestep.tolist()
         try:
             places = [self.places[time] for time in times]
@@ -46,26 +46,54 @@ class ModulationTable:
             rows = rows.pin_memory().to(self.device, non_blocking=True)
         width = rows.shape[1] // (12 * self.blocks + 2)
         blocks = rows[:, : 12 * self.blocks * width].view(len(times), self.blocks, 2, 1, 6 * width)
-        return blocks.permute(1, 2, 0, 3, 4), rows[:, None, 12 * self.blocks * width :]
+        return Modulation(blocks.permute(1, 2, 0, 3, 4), rows[:, None, 12 * self.blocks * width :])
 
 
-@torch.no_grad()
-def build_modulation_table(transformer: QwenImageTransformer, sigmas: Iterable[float]) -> ModulationTable:
-    """Compute the table for all `sigmas` on the transformer's device; the rows lie in (pinned) host memory."""
-    parameter = transformer.proj_out.weight
-    times = time_inputs(sigmas, parameter.dtype)
-    blocks = [block for block in transformer.transformer_blocks if isinstance(block, Block)]
-    width = transformer.config.inner_dim
-    pinned = parameter.is_cuda
-    rows = torch.empty(len(times), (12 * len(blocks) + 2) * width, dtype=parameter.dtype, pin_memory=pinned)
-    for place, time in enumerate(times):
-        temb = transformer.embed_time(torch.tensor([time], device=parameter.device, dtype=parameter.dtype))
-        parts = [part.flatten() for block in blocks for part in block.modulation(temb)]
-        parts.append(transformer.final_modulation(temb).flatten())
-        rows[place].copy_(torch.cat(parts), non_blocking=pinned)
-    if pinned:
-        torch.cuda.synchronize()
-    return ModulationTable(rows, times, len(blocks), parameter.device)
+class TableBuilder:
+    """A table in the making: block after block, so that no more than one block's modulation need be in memory.
+
+    Needs the weights of `time_text_embed`, `norm_out` and `proj_out` from the start. The rows lie in host memory, pinned if
+    the transformer is on a GPU.
+    """
+
+    @torch.no_grad()
+    def __init__(self, transformer: QwenImageTransformer, sigmas: Iterable[float]):
+        parameter = transformer.proj_out.weight
+        self.transformer = transformer
+        self.times = time_inputs(sigmas, parameter.dtype)
+        self.freed = 0
+        inputs = torch.tensor(self.times, device=parameter.device, dtype=parameter.dtype)
+        self.embedded = [transformer.embed_time(time) for time in inputs.split(1)]
+        self.blocks = len(transformer.transformer_blocks)
+        self.width = transformer.config.inner_dim
+        shape = len(self.times), (12 * self.blocks + 2) * self.width
+        self.rows = torch.empty(shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
+        final = torch.cat([transformer.final_modulation(temb).flatten(1) for temb in self.embedded])
+        self.rows[:, 12 * self.blocks * self.width :] = final
+
+    @torch.no_grad()
+    def add_block(self, index: int) -> None:
+        """Compute the columns of block `index` and drop its weights."""
+        block = self.transformer.transformer_blocks[index]
+        assert isinstance(block, Block)
+        rows = [torch.cat(block.modulation(temb), dim=-1).flatten(1) for temb in self.embedded]
+        width = 12 * self.width
+        self.rows[:, index * width : (index + 1) * width] = torch.cat(rows)
+        self._drop(block.img_mod, block.txt_mod)
+
+    def finish(self) -> int:
+        """Put the table, now that all blocks were added, in the place of the layers; returns the bytes it replaced."""
+        self._drop(self.transformer.norm_out, self.transformer.time_text_embed)
+        device = self.transformer.proj_out.weight.device
+        table = ModulationTable(self.rows, self.times, self.blocks, device, self.freed)
+        self.transformer.modulation_table = table
+        return self.freed
+
+    def _drop(self, *modules: nn.Module) -> None:
+        for owner in (owner for module in modules for owner in module.modules()):
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                self.freed += parameter.numel() * parameter.element_size()
+                delattr(owner, name)
 
 
 def modulation_layers(transformer: QwenImageTransformer) -> list[nn.Module]:
@@ -91,12 +119,7 @@ def replace_by_table(transformer: QwenImageTransformer, sigmas: Iterable[float])
     """
     if not is_frozen(transformer):
         raise ValueError("a modulation table needs frozen modulation, but LoRA targets img_mod, txt_mod or norm_out")
-    table = build_modulation_table(transformer, sigmas)
-    freed = 0
-    for module in modulation_layers(transformer):
-        for owner in module.modules():
-            for name, parameter in list(owner.named_parameters(recurse=False)):
-                freed += parameter.numel() * parameter.element_size()
-                delattr(owner, name)
-    transformer.modulation_table = table
-    return freed
+    builder = TableBuilder(transformer, sigmas)
+    for index in range(builder.blocks):
+        builder.add_block(index)
+    return builder.finish()

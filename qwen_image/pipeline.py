@@ -13,7 +13,7 @@ from torch import nn
 from qwen_image.loading import ModelFiles, ModelSource, load_weights, resolve_model
 from qwen_image.scheduler import SigmaSchedule, euler_step
 from qwen_image.text_encoder import Prompt, TextEncoder
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.transformer import Modulation, QwenImageTransformer, TransformerConfig
 from qwen_image.vae import SPATIAL_FACTOR, VAE, check_image_size, uint8_from_pixels
 
 DEFAULT_NEGATIVE_PROMPT = " "
@@ -34,16 +34,31 @@ def unpack_latents(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tenso
     return patches.reshape(batch, channels // 4, 1, rows * 2, columns * 2)
 
 
+def time_input(sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """σ [B] float32 → the transformer's time input [B].
+
+    1000·σ rounded to `dtype`, then divided by 1000: inference's rounding, which training must share (bf16 has steps of 4
+    near 1000).
+    """
+    return (sigma * 1000).to(dtype) / 1000
+
+
 def predict_velocity(
-    transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: Prompt, rows: int, columns: int
+    transformer: nn.Module,
+    latents: torch.Tensor,
+    sigma: torch.Tensor,
+    prompt: Prompt,
+    rows: int,
+    columns: int,
+    modulation: Modulation | None = None,
 ) -> torch.Tensor:
     """Velocity of packed latents [B, rows·columns, 64] at σ [B] (float32) under a prompt; same shape and dtype.
 
-    The time input is 1000·σ rounded to the latents' dtype, then divided by 1000: inference's rounding, which training
-    must share (bf16 has steps of 4 near 1000). σ may lie on the CPU: a modulation table then need not wait for the device.
+    σ may lie on the CPU: a modulation table then need not wait for the device. `modulation`: what
+    `transformer.look_up(time_input(σ))` returned, if that was done before.
     """
-    timestep = (sigma * 1000).to(latents.dtype) / 1000
-    return transformer(latents, timestep, prompt.embeds.to(latents.dtype), prompt.mask, rows, columns)
+    timestep = time_input(sigma, latents.dtype)
+    return transformer(latents, timestep, prompt.embeds.to(latents.dtype), prompt.mask, rows, columns, modulation)
 
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:

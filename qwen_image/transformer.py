@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,13 @@ class TransformerConfig:
         known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         known["axes_dims_rope"] = tuple(known.get("axes_dims_rope", cls.axes_dims_rope))
         return cls(**known)
+
+
+class Modulation(NamedTuple):
+    """Shifts, scales and gates at the noise levels of a batch, all blocks together."""
+
+    blocks: torch.Tensor  # [blocks, 2 (image, text), B, 1, 6·D]
+    final: torch.Tensor  # scale and shift before the output layer, [B, 1, 2·D]
 
 
 class JointAttention(nn.Module):
@@ -180,6 +187,7 @@ class QwenImageTransformer(nn.Module):
     Attributes:
         checkpointed_blocks: so many leading blocks recompute their activations in the backward pass.
         saved_inputs: a context around each of these that decides where their inputs wait for the backward pass.
+        draws_random_numbers: in its blocks (a LoRA's dropout), which recomputing must draw again.
         dense_padding: padded text costs no attention mask (qwen_image/attention.py); off, it costs a masked kernel.
         modulation_table: stands in for the modulation layers (qwen_image/modulation.py); None: they are computed.
     """
@@ -190,6 +198,7 @@ class QwenImageTransformer(nn.Module):
         self.config = config
         self.checkpointed_blocks = 0
         self.saved_inputs: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.draws_random_numbers = False
         self.dense_padding = True
         self.modulation_table: ModulationTable | None = None
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
@@ -210,29 +219,39 @@ class QwenImageTransformer(nn.Module):
         prompt_mask: torch.Tensor | None,
         rows: int,
         columns: int,
+        modulation: Modulation | None = None,
     ) -> torch.Tensor:
-        """Packed latents [B, rows·columns, 64], timestep [B], embeddings [B,T,3584], mask bool [B,T] or None → [B, S, 64]."""
+        """Packed latents [B, rows·columns, 64], timestep [B], embeddings [B,T,3584], mask bool [B,T] or None → [B, S, 64].
+
+        `modulation`: what `look_up(timestep)` returned, if that was done before.
+        """
         image = self.img_in(latents)
         text = self.txt_in(self.txt_norm(prompt_embeds))
-        if self.modulation_table is not None:
-            modulations, final = self.modulation_table.lookup(timestep)
-        else:
+        if modulation is None:
+            modulation = self.look_up(timestep)
+        if modulation is None:
             temb = self.embed_time(timestep.to(image.device, image.dtype))
-            modulations, final = None, self.final_modulation(temb)
+        final = self.final_modulation(temb) if modulation is None else modulation.final
         rotary = rotary_table(text.shape[1], rows, columns, self.config.axes_dims_rope, image.device)
         keep = None if prompt_mask is None else F.pad(prompt_mask, (0, image.shape[1]), value=True)
         for index, block in enumerate(self.transformer_blocks):
             assert isinstance(block, Block)
-            modulation = block.modulation(temb) if modulations is None else modulations[index].unbind()
-            arguments = (image, text, *modulation, rotary, keep, self.dense_padding)
+            streams = block.modulation(temb) if modulation is None else modulation.blocks[index].unbind()
+            arguments = (image, text, *streams, rotary, keep, self.dense_padding)
             if index < self.checkpointed_blocks and torch.is_grad_enabled():
                 with self.saved_inputs():
-                    image, text = checkpoint(block, *arguments, use_reentrant=False)
+                    image, text = checkpoint(
+                        block, *arguments, use_reentrant=False, preserve_rng_state=self.draws_random_numbers
+                    )
             else:
                 image, text = block(*arguments)
         scale, shift = final.chunk(2, dim=-1)
         image = F.layer_norm(image, image.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
         return self.proj_out(image)
+
+    def look_up(self, timestep: torch.Tensor) -> Modulation | None:
+        """Time inputs [B], best on the CPU → the modulation from the table; None without one."""
+        return None if self.modulation_table is None else self.modulation_table.lookup(timestep)
 
     def embed_time(self, timestep: torch.Tensor) -> torch.Tensor:
         """Time inputs [B] in the model's dtype → [B, D], what all modulation is computed from."""

@@ -5,12 +5,14 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from qwen_image.pipeline import pack_latents, predict_velocity
+from qwen_image.pipeline import pack_latents, predict_velocity, time_input
+from qwen_image.rotary import Rotary, rotary_table
 from qwen_image.text_encoder import Prompt, TextEncoder
-from qwen_image.transformer import QwenImageTransformer
+from qwen_image.transformer import Modulation, QwenImageTransformer
 from qwen_image.vae import VAE, pixels_from_uint8
 from train.data import Batch
 from train.flow import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
+from train.graphs import Inputs, StepGraphs, two_blocks
 from train.host_memory import lent
 
 # Encoded shards store latents and prompt embeddings in this type; encoding online rounds alike, so both give one loss.
@@ -18,22 +20,52 @@ STORED_DTYPE = torch.bfloat16
 
 
 class FlowMatchingModule(nn.Module):
-    """The transformer and its loss: the training step in five lines, with inference's own `predict_velocity`."""
+    """The transformer and its loss: the training step in five lines, with inference's own `predict_velocity`.
+
+    Attributes:
+        graphs: replays CUDA graphs instead of launching kernel by kernel, when gradients are wanted; None: never.
+    """
 
     def __init__(self, transformer: QwenImageTransformer, weighting: WeightingName, dtype: torch.dtype):
         super().__init__()
         self.transformer = transformer
         self.weighting = weighting
         self.dtype = dtype
+        self.graphs: StepGraphs | None = None
 
     def forward(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """latents and noise [B, 16, 1, H/8, W/8], σ [B] on the CPU → each sample's weighted loss, float32 [B]."""
-        rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+        modulation = self.transformer.look_up(time_input(sigma, self.dtype)) or (None, None)
         on_device = sigma.to(latents.device, non_blocking=True)
-        noised = pack_latents(add_noise(latents, noise, on_device)).to(self.dtype)
-        prediction = predict_velocity(self.transformer, noised, sigma, prompt, rows, columns)
+        inputs = latents, noise, on_device, prompt.embeds, prompt.mask, *modulation
+        return self.graphs(inputs) if self.graphs is not None and torch.is_grad_enabled() else self.losses(inputs)
+
+    def losses(self, inputs: Inputs) -> torch.Tensor:
+        """The same from tensors on the device alone: what a graph can hold."""
+        latents, noise, sigma, embeds, mask, blocks, final = inputs
+        assert latents is not None and noise is not None and sigma is not None and embeds is not None
+        modulation = None if blocks is None or final is None else Modulation(blocks, final)
+        rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+        noised = pack_latents(add_noise(latents, noise, sigma)).to(self.dtype)
+        prediction = predict_velocity(self.transformer, noised, sigma, Prompt(embeds, mask), rows, columns, modulation)
         target = pack_latents(velocity_target(latents, noise))
-        return flow_matching_loss(prediction, target, loss_weight(self.weighting, on_device))
+        return flow_matching_loss(prediction, target, loss_weight(self.weighting, sigma))
+
+    def use_graphs(self) -> None:
+        """Replay CUDA graphs from now on. The trained parameters must stay where they are."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+        def warm_up(inputs: Inputs) -> None:
+            with two_blocks(self.transformer):
+                torch.autograd.grad(self.losses(inputs).sum(), trained, allow_unused=True)
+
+        def positions(inputs: Inputs) -> Rotary:
+            latents, _, _, embeds, *_ = inputs
+            assert latents is not None and embeds is not None
+            shape = embeds.shape[1], latents.shape[-2] // 2, latents.shape[-1] // 2
+            return rotary_table(*shape, self.transformer.config.axes_dims_rope, latents.device)
+
+        self.graphs = StepGraphs(self.losses, warm_up, trained, positions)
 
 
 class OnlineEncoder:

@@ -1,0 +1,132 @@
+"""Forward and backward pass as CUDA graphs, one pair for each shape of a batch.
+
+A step of Qwen-Image is some 6,000 kernels, which a host launches hardly faster than an H100 runs them: 25 ms of a step of
+333 are gaps, and at 512² most of it is. A graph launches them all at once, and whatever the host does next (DeepSpeed's
+hooks on 720 small LoRA matrices, the next batch) happens while the GPU works.
+
+All shapes share one pool of memory: at any time only one of them is between its forward and its backward pass. What a
+graph reads and writes has fixed addresses: inputs are copied into its own buffers, and all gradients leave through one
+flat buffer.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen_image.transformer import QwenImageTransformer
+
+Inputs = tuple[torch.Tensor | None, ...]
+KEPT = 128  # shapes; the oldest one makes room
+MODE = "thread_local"  # NCCL's and the loader's threads may go on calling CUDA while a graph is captured
+
+
+@dataclass
+class Pair:
+    """The two graphs of one shape, and the tensors that outside code writes before and reads after a launch."""
+
+    inputs: Inputs
+    losses: torch.Tensor
+    upstream: torch.Tensor  # d(objective)/d(losses), [B]
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    kept_alive: object
+
+
+class StepGraphs:
+    """Computes losses [B] of a batch by replaying graphs; their gradients reach `trained` through autograd.
+
+    Args:
+        compute: device tensors (None where a batch lacks one) → losses [B]; must not wait for the device or draw
+            random numbers.
+        warm_up: runs `compute` once, forward and backward, in little memory: compiles and chooses kernels.
+        trained: the leaves that receive gradients, whose addresses must not change; all of one dtype.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Inputs], torch.Tensor],
+        warm_up: Callable[[Inputs], object],
+        trained: Sequence[nn.Parameter],
+        keep_alive: Callable[[Inputs], object] = lambda inputs: None,
+    ) -> None:
+        self.compute, self.warm_up, self.trained, self.keep_alive = compute, warm_up, list(trained), keep_alive
+        self.pairs: OrderedDict[tuple[Any, ...], Pair] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle()
+        first = self.trained[0]
+        self.sizes = [parameter.numel() for parameter in self.trained]
+        self.gradients = torch.empty(sum(self.sizes), dtype=first.dtype, device=first.device)
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        """Losses [B] of the batch, differentiable once with respect to `trained`."""
+        key = tuple(None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+        pair = self.pairs.get(key)
+        if pair is None:
+            pair = self.capture(inputs)
+            self.pairs[key] = pair
+            if len(self.pairs) > KEPT:
+                self.pairs.popitem(last=False)
+        self.pairs.move_to_end(key)
+        for own, given in zip(pair.inputs, inputs, strict=True):
+            if own is not None and given is not None:
+                own.copy_(given, non_blocking=True)
+        losses = _Replay.apply(self, pair, *self.trained)
+        assert isinstance(losses, torch.Tensor)
+        return losses
+
+    def capture(self, inputs: Inputs) -> Pair:
+        """Record both graphs for the shapes of `inputs`. Raises torch.OutOfMemoryError, leaving what was captured before."""
+        own: Inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.warm_up(own)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=self.pool, stream=stream, capture_error_mode=MODE):
+            losses = self.compute(own)
+        upstream = torch.ones_like(losses)
+        with torch.cuda.graph(backward, pool=self.pool, stream=stream, capture_error_mode=MODE):
+            gradients = torch.autograd.grad(losses, self.trained, upstream)
+            torch._foreach_copy_(self.views(self.gradients), [gradient.reshape(-1) for gradient in gradients])
+            del gradients  # its memory may serve the next shape
+        return Pair(own, losses.detach(), upstream, forward, backward, self.keep_alive(own))
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        return list(flat.split(self.sizes))
+
+
+class _Replay(torch.autograd.Function):
+    """Launches the forward graph, and the backward graph when gradients are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, graphs: StepGraphs, pair: Pair, *trained: torch.Tensor) -> torch.Tensor:
+        ctx.graphs, ctx.pair = graphs, pair
+        pair.forward.replay()
+        return pair.losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        graphs, pair = ctx.graphs, ctx.pair
+        pair.upstream.copy_(upstream[0])
+        pair.backward.replay()
+        # A copy, because .grad may keep what it is given until after the next launch.
+        views = graphs.views(graphs.gradients.clone())
+        return None, None, *(view.view_as(p) for view, p in zip(views, graphs.trained, strict=True))
+
+
+@contextmanager
+def two_blocks(transformer: QwenImageTransformer) -> Iterator[None]:
+    """The transformer with its first and its last block alone: all its kernels in little memory."""
+    whole, recomputed = transformer.transformer_blocks, transformer.checkpointed_blocks
+    transformer.transformer_blocks = nn.ModuleList([whole[0], whole[-1]])
+    transformer.checkpointed_blocks = 1 if recomputed else 0
+    try:
+        yield
+    finally:
+        transformer.transformer_blocks, transformer.checkpointed_blocks = whole, recomputed
