@@ -19,8 +19,9 @@ if HAS_TRITON:
     from qwen_image import joint_operators  # noqa: F401  (registers them)
 
 # Neighbouring channels are rotated and rounded together, so dividing by the smaller of their two weights magnifies the
-# larger one's rounding error by the ratio. Beyond this the projections are kept instead.
-LARGEST_WEIGHT_RATIO = 4.0
+# larger one's rounding error by their ratio. Up to this root mean square of the ratios the gradients in bf16 are nearer to
+# float64's than the plain operations' are (error 3e-3; weights e^N(0,1) have ratios of 4–7); beyond, projections are kept.
+LARGEST_WEIGHT_RATIO = 8.0
 
 
 class Norms(NamedTuple):
@@ -100,6 +101,7 @@ def plain_joint_layout(
 
 
 def can_invert(norms: Norms) -> bool:
-    """Whether the norms' weights can be divided out again without loss; waits for the device."""
+    """Whether the norms' weights can be divided out again well enough; waits for the device."""
     pairs = torch.stack([norm.weight.detach() for norm in norms]).float().abs().unflatten(-1, (-1, 2))
-    return bool((pairs.amax(-1) <= LARGEST_WEIGHT_RATIO * pairs.amin(-1)).all() and (pairs > 0).all())
+    ratios = pairs.amax(-1, keepdim=True) / pairs
+    return bool((ratios.square().mean((1, 2)).sqrt() <= LARGEST_WEIGHT_RATIO).all())
