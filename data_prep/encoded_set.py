@@ -57,6 +57,8 @@ class EncodedSet:
         ours = all(re.fullmatch(r"\d{6}\.tar", name) for name in names)  # shards made elsewhere are just counted
         self._numbers = [int(name[:6]) for name in names] if ours else list(range(len(names)))
         identity = {name: encoding[name] for name in SETTINGS}
+        # Shards of one fingerprint may differ: images may have been edited, and packed again, without changing in size.
+        identity["shards"] = [shard.sha256 for shard in images.shards]
         self.fingerprint = hashlib.sha256(json_bytes({"images": images.fingerprint, **identity})).hexdigest()
 
     def prepare(self, empty_prompt: Callable[[], bytes]) -> None:
@@ -85,7 +87,8 @@ class EncodedSet:
     def _difference(self, there: dict[str, Any]) -> str:
         here = self._identity()
         names = [name for name in ("images", *SETTINGS) if there.get(name) != here[name]]
-        return ", ".join(f"{name} {there.get(name)} there, {here[name]} here" for name in names)
+        differences = [f"{name} {there.get(name)} there, {here[name]} here" for name in names]
+        return ", ".join(differences) or "its image shards had other content"
 
     def is_done(self, shard: int) -> bool:
         """Whether the shard at this position of the image manifest is committed and its files are whole."""

@@ -15,3 +15,4 @@ class Input:
     size: int  # bytes; -1 when unknown because the file is missing
     caption: str | None  # None: there is none
     problem: tuple[str, str] | None = None
+    changed: int = 0  # ns since 1970: the file's last change of any kind; no part of a data set's identity

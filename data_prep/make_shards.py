@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import sys
 import tempfile
+from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ def fail(text: str) -> int:
 def run(args: argparse.Namespace) -> None:
     """Plan, pack, finalise. Raises ValueError or OSError with a line for the user."""
     from data_prep import workers
+    from data_prep.differences import check_edits
     from data_prep.finalise import finalise
     from data_prep.pack import pack_shard, read_stats
     from data_prep.plan import PlanRows
@@ -85,13 +87,13 @@ def run(args: argparse.Namespace) -> None:
             from data_prep.dry_run import dry_run
 
             with tempfile.TemporaryDirectory() as folder:
-                plan = plan_for(source, Path(folder), pool, job, planning, options)
+                plan, _ = plan_for(source, Path(folder), pool, job, planning, options)
                 dry_run(plan, PlanRows(Path(folder)), pool, job)
             return
 
         # Plan.
         out = args.output_path
-        plan = plan_for(source, out, pool, job, planning, options)
+        plan, touched = plan_for(source, out, pool, job, planning, options)
         print(summary(plan, source))
         check_failures(plan.failed, plan.inputs, args.max_failed_ratio, plan.examples)
         if args.plan_only:
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
         mine = range(args.task_id, len(plan.shard_rows), args.num_tasks)
         todo = [number for number in mine if read_stats(out, number, plan.fingerprint) is None]
         if len(todo) < len(mine):
+            check_edits(plan, out, touched, sorted(set(mine) - set(todo)), pool, job)
             print(f"{len(mine) - len(todo)} of {len(mine)} shards are there already")
         with Progress("pack", sum(plan.shard_rows[number] for number in todo)) as progress:
             for number in todo:
@@ -133,32 +136,27 @@ def run(args: argparse.Namespace) -> None:
 
 def plan_for(
     source: Sources, folder: Path, pool: Workers, job: Job, planning: PlanOptions, options: dict[str, Any]
-) -> Plan:
-    """The plan of these inputs and options: the one in the folder if there is one, else a new one."""
+) -> tuple[Plan, array[int]]:
+    """The plan of these inputs and options: the one in the folder if there is one, else a new one.
+
+    With it come the row numbers of inputs whose files changed in some way since, by their times.
+    """
     from data_prep import plan as plans
+    from data_prep.differences import check_inputs
     from data_prep.progress import Progress
 
     plan = plans.read_plan(folder)
-    if plan is None:
-        with Progress("plan", None) as progress:
-            plan = plans.make_plan(source, folder, pool, job, planning, options, pack_flags.versions(), progress)
-        if not plan.inputs:
-            (folder / plans.PLAN_FOLDER / "plan.json").unlink()
-            raise ValueError(nothing_found(source))
-        if not plan.samples:
-            (folder / plans.PLAN_FOLDER / "plan.json").unlink()
-            reasons = ", ".join(f"{count} {reason}" for reason, count in plan.reasons.items())
-            raise ValueError(f"none of {plan.inputs} images can be used: {reasons}")
-        return plan
-    inputs = plans.HashedInputs(source)
-    for _ in inputs:
-        pass
-    if plans.fingerprint(options, inputs.sha256) != plan.fingerprint:
-        difference = plans.describe_difference(plan, options, folder, source)
+    if plan is not None:
+        return plan, check_inputs(plan, options, folder, source)
+    with Progress("plan", None) as progress:
+        plan = plans.make_plan(source, folder, pool, job, planning, options, pack_flags.versions(), progress)
+    if not plan.samples:
+        plans.plan_file(folder).unlink()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in plan.reasons.items())
         raise ValueError(
-            f"{folder} was begun with other options or inputs ({difference}): choose another --output_path"
+            f"none of {plan.inputs} images can be used: {reasons}" if plan.inputs else nothing_found(source)
         )
-    return plan
+    return plan, array("q")
 
 
 def check_failures(failed: int, inputs: int, ratio: float, examples: list[str]) -> None:

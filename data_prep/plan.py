@@ -167,7 +167,7 @@ def make_plan(
         int(tally.bytes),
         versions,
     )
-    write_file(folder / PLAN_FOLDER / "plan.json", json_bytes(dataclasses.asdict(plan)))
+    write_file(plan_file(folder), json_bytes(dataclasses.asdict(plan)))
     return plan
 
 
@@ -245,9 +245,14 @@ def _shards(
 # ── reading it ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def plan_file(folder: Path) -> Path:
+    """Where the plan of an output folder stands; written last, so its time is that of the whole plan."""
+    return folder / PLAN_FOLDER / "plan.json"
+
+
 def read_plan(folder: Path) -> Plan | None:
     """The plan of an output folder; None when there is none, or it was not finished. Raises ValueError."""
-    path = folder / PLAN_FOLDER / "plan.json"
+    path = plan_file(folder)
     try:
         return Plan(**json.loads(path.read_bytes())) if path.is_file() else None
     except (TypeError, ValueError):
@@ -270,26 +275,3 @@ class PlanRows:
     def all(self) -> Iterator[Row]:
         for number in range(self._file.num_row_groups):
             yield from self.shard(number)
-
-
-def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, source: Iterable[Input]) -> str:
-    """What changed since the plan was made: options by name and value, inputs by count and first path."""
-    changes = [
-        f"{name} {plan.options.get(name)!r} -> {options.get(name)!r}"
-        for name in sorted(plan.options.keys() | options.keys())
-        if plan.options.get(name) != options.get(name)
-    ]
-    if not changes:
-        planned = {(row.item.path, row.item.offset): _identity(row.item) for row in PlanRows(folder).all()}
-        kinds: dict[str, list[str]] = {"new": [], "changed": [], "gone": []}
-        for item in source:
-            before = planned.pop((item.path, item.offset), None)
-            if before != _identity(item):
-                kinds["new" if before is None else "changed"].append(item.path)
-        kinds["gone"] = [path for path, _ in planned]
-        changes = [f"{len(paths)} inputs {kind}, first {paths[0]}" for kind, paths in kinds.items() if paths]
-    return "; ".join(changes) or "the order of the inputs"
-
-
-def _identity(item: Input) -> tuple[int, str]:
-    return item.size, item.caption or ""

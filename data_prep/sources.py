@@ -6,6 +6,7 @@ they stand in their tar), and nothing is kept in memory but the names of one dir
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -97,9 +98,11 @@ class Sources:
             path = os.path.join(folder, name)
             if extension == "tar":
                 self._refuse_if_outside(path)
-                yield from tar_source.members(
+                changed = _changed(os.stat(path)) if os.path.isfile(path) else 0
+                for item in tar_source.members(
                     path, self._relative(path), self._file(path), IMAGE_EXTENSIONS, self.caption_column
-                )
+                ):
+                    yield dataclasses.replace(item, changed=changed)
             elif extension in IMAGE_EXTENSIONS:
                 self._refuse_if_outside(path)
                 if stem == last_stem:
@@ -166,7 +169,7 @@ class Sources:
             return Input(relative, file, 0, -1, caption, ("file missing", error.strerror or ""))
         if not os.path.isfile(path):
             return Input(relative, file, 0, -1, caption, ("file missing", "not a regular file"))
-        return Input(relative, file, 0, status.st_size, caption, problem)
+        return Input(relative, file, 0, status.st_size, caption, problem, _changed(status))
 
     def _relative(self, path: str) -> str:
         return self._file(path).decode("utf-8", "backslashreplace").replace(os.sep, "/")
@@ -186,6 +189,11 @@ class Sources:
             f"{self._relative(path)} is a link to {os.path.realpath(path)}, outside of --dataset_base_path {self.base}:"
             " copy the files in, or allow it with --allow_links"
         )
+
+
+def _changed(status: os.stat_result) -> int:
+    """ctime too: a file that was put in another's place may bring its old mtime along."""
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -86,6 +86,17 @@ def store(job: Job, item: Input) -> tuple[Stored, str] | BadImage:
         return BadImage("failed", "unreadable", error.strerror or str(error))
 
 
+def digest(job: Job, item: Input) -> str | BadImage:
+    """sha256 of one input's source bytes."""
+    try:
+        with _open(job, item) as file:
+            return hashlib.sha256(_read(file.fileno(), item)).hexdigest()
+    except BadImage as error:
+        return error
+    except OSError as error:
+        return BadImage("failed", "unreadable", error.strerror or str(error))
+
+
 def _open(job: Job, item: Input) -> Any:
     return open(os.path.join(job.base, item.file), "rb", buffering=1 << 13)
 
