@@ -50,7 +50,7 @@ bench-loader: $(STAMP)  ## loader throughput, seek and memory against webdataset
 	$(BIN)/python bench/loader.py
 
 bench-step: $(STAMP)  ## one training step on this machine's GPU, ours and the peers'
-	$(BIN)/python bench/train_step.py --variants ours,full,engine --peers diffsynth,diffusers,diffusers_tuned
+	$(BIN)/python bench/train_step.py --variants ours,ours-full,ours-engine --peers diffsynth,diffusers,diffusers_tuned
 
 check: lint types test  ## what CI runs
 

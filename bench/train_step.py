@@ -1,8 +1,8 @@
 """One LoRA training step of the full-size transformer on one GPU: ours in several settings, and the peers'.
 
     python bench/train_step.py --out step.json                                  # ours, 1024² batch 1
-    python bench/train_step.py --variants ours,full --sizes 1024x1024x1,512x512x4
-    python bench/train_step.py --layers 2 --variants ours,engine --peers diffsynth,diffusers,diffusers_tuned
+    python bench/train_step.py --variants ours,ours-full,ours-engine --sizes 1024x1024x1,512x512x4
+    python bench/train_step.py --layers 2 --variants ours,ours-engine --peers diffsynth,diffusers,diffusers_tuned
 
 Random weights, cached latents and prompt embeddings, rank 32 on the six q/k/v projections, bf16. Prints medians, the
 ratio to the first row, the share of the card's measured bf16 peak, peak memory, and where kernel time goes.
@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int, int]  # height, width in pixels, batch
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+WORDS = {
+    "full": "every block recomputed",
+    "half": "half of the blocks recomputed",
+    "engine": "through DeepSpeed's engine, ZeRO-2",
+    "launched": "kernel by kernel, no CUDA graphs",
+    "dynamic": "compiled once for all lengths",
+    "eager": "not compiled",
+    "direct": "modulation computed, not looked up",
+    "separate": "q, k and v not fused",
+    "masked": "padding by an attention mask",
+}
 KINDS = (  # first match names a kernel's kind
     ("attention", ("fmha", "flash", "attention", "cudnn_generated_fort", "sdpa")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "matmul", "cublas", "_mm", "xmma")),
@@ -59,7 +70,7 @@ def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) ->
 def our_step(
     variant: str, layers: int, size: Size, text: int, padding: int, device: torch.device
 ) -> Iterator[Callable[[], torch.Tensor]]:
-    """`variant`: ours | full (every block recomputed) | eager | direct (no table) | separate (q, k, v) | masked | engine."""
+    """`variant`: `ours`, as train_lora.py runs it without DeepSpeed, and words joined by '-' that change it (WORDS)."""
     import torch
 
     from qwen_image.modulation import replace_by_table
@@ -68,21 +79,23 @@ def our_step(
     from train.lora import LoraSpec, inject_lora
     from train.module import FlowMatchingModule
 
+    words = set(variant.split("-")[1:])
+    assert words <= WORDS.keys() and variant.startswith("ours"), f"{variant}: choose from {WORDS}"
     height, width, batch = size
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = random_transformer(layers, device, dtype)
-    if variant != "direct":
+    if "direct" not in words:
         replace_by_table(transformer, [k / 1000 for k in range(1, 1001)])
     inject_lora(transformer, LoraSpec(ATTENTION, 32, 32.0), dtype=dtype)
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
             parameter.data.normal_(0, 0.02)
-    if variant != "separate":
+    if "separate" not in words:
         fuse_projections(transformer)
-    transformer.checkpointed_blocks = layers if variant == "full" else 0
-    transformer.dense_padding = variant != "masked"
-    if variant != "eager" and device.type == "cuda":
-        transformer.compile_blocks()
+    transformer.checkpointed_blocks = layers if "full" in words else layers // 2 if "half" in words else 0
+    transformer.dense_padding = "masked" not in words
+    if "eager" not in words and device.type == "cuda":
+        transformer.compile_blocks(dynamic="dynamic" in words)
     module = FlowMatchingModule(transformer, "none", dtype)
     latents = torch.randn(batch, 16, 1, height // 8, width // 8, device=device)
     noise = torch.randn_like(latents)
@@ -93,9 +106,15 @@ def our_step(
         mask[0, text - padding :] = False
     prompt = Prompt(torch.randn(batch, text, transformer.config.joint_attention_dim, device=device, dtype=dtype), mask)
     trained = [p for p in transformer.parameters() if p.requires_grad]
-    if variant == "engine":
-        yield engine_step(module, (latents, noise, sigma, prompt), batch)
+    graphs = device.type == "cuda" and "launched" not in words
+    if "engine" in words:
+        step = engine_step(module, (latents, noise, sigma, prompt), batch)
+        if graphs:
+            module.use_graphs()
+        yield step
         return
+    if graphs:
+        module.use_graphs()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
 
     def step() -> torch.Tensor:
@@ -241,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=60, help="blocks of the transformer (default 60)")
     parser.add_argument(
-        "--variants", default="ours", help="comma list of ours,full,eager,direct,separate,masked,engine"
+        "--variants", default="ours", help=f"comma list of ours[-word…]; words: {', '.join(WORDS)} (default ours)"
     )
     parser.add_argument("--sizes", default="1024x1024x1", help="comma list of HEIGHTxWIDTHxBATCH")
     parser.add_argument("--text", type=int, default=128, help="text tokens (default 128)")

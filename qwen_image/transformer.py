@@ -199,6 +199,7 @@ class QwenImageTransformer(nn.Module):
         self.checkpointed_blocks = 0
         self.saved_inputs: Callable[[], AbstractContextManager[object]] = nullcontext
         self.draws_random_numbers = False
+        self.dynamic_lengths = False
         self.dense_padding = True
         self.modulation_table: ModulationTable | None = None
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
@@ -236,6 +237,8 @@ class QwenImageTransformer(nn.Module):
         keep = None if prompt_mask is None else F.pad(prompt_mask, (0, image.shape[1]), value=True)
         for index, block in enumerate(self.transformer_blocks):
             assert isinstance(block, Block)
+            if self.dynamic_lengths:
+                mark_lengths(image, text, rotary, keep)
             streams = block.modulation(temb) if modulation is None else modulation.blocks[index].unbind()
             arguments = (image, text, *streams, rotary, keep, self.dense_padding)
             if index < self.checkpointed_blocks and torch.is_grad_enabled():
@@ -261,10 +264,20 @@ class QwenImageTransformer(nn.Module):
         """temb [B, D] → scale and shift before the output layer, [B, 1, 2·D]."""
         return self.norm_out["linear"](F.silu(temb)).unsqueeze(1)
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks' forward, one graph for all (and one for the last), each shape once."""
+    def compile_blocks(self, dynamic: bool = False) -> None:
+        """Compile the blocks' forward, one graph for all and one for the last: once for each shape, or for all `dynamic`ally.
+
+        Dynamic means the numbers of text and image tokens; the batch size is compiled for.
+        """
+        self.dynamic_lengths = dynamic
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.transformer_blocks:
             assert isinstance(block, Block)
             block.attn.invertible_norms = can_invert(block.attn.norms())
-            block.compile(dynamic=False)
+            block.compile(dynamic=None if dynamic else False)
+
+
+def mark_lengths(image: torch.Tensor, text: torch.Tensor, rotary: Rotary, keep: torch.Tensor | None) -> None:
+    """Tell the compiler that the number of tokens varies: it then compiles for all of them at once."""
+    for tensor in (image, text, *rotary, *(() if keep is None else (keep,))):
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)
