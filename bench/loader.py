@@ -68,17 +68,19 @@ def print_throughput(folder: Path, options: argparse.Namespace) -> None:
 
 
 def ours(folder: Path, batch_size: int, workers: int) -> Any:
+    from train.batches import Reading
     from train.data import ShardDataset
     from train.flow import SigmaSampling
     from train.loader import BatchLoader
 
     dataset = ShardDataset(folder)
-    return BatchLoader(dataset, dataset.order(batch_size), SigmaSampling(), num_workers=workers)
+    return BatchLoader(dataset, dataset.order(batch_size), SigmaSampling(), Reading(num_workers=workers))
 
 
 def webdatasets(folder: Path, batch_size: int, workers: int) -> Any:
     import torch
 
+    from train.batches import Reading
     from train.data import ShardDataset
     from train.flow import SigmaSampling
     from train.stream import StreamLoader
@@ -86,7 +88,7 @@ def webdatasets(folder: Path, batch_size: int, workers: int) -> Any:
     torch.manual_seed(0)
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     empty = ShardDataset(folder).empty_prompt
-    return StreamLoader(urls, batch_size, SigmaSampling(), empty_prompt=empty, num_workers=workers, buffer=100)
+    return StreamLoader(urls, batch_size, SigmaSampling(), Reading(num_workers=workers), empty_prompt=empty, buffer=100)
 
 
 def rate(loader: Any, seconds: float) -> float:

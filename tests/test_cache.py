@@ -1,15 +1,17 @@
 """Remote shards: the same samples with a cache of any size, which never outgrows its limit and holds what comes next."""
 
+import contextlib
 import itertools
+import multiprocessing
 import time
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 from test_data import assert_equal, write_set
 
-from train.cache import RemoteReader, ShardsAhead, shards_in_order
+from train.batches import Reading
+from train.cache import ShardsAhead, shards_in_order
 from train.data import BrokenSample, ShardDataset
 from train.flow import SigmaSampling
 from train.loader import BatchLoader
@@ -46,11 +48,11 @@ def test_the_cache_changes_nothing_but_where_bytes_come_from(remote, tmp_path, s
     url, original = remote
     dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
     limit = shards * shard_bytes(original)
-    options = {"sampling": SigmaSampling(), "caption_dropout": 0.2}
+    sampling, reading = SigmaSampling(), Reading(caption_dropout=0.2)
     there, here = dataset.order(2, seed=1, window=1), ShardDataset(original).order(2, seed=1, window=1)
     with (
-        BatchLoader(dataset, there, cache_bytes=limit, **options) as far,
-        BatchLoader(ShardDataset(original), here, **options) as near,
+        BatchLoader(dataset, there, sampling, reading, limit) as far,
+        BatchLoader(ShardDataset(original), here, sampling, reading) as near,
     ):
         for a, b in itertools.islice(zip(far, near, strict=True), 2 * there.length + 3):
             assert_equal(a, b)
@@ -118,29 +120,50 @@ def test_what_is_missing_remotely_is_named(remote, tmp_path):
         dataset.read(0)
 
 
-class Flaky:
-    """A filesystem whose first answers are lost."""
-
-    def __init__(self, losses: int) -> None:
-        self.losses = losses
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        self.losses -= 1
-        if self.losses >= 0:
-            raise ConnectionError("lost")
-        return bytes(np.arange(100, dtype=np.uint8))[start:end]
-
-
-def test_a_lost_answer_is_asked_for_again(remote, tmp_path, monkeypatch):
+def test_one_run_at_a_time_fills_a_folder(remote, tmp_path, monkeypatch):
+    """And what a killed one left half-copied goes."""
+    monkeypatch.setattr("train.cache.LOCK_SECONDS", 0.02)
     url, _ = remote
-    reader = ShardDataset(url, cache_folder=tmp_path / "cache").reader
-    assert isinstance(reader, RemoteReader)
-    waits: list[float] = []
-    monkeypatch.setattr("train.cache.time.sleep", waits.append)
-    flaky = Flaky(3)
-    monkeypatch.setattr("fsspec.filesystem", lambda *_, **__: flaky)
-    reader.remote._connection = None
-    assert reader.read(0, 10, 5) == bytes(range(10, 15)) and len(waits) == 3 and waits == sorted(waits)
-    flaky.losses = 4
-    with pytest.raises(ConnectionError):
-        reader.read(0, 10, 5)
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    left_over = dataset.folder / ".partial-000002.tar.12345"
+    left_over.write_bytes(bytes(100))
+    said: list[str] = []
+    arguments = dataset.reader, dataset.order(1), dataset.index.shard, 0
+    with ShardsAhead(*arguments, 10**9):
+        wait_for(lambda: len(cached(dataset)) == SHARDS and not left_over.exists())
+        with ShardsAhead(*arguments, 0, said.append):  # alone, it would empty the folder
+            wait_for(lambda: said)
+            assert "another run fills the cache" in said[0] and len(cached(dataset)) == SHARDS
+    with ShardsAhead(*arguments, 0, said.append):
+        wait_for(lambda: not cached(dataset))
+    assert len(said) == 1
+
+
+def test_the_disk_gets_its_space_back_while_workers_read(remote, tmp_path):
+    """Two workers that hold shards open: what is in the folder and what was deleted but is still open stays bounded."""
+    url, original = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    order, one = dataset.order(2, seed=1, window=1), shard_bytes(original)
+    most = 0
+    with BatchLoader(dataset, order, SigmaSampling(), Reading(num_workers=2), 2 * one) as loader:
+        for _ in itertools.islice(loader, 6 * order.length):
+            assert sum(map(size, dataset.folder.glob("*.tar*"))) <= 2 * one
+            most = max(most, sum(deleted_but_open(child.pid) for child in multiprocessing.active_children()))
+            time.sleep(0.005)
+    assert most <= 2 * 2 * one, "each worker holds at most what the cache held when it last opened a shard"
+
+
+def size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def deleted_but_open(process: int) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        links = [
+            link for link in Path(f"/proc/{process}/fd").iterdir() if str(link.readlink()).endswith(".tar (deleted)")
+        ]
+        return sum(map(size, links))
+    return 0

@@ -32,6 +32,7 @@ from data_prep.shards import (
     write_manifest,
 )
 from qwen_image.text_encoder import Prompt
+from train.batches import Reading
 from train.data import Batch, BrokenSample, ShardDataset, collate, make_batch
 from train.flow import Draws, SigmaSampling, sample_draws
 from train.loader import BatchLoader
@@ -110,7 +111,7 @@ def draw(epoch: int, index: int, shape: tuple[int, ...], dropout: float = 0.0, s
 def taken(folder: Path, count: int, batch_size: int = 2, **options) -> list[Batch]:
     dataset = ShardDataset(folder)
     order = dataset.order(batch_size, seed=3)
-    with BatchLoader(dataset, order, SigmaSampling(), **options) as loader:
+    with BatchLoader(dataset, order, SigmaSampling(), Reading(**options)) as loader:
         return list(itertools.islice(loader, count))
 
 
@@ -253,7 +254,7 @@ def test_a_broken_sample_is_named_counted_and_replaced(encoded):
     assert torch.equal(batch.noise[0, :, 0], draw(0, 4, (16, 2, 4)).noise), "the draws stay those of the place"
     assert len(batch.broken) == 1 and "000000000004" in batch.broken[0]
     said: list[str] = []
-    with BatchLoader(dataset, dataset.order(2, seed=3), SigmaSampling(), say=said.append) as loader:
+    with BatchLoader(dataset, dataset.order(2, seed=3), SigmaSampling(), Reading(say=said.append)) as loader:
         batches = list(itertools.islice(loader, 2 * loader.order.length))
     assert loader.broken == 2 == sum(len(batch.broken) for batch in batches)
     assert len(said) == 1 and said[0].startswith("broken sample replaced by its neighbour: 000000000004 in ")
@@ -310,7 +311,7 @@ def test_state_counts_steps_taken_not_batches_read(encoded):
     dataset = ShardDataset(encoded)
     order = dataset.order(2, seed=3)
     whole = taken(encoded, 12, accumulation=2)
-    with BatchLoader(dataset, order, SigmaSampling(), accumulation=2, num_workers=1) as loader:
+    with BatchLoader(dataset, order, SigmaSampling(), Reading(accumulation=2, num_workers=1)) as loader:
         batches = iter(loader)
         for _ in range(2):
             next(batches), next(batches)
@@ -333,7 +334,7 @@ def test_iterating_twice_goes_on(encoded):
 def test_a_signal_to_the_whole_job_leaves_the_workers_alive(encoded):
     """Slurm signals every process; the training process wants to finish its step and save."""
     dataset, others = ShardDataset(encoded), set(multiprocessing.active_children())
-    with BatchLoader(dataset, dataset.order(2), SigmaSampling(), num_workers=2) as loader:
+    with BatchLoader(dataset, dataset.order(2), SigmaSampling(), Reading(num_workers=2)) as loader:
         batches = iter(loader)
         first = next(batches)
         workers = set(multiprocessing.active_children()) - others

@@ -1,12 +1,14 @@
 """The webdataset fallback: the same batches' content, without the promises."""
 
 import itertools
+import os
 
 import pytest
 import torch
-from test_data import break_sample, embeds_of, latent_of, write_set
+from test_data import assert_equal, break_sample, embeds_of, latent_of, write_set
 
-from train.data import BrokenSample, ShardDataset
+from train.batches import Reading
+from train.data import Batch, BrokenSample, ShardDataset
 from train.flow import SigmaSampling
 from train.stream import StreamLoader
 
@@ -19,7 +21,9 @@ def urls(folder) -> list[str]:
 def test_batches_hold_what_the_shards_hold(tmp_path, workers):
     folder = write_set(tmp_path / "encoded")
     empty = ShardDataset(folder).empty_prompt
-    with StreamLoader(urls(folder), 2, SigmaSampling(), empty_prompt=empty, num_workers=workers, buffer=8) as loader:
+    with StreamLoader(
+        urls(folder), 2, SigmaSampling(), Reading(num_workers=workers), empty_prompt=empty, buffer=8
+    ) as loader:
         batches = list(itertools.islice(loader, 40))
         loader.stepped()
     seen = set()
@@ -34,9 +38,51 @@ def test_batches_hold_what_the_shards_hold(tmp_path, workers):
     assert len(seen) >= 10 and loader.consumed == 1 and loader.state()["order"] == {"loader": "webdataset"}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_start_gives_the_same_batches_and_another_start_other_noise(tmp_path, workers):
+    folder = write_set(tmp_path / "encoded")
+    empty = ShardDataset(folder).empty_prompt
+
+    def taken(consumed: int = 0, rank: int = 0) -> list[Batch]:
+        reading = Reading(num_workers=workers, consumed=consumed, rank=rank, world=2)
+        with StreamLoader(urls(folder), 2, SigmaSampling(), reading, empty_prompt=empty, buffer=8) as loader:
+            return list(itertools.islice(loader, 12))
+
+    first, again, later, other = taken(), taken(), taken(consumed=100), taken(rank=1)
+    for a, b in zip(first, again, strict=True):
+        assert_equal(a, b)
+    assert [batch.place for batch in first] == list(range(0, 24, 2)) and later[3].place == 106 and other[3].place == 7
+    noises = [row for batch in (*first, *later, *other) for row in batch.noise]
+    for count, noise in enumerate(noises):
+        assert not any(noise.shape == n.shape and torch.equal(noise, n) for n in noises[:count])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_broken_shard_is_left_out_or_stops(tmp_path, damage):
+    folder = write_set(tmp_path / "images", payload="png")
+    paths, said = urls(folder), []
+    if damage == "truncated":
+        os.truncate(paths[1], 700)
+    else:
+        os.unlink(paths[1])
+    with StreamLoader(paths, 2, SigmaSampling(), Reading(say=said.append), buffer=4) as loader:
+        keys = {key for batch in itertools.islice(loader, 30) for key in batch.keys}
+    assert (
+        any(key.startswith("000002") for key in keys) and "left out: a shard: " in said[0] and "000001.tar" in said[0]
+    )
+    stop = Reading(on_broken_sample="stop", num_workers=1)
+    with StreamLoader(paths, 2, SigmaSampling(), stop, buffer=4) as loader, pytest.raises(BrokenSample, match="000001"):
+        list(itertools.islice(loader, 200))
+    with (
+        StreamLoader(paths[1:2], 2, SigmaSampling(), buffer=4) as loader,
+        pytest.raises(BrokenSample, match="a shard: "),
+    ):
+        next(iter(loader))
+
+
 def test_images_and_dropout(tmp_path):
     folder = write_set(tmp_path / "images", payload="png")
-    with StreamLoader(urls(folder), 3, SigmaSampling(), caption_dropout=1.0, buffer=4) as loader:
+    with StreamLoader(urls(folder), 3, SigmaSampling(), Reading(caption_dropout=1.0), buffer=4) as loader:
         batch = next(iter(loader))
     assert batch.pixels.shape in ((3, 3, 16, 32), (3, 3, 32, 16)) and batch.captions == ["", "", ""]
 
@@ -45,11 +91,11 @@ def test_a_broken_sample_is_left_out_or_stops(tmp_path):
     folder = write_set(tmp_path / "images", payload="png")
     break_sample(folder, 4)
     said: list[str] = []
-    with StreamLoader(urls(folder), 2, SigmaSampling(), say=said.append, buffer=4) as loader:
+    with StreamLoader(urls(folder), 2, SigmaSampling(), Reading(say=said.append), buffer=4) as loader:
         keys = {key for batch in itertools.islice(loader, 40) for key in batch.keys}
-    assert "000000000004" not in keys and loader.broken == len(said) > 0 and "000000000004 in " in said[0]
+    assert "000000000004" not in keys and loader.broken > len(said) == 1 and "000000000004 in " in said[0]
     with (
-        StreamLoader(urls(folder), 2, SigmaSampling(), on_broken_sample="stop", buffer=4) as loader,
+        StreamLoader(urls(folder), 2, SigmaSampling(), Reading(on_broken_sample="stop"), buffer=4) as loader,
         pytest.raises(BrokenSample, match="000000000004"),
     ):
         list(itertools.islice(loader, 200))

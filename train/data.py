@@ -24,13 +24,12 @@ import torch
 from data_prep.pixels import decode_stored
 from data_prep.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, ShardIndex, ShardReader, read_index, read_manifest
 from qwen_image.text_encoder import Prompt
-from train.cache import is_remote, open_remote
 from train.flow import Draws
 from train.order import WINDOW, Order, Tail
+from train.remote import Unreachable, is_remote, open_remote
 
 LATENT_CHANNELS = 16
 VAE_FACTOR = 8  # pixels a latent on each side
-
 ATTEMPTS = 16  # so many broken samples in a row are bad luck, more are a broken data set
 
 # (epoch, virtual index, latent_shape) -> Draws: train.flow.sample_draws with seed, distribution and dropout bound
@@ -62,7 +61,7 @@ class ShardDataset:
     """Random access to the samples of a folder of shards; image shards and encoded shards alike. Picklable.
 
     Args:
-        folder: what make_shards.py or encode_shards.py wrote, here or remote (s3://, hf://, http:// …; train/cache.py), or
+        folder: what make_shards.py or encode_shards.py wrote, here or remote (s3://, hf://, http:// …; train/remote.py), or
             plain WebDataset shards, which are scanned once.
         validation_samples: this many samples are held out of training: those with the smallest sha256 of their source
             path. So the choice depends on nothing but the sample's name, and is the same for images and encoded shards.
@@ -128,7 +127,7 @@ class ShardDataset:
         return Order(self.index.bucket, self.index.shard, batch_size, seed, window, tail, repeat, self.training)
 
     def read(self, index: int) -> Sample:
-        """One sample. Raises BrokenSample when it can't be read or isn't what the index says."""
+        """One sample. Raises BrokenSample when it can't be read or isn't what the index says, Unreachable for a dead remote."""
         key = f"sample {index}"
         try:
             members = self._members(int(index))
@@ -149,6 +148,8 @@ class ShardDataset:
                 raise ValueError(f"prompt_embeds has shape {tuple(embeds.shape)}, must be [T, D] with T at least 1")
             return replace(sample, latent=latent, prompt_embeds=embeds[: self.max_prompt_tokens])
         except Exception as error:  # decoders raise whatever they like; nothing is hidden, the message carries it all
+            if isinstance(error, Unreachable):
+                raise
             shard = self.reader.names[int(self.index.shard[index])]
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise BrokenSample(f"{key} in {self.folder / shard}: {why}") from error

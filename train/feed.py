@@ -1,8 +1,8 @@
 """The run's data by its options: which data set, in which order, through which loader."""
 
 from collections.abc import Callable
-from typing import Any
 
+from train.batches import Batches, Reading
 from train.config import TrainConfig
 from train.data import ShardDataset
 from train.engine import Ranks
@@ -45,31 +45,31 @@ def make_loader(
     ranks: Ranks,
     consumed: int,
     say: Callable[[str], None],
-) -> BatchLoader | StreamLoader:
+) -> Batches:
     """This rank's micro-batches, from the global stream's place `consumed` on. One rank of each node fills the cache."""
-    common: dict[str, Any] = {
-        "caption_dropout": config.caption_dropout,
-        "rank": ranks.rank,
-        "world": ranks.world,
-        "accumulation": config.gradient_accumulation_steps,
-        "consumed": consumed,
-        "num_workers": config.num_workers,
-        "device": ranks.device,
-        "text_multiple": config.text_padding,
-        "on_broken_sample": config.on_broken_sample,
-        "say": say,
-    }
-    if order is None:
-        assert isinstance(dataset, StreamedSet)
-        return StreamLoader(
-            dataset.urls,
-            config.batch_size,
-            sampling,
-            seed=config.seed,
-            empty_prompt=dataset.empty_prompt,
-            max_prompt_tokens=config.max_prompt_tokens,
-            total=len(dataset),
-            **common,
-        )
-    cache_bytes = int(config.data_cache_gb * 1e9) if ranks.local_rank == 0 else 0
-    return BatchLoader(dataset, order, sampling, cache_bytes=cache_bytes, **common)
+    reading = Reading(
+        caption_dropout=config.caption_dropout,
+        rank=ranks.rank,
+        world=ranks.world,
+        accumulation=config.gradient_accumulation_steps,
+        consumed=consumed,
+        num_workers=config.num_workers,
+        device=ranks.device,
+        text_multiple=config.text_padding,
+        on_broken_sample=config.on_broken_sample,
+        say=say,
+    )
+    if order is not None:
+        cache_bytes = int(config.data_cache_gb * 1e9) if ranks.local_rank == 0 else 0
+        return BatchLoader(dataset, order, sampling, reading, cache_bytes)
+    assert isinstance(dataset, StreamedSet)
+    return StreamLoader(
+        dataset.urls,
+        config.batch_size,
+        sampling,
+        reading,
+        seed=config.seed,
+        empty_prompt=dataset.empty_prompt,
+        max_prompt_tokens=config.max_prompt_tokens,
+        total=len(dataset),
+    )

@@ -17,8 +17,8 @@ import numpy as np
 import safetensors.torch
 
 from data_prep.shards import EMPTY_PROMPT, MANIFEST, Bucket, Manifest, read_manifest
-from train.cache import Remote, is_remote, write_whole
 from train.data import ShardDataset
+from train.remote import Remote, is_remote, write_whole
 from train.stream import image_size
 
 LOOK = 64  # samples that are looked at where there is no manifest
