@@ -61,6 +61,10 @@ class ActivationOffload:
         self.parked.append(Parked(len(self.parked), host, tensor.device))
         return self.parked[-1]
 
+    def forget(self) -> None:
+        """Drop what is parked: its backward pass will not come."""
+        self.parked = []
+
     def fetch(self, parked: torch.Tensor | Parked) -> torch.Tensor:
         if isinstance(parked, torch.Tensor):
             return parked
