@@ -96,6 +96,11 @@ class _Product(torch.autograd.Function):
         return flat.unflatten(0, gradient.shape[:-1]), None, None, None, None, None
 
 
+def float8_linear(x: torch.Tensor, weight: Float8Weight, bias: torch.Tensor) -> torch.Tensor:
+    """x [..., K] → x·Wᵀ + bias [..., N] with a gradient for x alone."""
+    return _Product.apply(x, bias, *weight)
+
+
 class Float8Linear(Linear):
     """A frozen linear layer whose `weight` is float8; input, bias and output keep the model's dtype.
 
@@ -136,7 +141,7 @@ class Float8Linear(Linear):
         return Float8Weight(self.weight, self.scale, self.ones, self.transposed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(x, self.bias, *self.quantised())
+        return float8_linear(x, self.quantised(), self.bias)
 
 
 def block_linears(transformer: QwenImageTransformer) -> Iterator[tuple[str, nn.Linear]]:

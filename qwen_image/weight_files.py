@@ -120,16 +120,20 @@ class RangeReader:
             desc="loading weights", total=total, unit="B", unit_scale=True, disable=not progress, mininterval=0.5
         )
 
-    def read(self, stored: StoredTensor, destination: torch.Tensor, first: int = 0) -> None:
-        """Fill `destination` (contiguous) with the flattened tensor's elements from `first` on, cast to its dtype."""
+    def read(self, stored: StoredTensor, destination: torch.Tensor, first: int = 0) -> list[Future[None]]:
+        """Fill `destination` (contiguous) with the flattened tensor's elements from `first` on, cast to its dtype.
+
+        It is full when all that is returned is done; the end of the `with` block waits for everything.
+        """
         assert destination.is_contiguous() and first + destination.numel() <= stored.numel
         if stored.path not in self._files:
             self._files[stored.path] = os.open(stored.path, os.O_RDONLY)
         flat = destination.detach().view(-1)
         chunk = CHUNK_BYTES // stored.dtype.itemsize
-        for start in range(0, flat.numel(), chunk):
-            part = flat[start : start + chunk]
-            self._futures.append(self._pool.submit(self._read, stored, first + start, part))
+        parts = [(start, flat[start : start + chunk]) for start in range(0, flat.numel(), chunk)]
+        futures = [self._pool.submit(self._read, stored, first + start, part) for start, part in parts]
+        self._futures += futures
+        return futures
 
     def _read(self, stored: StoredTensor, first: int, part: torch.Tensor) -> None:
         if self._stop.is_set():
