@@ -72,7 +72,7 @@ def check(args: argparse.Namespace) -> list[str]:
     print(f"{args.shards}: {manifest.totals['samples']} {manifest.payload} samples in {len(manifest.shards)} shards")
     for bucket in manifest.buckets:
         print(f"  {bucket.width:>5} x {bucket.height:<5} {bucket.count:>9}")
-    print("everything agrees" if not problems else f"{len(problems)} problems")
+    print("everything agrees" if not problems else f"{len(problems)} problem{'s' * (len(problems) > 1)}")
     if args.report:
         from data_prep.report import write_report
 

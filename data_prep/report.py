@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -18,6 +19,7 @@ from data_prep.shards import Manifest, ShardIndex, ShardReader, read_index
 
 THUMBNAIL = 400  # pixels of the longer side, enough for screens of two pixels a point
 BUCKETS_SHOWN = 24
+LEFT_OUT_SHOWN = 100
 BINS = 41  # odd: squares have a bin of their own
 
 
@@ -37,7 +39,7 @@ def write_report(path: Path, folder: Path, manifest: Manifest, problems: list[st
         more = [f"and {count - len(problems)} more"] if count > len(problems) else []
         body.append(html.section("Problems", html.items(problems + more)))
     ratios = html.section("Aspect ratios (width : height)", _ratios(folder, manifest, index))
-    left_out = html.section("Left out", html.reason_bars(reasons))
+    left_out = html.section("Left out", html.reason_bars(reasons) + _left_out(folder))
     right = html.stack(ratios, html.section("Caption lengths", _captions(index)), left_out)
     body.append(html.grid(html.section("Buckets", _buckets(manifest)), right))
     shown = min(pictures, len(index))
@@ -84,10 +86,31 @@ def _captions(index: ShardIndex) -> str:
     labels = [f"{_ceil(edges[i])} to {_ceil(edges[i + 1]) - 1} characters" for i in range(BINS)]
     labels[-1] = f"{_ceil(edges[-2])} characters and more"
     ticks = [(share, f"{round(share * highest)}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    if lengths.max() > highest:
+        ticks[-1] = (1.0, f"{highest} and more")
     note = (
         f"median {int(np.median(lengths))} characters, longest {int(lengths.max())}, {int((lengths == 0).sum())} empty"
     )
     return html.histogram(counts.tolist(), labels, ticks) + f'<p class="note">{note}</p>'
+
+
+def _left_out(folder: Path) -> str:
+    """The first inputs that were left out, failures before what was filtered, with what was wrong."""
+    found: dict[str, list[tuple[str, str]]] = {"failed": [], "filtered": []}
+    for path in sorted(folder.glob("[0-9]*.parquet")):
+        if len(found["failed"]) >= LEFT_OUT_SHOWN:
+            break
+        columns = ["path", "status", "reason", "detail"]
+        if not set(columns) <= set(pq.read_schema(path).names):
+            continue  # img2dataset's rows have the same names
+        table = pq.read_table(path, columns=columns)
+        for row in table.filter(pc.field("status") != "ok").to_pylist():
+            why = row["reason"] + (f": {row['detail']}" if row["detail"] else "")
+            rows = found[row["status"]]
+            if len(rows) < LEFT_OUT_SHOWN:
+                rows.append((row["path"], why))
+    shown = [*found["failed"], *found["filtered"]][:LEFT_OUT_SHOWN]
+    return html.folded(f"Which ones (the first {len(shown)})", html.table(shown)) if shown else ""
 
 
 def _ceil(edge: float) -> int:

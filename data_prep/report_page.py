@@ -53,6 +53,7 @@ details{margin-top:12px}summary{cursor:pointer;color:var(--soft)}
 table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
 td,th{text-align:left;padding:5px 10px 5px 0;border-top:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
 tr:first-child>*{border-top:0}th{font-weight:500;color:var(--soft);white-space:nowrap}
+.stack th{white-space:normal;max-width:16em}
 code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 ul{margin:0;padding-left:18px;overflow-wrap:anywhere}
 """
@@ -60,7 +61,7 @@ ul{margin:0;padding-left:18px;overflow-wrap:anywhere}
 
 def page(title: str, subtitle: str, problems: int, body: list[str]) -> str:
     """The whole document around its parts; `title` and `subtitle` are plain text, the parts HTML."""
-    verdict = f'<span class="verdict bad">{problems} problems</span>' if problems else (
+    verdict = f'<span class="verdict bad">{problems} problem{"s" * (problems > 1)}</span>' if problems else (
         '<span class="verdict good">everything agrees</span>'
     )  # fmt: skip
     return (

@@ -201,6 +201,7 @@ def test_report_holds_everything_itself(packed: Path, tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", page)
     assert page.count("data:image/jpeg;base64,") == 7 and "7 of 10 samples" in page
     assert "failed: not an image" in page and "everything agrees" in page
+    assert re.search(r"<th>\S+</th><td><code>not an image: starts with", page)  # which one, and why
     assert "number 0 &amp; &lt;b&gt;marks" in page and "<b>marks" not in page
     options = read_manifest(packed).options
     assert all(name in page for name in options) and json.dumps(options["quality"]) in page
