@@ -43,6 +43,8 @@ WORDS = {
     "direct": "modulation computed, not looked up",
     "separate": "q, k and v not fused",
     "masked": "padding by an attention mask",
+    "float8": "float8 base",
+    "onelayout": "its weights transposed at each step",
 }
 KINDS = (  # first match names a kernel's kind
     ("attention", ("fmha", "flash", "attention", "cudnn_generated_fort", "sdpa")),
@@ -73,6 +75,7 @@ def our_step(
     """`variant`: `ours`, as train_lora.py runs it without DeepSpeed, and words joined by '-' that change it (WORDS)."""
     import torch
 
+    from qwen_image.float8 import keep_transposed, quantise_blocks
     from qwen_image.modulation import replace_by_table
     from qwen_image.text_encoder import Prompt
     from train.fused_projection import fuse_projections
@@ -86,6 +89,8 @@ def our_step(
     transformer = random_transformer(layers, device, dtype)
     if "direct" not in words:
         replace_by_table(transformer, [k / 1000 for k in range(1, 1001)])
+    if "float8" in words:
+        quantise_blocks(transformer)
     inject_lora(transformer, LoraSpec(ATTENTION, 32, 32.0), dtype=dtype)
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
@@ -93,6 +98,7 @@ def our_step(
     if "separate" not in words:
         fuse_projections(transformer)
     transformer.checkpointed_blocks = layers if "full" in words else layers // 2 if "half" in words else 0
+    keep_transposed(transformer, layers if "onelayout" in words else transformer.checkpointed_blocks)
     transformer.dense_padding = "masked" not in words
     if "eager" not in words and device.type == "cuda":
         transformer.compile_blocks(dynamic="dynamic" in words)

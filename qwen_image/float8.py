@@ -135,7 +135,9 @@ class Float8Linear(Linear):
 
     def keep_transposed(self, keep: bool) -> None:
         """Hold the weight in the backward pass's layout too: as much memory again, and no transposing at each step."""
-        self.transposed = self.weight.detach().t().contiguous() if keep and not self.fused else None
+        keep = keep and not self.fused
+        if keep != (self.transposed is not None):
+            self.transposed = self.weight.detach().t().contiguous() if keep else None
 
     def quantised(self) -> Float8Weight:
         return Float8Weight(self.weight, self.scale, self.ones, self.transposed)
@@ -165,7 +167,9 @@ def use_float8(transformer: QwenImageTransformer, dtype: torch.dtype) -> None:
 def quantise_blocks(transformer: QwenImageTransformer) -> None:
     """Turn the blocks' layers of a frozen transformer that has its weights into float8, one after the other."""
     dtype = transformer.proj_out.weight.dtype
-    for name, layer in list(block_linears(transformer)):
+    for name in [name for name, _ in block_linears(transformer)]:  # no list of layers: it would keep their weights
+        layer = transformer.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
         replacement = Float8Linear(layer.in_features, layer.out_features, dtype)
         replacement.bias = layer.bias
         replacement.quantise(layer.weight)
@@ -174,7 +178,10 @@ def quantise_blocks(transformer: QwenImageTransformer) -> None:
 
 @torch.no_grad()
 def keep_transposed(transformer: QwenImageTransformer, checkpointed_blocks: int) -> None:
-    """Both layouts in the blocks that are not recomputed, one in the `checkpointed_blocks` that are (to save memory)."""
+    """Both layouts in the blocks that are not recomputed, one in the `checkpointed_blocks` that are (to save memory).
+
+    To be called whenever `transformer.checkpointed_blocks` changes; without float8, and the second time, it does nothing.
+    """
     for index, block in enumerate(transformer.transformer_blocks):
         for module in block.modules():
             if callable(keep := getattr(module, "keep_transposed", None)):

@@ -78,7 +78,9 @@ class _Projection(torch.autograd.Function):
         ranks = [down.shape[0] for down in downs]
         gradient = gradients[0].flatten(0, -2)
         parts = [gradient[:, column : column + up.shape[0]] for column, up in zip(columns, ups, strict=True)]
-        of_factors = torch.cat([scaled(part @ up, scale) for part, up, scale in zip(parts, ups, scales, strict=True)], 1)
+        of_factors = torch.cat(
+            [scaled(part @ up, scale) for part, up, scale in zip(parts, ups, scales, strict=True)], 1
+        )
         of_ups = [
             scaled(part.t() @ factor, scale)
             for part, factor, scale in zip(parts, factors.split(ranks, 1), scales, strict=True)
@@ -126,7 +128,9 @@ class FusedProjection(nn.Module):
 
     def keep_transposed(self, keep: bool) -> None:
         """As Float8Linear's, for all the layers; without float8, nothing."""
-        self.transposed = self.weight.t().contiguous() if keep and self.scale is not None else None
+        keep = keep and self.scale is not None
+        if keep != (self.transposed is not None):
+            self.transposed = self.weight.t().contiguous() if keep else None
 
     def forward(self, x: torch.Tensor, layers: Sequence[Any]) -> torch.Tensor:
         """x [B, L, D] → the layers' outputs side by side [B, L, rows]; `layers` are those of the constructor."""
