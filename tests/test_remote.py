@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_cache import cached, wait_for
+from test_cache import cached, size, wait_for
 from test_data import assert_equal, write_set
 
 from train.batches import Reading
@@ -84,7 +84,7 @@ def test_batches_over_http_are_those_of_the_disk(served, tmp_path, workers, limi
     ):
         for a, b in itertools.islice(zip(far, near, strict=True), 2 * order.length):
             assert_equal(a, b)
-            assert sum(path.stat().st_size for path in dataset.folder.glob("*.tar")) <= limit
+            assert sum(map(size, dataset.folder.glob("*.tar"))) <= limit
         if limit > 10**6:
             wait_for(lambda: len(cached(dataset)) == 6)
     assert wrong.requests > 20 and not list(dataset.folder.glob(".partial-*"))

@@ -68,11 +68,10 @@ def open_remote(url: str, cache_folder: Path) -> tuple[Path, "RemoteReader"]:
 
 
 class Remote:
-    """The files of a remote folder. Each process makes a connection of its own: fsspec's don't survive a fork."""
+    """The files of a remote folder."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._connection: tuple[int, Any] | None = None
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes [start, end) of a file, fewer where it ends before; asked for again after each of WAITS.
@@ -95,7 +94,6 @@ class Remote:
                     raise Unreachable(why) from error
                 if wait >= SAID_FROM:
                     print(f"warning: {why}; trying again in {wait} s", file=sys.stderr, flush=True)
-                self._connection = None
                 time.sleep(wait)
         if start is not None and end is not None and len(data) > end - start:
             raise ValueError(
@@ -111,15 +109,18 @@ class Remote:
             return False
 
     def _filesystem(self) -> Any:
+        """This process's connections to the protocol."""
         import fsspec
 
-        if self._connection is None or self._connection[0] != os.getpid():
-            filesystem = fsspec.filesystem(self.url.partition("://")[0], skip_instance_cache=True)
-            self._connection = (os.getpid(), filesystem)
-        return self._connection[1]
+        key = os.getpid(), self.url.partition("://")[0]
+        if key not in _filesystems:
+            _filesystems[key] = fsspec.filesystem(key[1], skip_instance_cache=True)
+        return _filesystems[key]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "_connection": None}
+
+# (process, protocol) → fsspec's filesystem. They don't survive a fork, and a child that only frees its parent's waits
+# seconds for an event loop that it doesn't have: so none is ever freed.
+_filesystems: dict[tuple[int, str], Any] = {}
 
 
 class RemoteReader:
