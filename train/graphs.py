@@ -121,11 +121,15 @@ class _Replay(torch.autograd.Function):
 
 
 @contextmanager
-def two_blocks(transformer: QwenImageTransformer) -> Iterator[None]:
-    """The transformer with its first and its last block alone: all its kernels in little memory."""
+def few_blocks(transformer: QwenImageTransformer) -> Iterator[None]:
+    """The transformer with one block of each kind (first, recomputed, kept, last): all its kernels in little memory.
+
+    The first is a kind of its own, because its input needs no gradient.
+    """
     whole, recomputed = transformer.transformer_blocks, transformer.checkpointed_blocks
-    transformer.transformer_blocks = nn.ModuleList([whole[0], whole[-1]])
-    transformer.checkpointed_blocks = 1 if recomputed else 0
+    chosen = sorted({0, min(1, len(whole) - 1), min(recomputed, len(whole) - 1), len(whole) - 1})
+    transformer.transformer_blocks = nn.ModuleList([whole[index] for index in chosen])
+    transformer.checkpointed_blocks = sum(index < recomputed for index in chosen)
     try:
         yield
     finally:

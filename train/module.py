@@ -12,7 +12,7 @@ from qwen_image.transformer import Modulation, QwenImageTransformer
 from qwen_image.vae import VAE, pixels_from_uint8
 from train.data import Batch
 from train.flow import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
-from train.graphs import Inputs, StepGraphs, two_blocks
+from train.graphs import Inputs, StepGraphs, few_blocks
 from train.host_memory import lent
 
 # Encoded shards store latents and prompt embeddings in this type; encoding online rounds alike, so both give one loss.
@@ -56,7 +56,7 @@ class FlowMatchingModule(nn.Module):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
 
         def warm_up(inputs: Inputs) -> None:
-            with two_blocks(self.transformer):
+            with few_blocks(self.transformer):
                 torch.autograd.grad(self.losses(inputs).sum(), trained, allow_unused=True)
 
         def positions(inputs: Inputs) -> Rotary:
