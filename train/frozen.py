@@ -1,5 +1,6 @@
 """The frozen pipeline of a run: which components it needs, and whether its data was made for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch
 
 from data_prep.encoding import LATENTS, PROMPTS, check_encoding
 from qwen_image.loading import ModelSource, match_weights, resolve_model
-from qwen_image.pipeline import QwenImagePipeline, load_transformer
+from qwen_image.pipeline import QwenImagePipeline
 from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from train.base import load_base
 from train.config import TrainConfig
 from train.data import ShardDataset
 from train.engine import DTYPES, Ranks
@@ -17,15 +19,19 @@ from train.host_memory import pin
 from train.lora import LoraSpec, resolve_targets
 from train.memory import EncoderSizes, MemoryPlan, plan_memory, ranks_here
 from train.module import OnlineEncoder
-from train.zero3 import load_partitioned
+from train.preset import Preset
 
 
 def load_pipeline(
-    config: TrainConfig, deepspeed_config: dict[str, Any], dataset: ShardDataset, ranks: Ranks, plan: MemoryPlan
+    config: TrainConfig,
+    deepspeed_config: dict[str, Any],
+    dataset: ShardDataset,
+    ranks: Ranks,
+    plan: MemoryPlan,
+    spec: LoraSpec,
+    presets: Sequence[Preset],
 ) -> QwenImagePipeline:
-    """The transformer, on this rank's device or (stage 3) partitioned, and both encoders when the shards hold images.
-
-    The encoders go where `plan` says.
+    """The transformer (train/base.py), and both encoders when the shards hold images; these go where `plan` says.
 
     Raises ValueError when the shards were encoded for another model, before weights are read.
     """
@@ -44,10 +50,7 @@ def load_pipeline(
         pipeline.vae.to(ranks.device)
         if ranks.device.type == "cuda":
             pin(pipeline.text_encoder.language_model)
-    if deepspeed_config["zero_optimization"]["stage"] == 3:
-        transformer = load_partitioned(files, dtype, deepspeed_config, ranks.is_main)
-    else:
-        transformer = load_transformer(files, dtype, ranks.device, ranks.is_main)
+    transformer = load_base(config, deepspeed_config, files, pipeline.schedule, spec, presets, ranks)
     return replace(pipeline, transformer=transformer, files=files)
 
 

@@ -39,8 +39,10 @@ def train(config: TrainConfig) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
     import torch
 
+    from qwen_image.float8 import keep_transposed
     from train import frozen
     from train.activation_offload import ActivationOffload
+    from train.base import check_base, read_presets
     from train.checkpoint import Checkpoints, check_same
     from train.deepspeed_config import load_deepspeed_config, warnings
     from train.engine import DTYPES, initialize, join_process_group, learning_rate, mean_over_ranks, set_learning_rate
@@ -54,7 +56,6 @@ def train(config: TrainConfig) -> int:
     from train.optimizer_state import trainable_shapes
     from train.order import steps_of
     from train.preemption import PREEMPTED, Preemption
-    from train.preset import Preset, merge_presets
     from train.preview import Preview
     from train.run_folder import prepare_run_folder
     from train.speed import apply_speedups
@@ -76,6 +77,9 @@ def train(config: TrainConfig) -> int:
         assert order is not None, "only a run with an order knows epochs"
         total_steps = steps_of(config.num_epochs or 1, order.length, ranks.world, accumulation)
     spec = LoraSpec.from_config(config)
+    for line in check_base(config, deepspeed_config, spec, ranks.device):
+        ranks.say(line)
+    presets = read_presets(config)
     sizes = frozen.planned_sizes(config, deepspeed_config, spec)
     needed_bytes = frozen.needed_bytes(config, sizes.trainable, total_steps)
     plan = frozen.memory_plan(config, deepspeed_config, sizes, dataset, ranks)
@@ -88,20 +92,18 @@ def train(config: TrainConfig) -> int:
     resumed = checkpoints.find(config.resume)
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
-    pipeline = frozen.load_pipeline(config, deepspeed_config, dataset, ranks, plan)
+    pipeline = frozen.load_pipeline(config, deepspeed_config, dataset, ranks, plan, spec, presets)
     encoder = frozen.online_encoder(config, pipeline, ranks, plan)
     preview = Preview(config, pipeline, encoder, ranks)
     transformer = pipeline.transformer
     assert transformer is not None
-    presets = [Preset.read(text, transformer) for text in config.preset_lora_path]
-    if presets:
-        ranks.say(f"{len(presets)} preset LoRAs merged into {merge_presets(transformer, presets)} layers")
     adapted = inject_lora(transformer, spec, config.seed, DTYPES[config.trained_dtype])
     if config.lora_checkpoint is not None:
         filled = start_from(transformer, read_lora(config.lora_checkpoint, transformer), spec)
         ranks.say(f"starting from {config.lora_checkpoint}: {filled} of {len(adapted)} layers")
     speedups = apply_speedups(config, pipeline, spec, deepspeed_config["zero_optimization"]["stage"], ranks.device)
     transformer.checkpointed_blocks = sizes.checkpointed_blocks
+    keep_transposed(transformer, sizes.checkpointed_blocks)
     if config.offload_activations:
         transformer.saved_inputs = ActivationOffload(ranks.device)
     module = FlowMatchingModule(transformer, config.loss_weighting, DTYPES[config.dtype])
@@ -112,7 +114,8 @@ def train(config: TrainConfig) -> int:
     # ── Going on where an earlier run stopped ─────────────────────────────────────────────────────────────────────────
     identity = {
         "model": {"transformer": pipeline.files.fingerprint("transformer")}
-        | ({"presets": [preset.identity() for preset in presets]} if presets else {}),
+        | ({"presets": [preset.identity() for preset in presets]} if presets else {})
+        | ({"base_precision": config.base_precision} if config.base_precision != "dtype" else {}),
         "lora": spec.to_dict(),
         "data": dataset.fingerprint,
         "order": {"loader": "webdataset"} if order is None else order.state(),
