@@ -196,8 +196,8 @@ def prepare_output(folder: Path) -> None:
 def nothing_found(source: Sources) -> str:
     from data_prep.sources import IMAGE_EXTENSIONS
 
-    if source.metadata_path:
-        return f"{source.metadata_path} lists no images"
+    if source.empty_listings:
+        return f"{source.empty_listings[0]} lists no images"
     kinds = ", ".join(f"{count} {extension or 'without'}" for extension, count in source.ignored.most_common(5))
     return (
         f"no images in {source.base}: {source.files_seen} files seen{f' ({kinds})' if kinds else ''},"

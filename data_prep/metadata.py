@@ -55,7 +55,14 @@ def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(1 << 24)  # long captions; the module's own limit is 128 KiB
     with path.open(encoding=_encoding(path), newline="") as file:
         try:
-            yield from csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if None in row:
+                    raise ValueError(
+                        f"{path} line {reader.line_num}: more cells than columns:"
+                        " put captions that hold commas into double quotes"
+                    )
+                yield row
         except csv.Error as error:
             raise ValueError(f"{path}: not valid csv: {error}") from None
 

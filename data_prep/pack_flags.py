@@ -42,13 +42,13 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--max_pixels", type=int, help="area of the buckets (default: 1048576)")
     add("--resolutions", help="several areas by the side of their square, as in 512,768,1024; the largest that fits")
     add("--bucket_step", type=int, default=16, choices=(16, 32, 64), help="sides are multiples of it")
-    add("--max_upscale", type=Fraction, default=Fraction(1), help="images are never enlarged by more (default: 1)")
+    add("--max_upscale", type=_fraction, default=Fraction(1), help="images are never enlarged by more (default: 1)")
     add(
         "--resize", choices=("auto", "torch", "pillow"), default="auto", help="auto: torch where it has the fast kernel"
     )
     add = parser.add_argument_group("filters").add_argument
     add("--min_pixels", type=int, default=0, help="width x height of the source, at least")
-    add("--max_aspect_ratio", type=Fraction, default=Fraction(4), help="long side : short side (default: 4)")
+    add("--max_aspect_ratio", type=_fraction, default=Fraction(4), help="long side : short side (default: 4)")
     add("--max_image_pixels", type=int, default=200_000_000, help="refuse larger ones unread (default: %(default)s)")
     add("--on_missing_caption", choices=("skip", "empty", "error"), default="skip")
     add("--on_duplicate_stem", choices=("warn", "error"), default="warn", help="a.jpg and a.png share a.txt")
@@ -144,6 +144,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             pass
     return found
+
+
+def _fraction(text: str) -> Fraction:
+    """argparse tells ValueErrors to the user, others not."""
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        raise ValueError(text) from None
 
 
 def _integers(flag: str, text: str) -> list[int]:

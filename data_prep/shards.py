@@ -12,6 +12,7 @@ A data set is a folder:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -242,16 +243,15 @@ class TarShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self._file is not None:
-            self.finish()
-        elif self._file is not None:
-            # Closing flushes, which fails again on a full disk; the first exception is the one to show.
-            try:
-                self._file.close()
-            except OSError:
-                pass
-            self._file = None
-            self._partial.unlink(missing_ok=True)
+        try:
+            if kind is None and self._file is not None:
+                self.finish()
+        finally:  # finishing flushes, and so may be what finds the disk full
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # so does closing; the first exception is the one to show
+                    self._file.close()
+                self._file = None
+                self._partial.unlink(missing_ok=True)
 
 
 class ShardReader:

@@ -37,6 +37,7 @@ class Sources:
     files_seen: int = 0
     ignored: Counter[str] = field(default_factory=Counter)  # by extension
     duplicate_stems: list[str] = field(default_factory=list)
+    empty_listings: list[str] = field(default_factory=list)  # metadata files without rows
 
     def __post_init__(self) -> None:
         if not self.base.exists():
@@ -45,12 +46,16 @@ class Sources:
             raise ValueError(f"--dataset_base_path {self.base}: not a folder")
         if self.metadata_path is not None and not self.metadata_path.is_file():
             raise FileNotFoundError(f"--dataset_metadata_path {self.metadata_path}: no such file")
+        if self.exclude and os.path.realpath(self.exclude) == os.path.realpath(self.base):
+            raise ValueError(
+                f"--output_path {self.exclude} is --dataset_base_path: its tars would be the next run's inputs"
+            )
         self.base = self.base.absolute()
         self._real_base = os.path.realpath(self.base)
         self._excluded = os.path.realpath(self.exclude) if self.exclude else None
 
     def __iter__(self) -> Iterator[Input]:
-        self.files_seen, self.ignored, self.duplicate_stems = 0, Counter(), []
+        self.files_seen, self.ignored, self.duplicate_stems, self.empty_listings = 0, Counter(), [], []
         if self.metadata_path is not None:
             yield from self._listed(Path(os.path.abspath(self.metadata_path)))
         else:
@@ -65,7 +70,7 @@ class Sources:
             for entry in entries:
                 if entry.name.startswith("."):  # .git, .ipynb_checkpoints, macOS's ._photo.jpg
                     continue
-                if entry.is_dir():
+                if os.path.isdir(entry):  # False for a link to itself, of which entry.is_dir() makes an error
                     folders.append(entry.name)
                 else:
                     names.append(entry.name)
@@ -73,7 +78,7 @@ class Sources:
         if len(listing) > 1:
             raise ValueError(f"{folder} holds {' and '.join(listing)}: say which with --dataset_metadata_path")
         if listing:
-            self.files_seen += len(names)
+            self.files_seen += len(names) - 1
             yield from self._listed(Path(folder, listing[0]))
             return
         yield from self._files(folder, names)
@@ -143,6 +148,7 @@ class Sources:
         self.files_seen += 1
         within = _contains(str(self.base), str(path))
         roots = list(dict.fromkeys([str(path.parent), str(self.base)] if within else [str(self.base)]))
+        row = 0
         for row, (image, caption) in enumerate(metadata.rows(path, self.image_column, self.caption_column), start=1):
             where = f"{path.name} row {row}"
             if not isinstance(image, str) or not image.strip():
@@ -157,6 +163,9 @@ class Sources:
                 yield self._input(place, captions.from_cell(caption), None)
             except ValueError as error:
                 yield self._input(place, None, ("caption not readable", f"{where}: {error}"))
+
+        if not row:
+            self.empty_listings.append(str(path))
 
     # ── paths ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

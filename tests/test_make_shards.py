@@ -298,10 +298,13 @@ def test_one_line_for_each_mistake(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "void").mkdir()
     (tmp_path / "void" / "a.mov").write_bytes(b"")
     (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "metadata.csv").write_text("image,prompt\n")
     (base / "m.csv").write_text("image,prompt\n../x.jpg,a\n")
     cases: list[tuple[Path, Path, list[str], str]] = [
         (tmp_path / "no", tmp_path / "o", [], "no: no such folder"),
         (tmp_path / "void", tmp_path / "o", [], "void: 1 files seen (1 .mov), looked for .avif .bmp .gif .jfif"),
+        (tmp_path / "listed", tmp_path / "o", [], "metadata.csv lists no images"),
         (base, tmp_path / "file", [], "file: is a file, not a folder"),
         (base, tmp_path / "file" / "out", [], "out: cannot be written to (Not a directory)"),
         (base, Path("/proc/out"), [], "/proc/out: cannot be written to"),
@@ -322,6 +325,9 @@ def test_one_line_for_each_mistake(tmp_path: Path, capsys: pytest.CaptureFixture
     ):
         assert make_shards.main(["--dataset_base_path", str(base), "--output_path", str(tmp_path / "o"), *flags]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pack(base, tmp_path / "o", "--max_upscale", "1/0")
+    assert "argument --max_upscale: invalid" in capsys.readouterr().err
     assert pack(base, tmp_path / "o", "--resolutions", "512") == 2
     assert "--max_pixels and --resolutions exclude each other" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -152,3 +153,13 @@ def test_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
         write_file(tmp_path / name, b"")
     remove_abandoned(tmp_path)
     assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), shards.TarShardWriter(tmp_path / "0.tar") as tar:
+        tar.add("a", [("txt", b"text")])
+    assert not list(tmp_path.iterdir())

@@ -203,6 +203,7 @@ def test_clear_errors(tmp_path: Path) -> None:
     for name, content, message in (
         ("m.csv", "foo,bar\n1,2\n", "no column image or file_name or image_path, only foo, bar: name it with --image"),
         ("m.csv", "image,bar\n1,2\n", "no column prompt or text or caption, only image, bar: name it with --caption"),
+        ("m.csv", "image,prompt\n1,a cat, asleep\n", "line 2: more cells than columns: put captions that hold commas"),
         ("m.json", "{}", "must be a list of objects, not dict"),
         ("m.jsonl", "{bad", "line 1: not valid JSON"),
         ("m.parquet", "PAR1", "not valid parquet"),
@@ -216,7 +217,17 @@ def test_clear_errors(tmp_path: Path) -> None:
         list(Sources(tmp_path))
 
 
+def test_links_to_nowhere_and_to_themselves_do_not_end_the_walk(tmp_path: Path) -> None:
+    base = folder_of(tmp_path, {"a.jpg": JPEG, "sub/b.jpg": JPEG})
+    for name, target in (("self", "self"), ("self.jpg", "self.jpg"), ("gone.tar", "gone"), ("sub/loop", str(base))):
+        (base / name).symlink_to(target)
+    found = {item.path: item.problem and item.problem[0] for item in Sources(base)}
+    assert found == {"a.jpg": None, "sub/b.jpg": None, "self.jpg": "file missing", "gone.tar": "broken tar"}
+
+
 def test_output_within_the_base_is_not_an_input(tmp_path: Path) -> None:
     base = folder_of(tmp_path, {"x.jpg": JPEG, "out/y.jpg": JPEG})
     assert [item.path for item in Sources(base, exclude=base / "out")] == ["x.jpg"]
     assert isinstance(next(iter(Sources(base))), Input)
+    with pytest.raises(ValueError, match="is --dataset_base_path: its tars would be the next run's inputs"):
+        Sources(base, exclude=base / "out" / "..")
