@@ -127,6 +127,17 @@ def test_another_model_or_option_is_not_mixed_in(images, encoded, tiny_model, ca
     assert hashes(encoded) == before
 
 
+def test_image_shards_packed_again_with_other_content_are_not_mixed_in(images, encoded, tiny_model, tmp_path, capsys):
+    edited = shutil.copytree(
+        images, tmp_path / "edited"
+    )  # paths, sizes and captions, so the fingerprint, stay the same
+    manifest = json.loads((edited / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (edited / "manifest.json").write_text(json.dumps(manifest))
+    assert encode(tiny_model, edited, encoded, "--latent_std") == 2
+    assert "holds shards of another set: its image shards had other content" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
