@@ -10,7 +10,7 @@ import torch
 from qwen_image.transformer import TransformerConfig
 from train import memory
 from train.config import TrainConfig
-from train.memory import GIB, EncoderSizes, MemoryPlan, plan_memory
+from train.memory import GIB, EncoderSizes, MemoryPlan, engine_bytes, plan_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN, LORA = 20_430_401_088, 23_592_960 * 2
@@ -30,7 +30,7 @@ def plan(
         config,
         settings,
         TransformerConfig(),
-        parameters=QWEN,
+        base=2 * QWEN,
         trainable=LORA,
         tokens=4096 + 128,
         checkpointed_blocks=blocks,
@@ -45,8 +45,8 @@ def test_stage_2_keeps_the_base_on_every_card(monkeypatch: pytest.MonkeyPatch) -
     two = plan("zero2", 8, monkeypatch)
     assert two.device["base"] == 2 * QWEN and not two.host
     none = plan("zero2", 8, monkeypatch, checkpointed_blocks=0)
-    # the measurement behind the estimate: 22.7 GiB more without recomputation
-    assert (none.device["activations"] - two.device["activations"]) / GIB == pytest.approx(22.7, rel=0.1)
+    # the measurement behind the estimate: 18.9 GiB more without recomputation
+    assert (none.device["activations"] - two.device["activations"]) / GIB == pytest.approx(18.9, rel=0.01)
     two.check()
     with pytest.raises(ValueError, match=r"on each GPU, which has 24\.0: use more GPUs"):
         plan("zero2", 8, monkeypatch, card=24).check()
@@ -85,5 +85,26 @@ def test_encoders_go_where_there_is_room(monkeypatch: pytest.MonkeyPatch, card: 
 def test_lines_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     offload = plan("zero3_offload", 2, monkeypatch, card=1)
     lines = offload.lines()
-    assert lines[0].startswith("memory on each GPU of 1 GiB: ") and lines[2].startswith("warning: ")
+    assert lines[0].startswith("memory on each GPU of 1 GiB (activations estimated") and lines[2].startswith("warning: ")
     assert lines[0].endswith(f"= {sum(offload.device.values()) / GIB:.2f} GiB") and "base 38.05" in lines[1]
+
+
+def test_the_measured_peaks_of_one_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """46.6 GiB with nothing recomputed, 27.7 with every block, of which 25.4 are weights; AdamW's states were bf16 there."""
+    for blocks, measured in ((0, 46.6), (60, 27.7)):
+        parts = plan("zero2", 1, monkeypatch, checkpointed_blocks=blocks).device
+        assert 25.4 + parts["activations"] / GIB == pytest.approx(measured, rel=0.02)
+
+
+def test_what_the_engine_will_add() -> None:
+    zero: dict[str, Any] = {"reduce_bucket_size": 50_000_000}
+
+    def added(world: int = 1, resumed: bool = False, settings: dict[str, Any] = zero, **options: Any) -> int:
+        config = TrainConfig(model="a/b", data="d", deepspeed=Path("d"), output_path=Path("o"), **options)
+        return engine_bytes({"zero_optimization": settings}, LORA, config, world, resumed)
+
+    assert added() == 2 * 4 * LORA + 2 * 50_000_000
+    assert added(world=8, lora_dtype="float32") == LORA + 4 * 50_000_000
+    assert added(resumed=True, gradient_accumulation_steps=4) == 4 * LORA + 2 * 50_000_000
+    assert added(settings=zero | {"offload_optimizer": {"device": "cpu"}}) == 2 * 50_000_000
+    assert added(settings=zero | {"overlap_comm": True}, resumed=True) == 4 * 50_000_000

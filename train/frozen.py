@@ -8,14 +8,16 @@ import torch
 
 from data_prep.encoding import LATENTS, PROMPTS, check_encoding
 from qwen_image.loading import ModelSource, match_weights, resolve_model
+from qwen_image.modulation import modulation_layers
 from qwen_image.pipeline import QwenImagePipeline
 from qwen_image.transformer import QwenImageTransformer, TransformerConfig
-from train.base import load_base
+from train.base import base_bytes, load_base, tabulates
 from train.config import TrainConfig
 from train.data import ShardDataset
 from train.engine import DTYPES, Ranks
 from train.flow import SigmaSampling
 from train.host_memory import pin
+from train.largest_batch import largest_batch
 from train.lora import LoraSpec, resolve_targets
 from train.memory import EncoderSizes, MemoryPlan, plan_memory, ranks_here
 from train.module import OnlineEncoder
@@ -75,12 +77,12 @@ def check_data(config: TrainConfig, dataset: ShardDataset, prompt_width: int) ->
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What is known of the model and its LoRA before weights are read. Counts are parameters."""
+    """What is known of the model and its LoRA before weights are read."""
 
     shape: TransformerConfig
-    base: int
-    trainable: int
-    checkpointed_blocks: int
+    base: int  # bytes of the frozen weights while they train, before ZeRO's partitioning
+    trainable: int  # parameters
+    checkpointed_blocks: int  # at first; train/recomputation.py decides
 
 
 def planned_sizes(config: TrainConfig, deepspeed_config: dict[str, Any], spec: LoraSpec) -> ModelSizes:
@@ -100,17 +102,16 @@ def planned_sizes(config: TrainConfig, deepspeed_config: dict[str, Any], spec: L
         layer = transformer.get_submodule(name)
         assert isinstance(layer, torch.nn.Linear)
         trainable += spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
-    base = sum(parameter.numel() for parameter in transformer.parameters())
-    return ModelSizes(shape, base, trainable, checkpointed_blocks(config, transformer))
+    tabulated, recomputed = 0, checkpointed_blocks(config, transformer)
+    if tabulates(config, deepspeed_config, spec, transformer):
+        tabulated = sum(p.numel() for module in modulation_layers(transformer) for p in module.parameters())
+    return ModelSizes(shape, base_bytes(config, transformer, tabulated, recomputed), trainable, recomputed)
 
 
 def memory_plan(
     config: TrainConfig, deepspeed_config: dict[str, Any], sizes: ModelSizes, dataset: ShardDataset, ranks: Ranks
 ) -> MemoryPlan:
     """What this run will hold, for its largest bucket and longest prompt. Raises ValueError when it can't fit."""
-    image = max((bucket.width // 16) * (bucket.height // 16) for bucket in dataset.manifest.buckets)
-    prompt = int(dataset.index.prompt_tokens.max()) if dataset.encoded else config.max_prompt_tokens
-    prompt = -(-min(prompt, config.max_prompt_tokens) // config.text_padding) * config.text_padding
     encoders = None
     if not dataset.encoded:
         parts = ("text_encoder", "tokenizer", "vae")
@@ -119,9 +120,9 @@ def memory_plan(
         config,
         deepspeed_config,
         sizes.shape,
-        parameters=sizes.base,
+        base=sizes.base,
         trainable=sizes.trainable,
-        tokens=config.batch_size * (image + prompt),
+        tokens=largest_batch(config, dataset).tokens,
         checkpointed_blocks=sizes.checkpointed_blocks,
         world=ranks.world,
         local_world=ranks_here(),
@@ -161,7 +162,7 @@ def seed_everything(config: TrainConfig) -> None:
 
 
 def checkpointed_blocks(config: TrainConfig, transformer: QwenImageTransformer) -> int:
-    """How many blocks recompute their activations in the backward pass."""
+    """How many blocks recompute their activations in the backward pass; for auto the most there can be."""
     blocks = transformer.config.num_layers
     policy = config.activation_checkpointing
     if policy == "none":

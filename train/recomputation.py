@@ -1,7 +1,7 @@
 """How many blocks recompute their activations: decided before step 0 by trial steps of the largest batch.
 
     shape = largest_batch(config, dataset)
-    plan = plan_recomputation(config.activation_checkpointing, module, shape, stage, added, device, agree)
+    plan = plan_recomputation(config.activation_checkpointing, module, shape, added, stage, device)
     for line in plan.lines(): print(line)
 
 A trial step is a forward and backward pass on random data without an update; its gradients are dropped. Two of them tell
@@ -17,13 +17,15 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from qwen_image.float8 import keep_transposed
 from qwen_image.text_encoder import Prompt
+from qwen_image.transformer import QwenImageTransformer
+from train.base import PARTITIONED
 from train.largest_batch import BatchShape, random_arguments
 from train.memory import GIB, host_bytes, ranks_here
 from train.module import FlowMatchingModule
 from train.trial_step import Trial, try_step
 
-PARTITIONED = 3  # the ZeRO stage under which autograd would hold on to gathered weights
 # Left free: fragments (batches of other shapes need pieces of other sizes), and what NCCL and libraries still load outside
 # torch's allocator.
 MARGIN_BYTES, MARGIN_SHARE = 1 * GIB, 0.04
@@ -71,7 +73,9 @@ def usable_bytes(device: torch.device) -> int:
 
 
 def largest_over_ranks(device: torch.device, value: int) -> int:
-    """The largest of all ranks' values; a collective."""
+    """The largest of all ranks' values; a collective, if there is a process group."""
+    if not dist.is_initialized():
+        return value
     tensor = torch.tensor(value, dtype=torch.int64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor.item())
@@ -113,10 +117,11 @@ def choose(
     more = attempt(blocks - few) if few > least else small
     if more is None or chosen == blocks:
         return best
-    a_block = max(1, (more.kept - small.kept) // max(1, few - least))
+    held = more.resident + more.kept - small.resident - small.kept
+    a_block = max(1, held // max(1, few - least))
     fits = few + (limit - added - more.peak) // a_block
     wanted = agree(blocks - min(blocks, max(least, fits)))
-    notes = []
+    notes: list[str] = []
     for _ in range(FURTHER_TRIALS):
         if wanted >= chosen:
             break
@@ -132,48 +137,52 @@ def choose(
     return RecomputationPlan(chosen, blocks, small, added, limit, tuple(notes))
 
 
+def set_recomputed(transformer: QwenImageTransformer, blocks: int) -> None:
+    """Recompute so many leading blocks; float8 weights lie in both layouts in the others alone."""
+    transformer.checkpointed_blocks = blocks
+    keep_transposed(transformer, blocks)
+
+
 def plan_recomputation(
     policy: int | str,
     module: FlowMatchingModule,
     shape: BatchShape,
-    stage: int,
     added: int,
+    stage: int,
     device: torch.device,
-    agree: Callable[[int], int],
 ) -> RecomputationPlan:
-    """Set `module.transformer.checkpointed_blocks` by the policy none | full | auto | a number; what was chosen and why.
+    """Recompute blocks of `module.transformer` by the policy none | full | auto | a number; what was chosen and why.
 
     Call it when weights, LoRA and optimizer are in place. `added`: bytes that training will hold besides (engine_bytes).
 
     auto on the CPU counts what autograd keeps against the host's free memory. On a GPU the other policies are tried
     too. Raises ValueError when what was asked for runs out of memory, or nothing fits.
     """
+    agree = partial(largest_over_ranks, device)
     transformer = module.transformer
     blocks = transformer.config.num_layers
     fixed = {"none": 0, "full": blocks, "auto": blocks}.get(str(policy))
-    transformer.checkpointed_blocks = int(policy) if fixed is None else fixed
+    asked = int(policy) if fixed is None else fixed
     if stage == PARTITIONED or (device.type != "cuda" and policy != "auto"):
-        notes = ("auto under ZeRO-3 recomputes every block: autograd would keep gathered weights",)
-        return RecomputationPlan(transformer.checkpointed_blocks, blocks, notes=notes if policy == "auto" else ())
+        notes = ("auto under ZeRO-3 recomputes every block: autograd would hold on to gathered weights",)
+        set_recomputed(transformer, asked)
+        return RecomputationPlan(asked, blocks, notes=notes if policy == "auto" else ())
     arguments = random_arguments(shape, transformer.config.joint_attention_dim, device)
 
     def trial(recomputed: int) -> Trial | None:
-        transformer.checkpointed_blocks = recomputed
-        return try_step(module, arguments)
+        return try_step(module, arguments, partial(set_recomputed, transformer, recomputed))
 
     if device.type == "cuda":
-        trial(transformer.checkpointed_blocks)  # compiles; what that needs doesn't count
+        trial(asked)  # compiles; what that needs doesn't count
     if policy == "auto":
         plan = choose(blocks, trial, partial(usable_bytes, device), added, agree)
     else:
-        result = trial(transformer.checkpointed_blocks)
+        result = trial(asked)
         failed = agree(int(result is None))
-        plan = None
-        if not failed:
-            plan = RecomputationPlan(transformer.checkpointed_blocks, blocks, result, added, usable_bytes(device))
+        plan = None if failed else RecomputationPlan(asked, blocks, result, added, usable_bytes(device))
     if plan is None:
-        raise ValueError(_out_of_memory(policy, transformer.checkpointed_blocks, blocks, shape, device))
-    transformer.checkpointed_blocks = plan.recomputed
+        raise ValueError(_out_of_memory(policy, asked, blocks, shape, device))
+    set_recomputed(transformer, plan.recomputed)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -201,28 +210,31 @@ def _out_of_memory(policy: int | str, recomputed: int, blocks: int, shape: Batch
 class PeakWatch:
     """Puts the real peak of a GPU's memory beside the predicted one, once the largest shape was trained a few times."""
 
-    def __init__(self, plan: RecomputationPlan, shape: BatchShape, device: torch.device) -> None:
-        self.plan, self.tokens, self.device = plan, shape.tokens, device
+    def __init__(
+        self, plan: RecomputationPlan, shape: BatchShape, device: torch.device, say: Callable[[str], None] = print
+    ) -> None:
+        self.plan, self.tokens, self.device, self.say = plan, shape.tokens, device, say
         self.seen = self.largest = 0
         self.told = plan.predicted is None or device.type != "cuda"
 
-    def saw(self, latents: torch.Tensor, prompt: Prompt) -> str | None:
-        """Call it after a step on latents [B, 16, 1, H/8, W/8]; a line for people, once. Waits for nothing."""
+    def saw(self, latents: torch.Tensor, prompt: Prompt) -> None:
+        """Call it after a micro-batch of latents [B, 16, 1, H/8, W/8]. Waits for nothing."""
         batch, rows, columns = latents.shape[0], latents.shape[-2] // 2, latents.shape[-1] // 2
         tokens = batch * (rows * columns + prompt.embeds.shape[1])
         self.largest = max(self.largest, tokens)
         self.seen += tokens >= self.tokens
-        return self.line() if self.seen == REPORTED_AFTER else None
+        if self.seen == REPORTED_AFTER:
+            self.tell()
 
-    def line(self) -> str | None:
+    def tell(self) -> None:
         """The comparison, if it was not told yet: for the end of a run that met few of the largest batches."""
         if self.told or not self.largest:
-            return None
+            return
         self.told = True
         assert self.plan.predicted is not None
         peak = torch.cuda.max_memory_allocated(self.device)
         batches = "" if self.seen else f", its largest batch had {self.largest} of {self.tokens} tokens"
-        return (
+        self.say(
             f"peak memory {peak / GIB:.2f} GiB, predicted {self.plan.predicted / GIB:.2f} "
             f"({peak / self.plan.predicted - 1:+.1%}{batches})"
         )

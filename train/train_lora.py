@@ -48,8 +48,10 @@ def train(config: TrainConfig) -> int:
     from train.engine import DTYPES, initialize, join_process_group, learning_rate, mean_over_ranks, set_learning_rate
     from train.export import LoraExport
     from train.feed import make_loader, make_order, open_data
+    from train.largest_batch import largest_batch
     from train.lora import LoraSpec, inject_lora, start_from
     from train.lora_file import read_lora
+    from train.memory import engine_bytes
     from train.metrics import Metrics
     from train.module import FlowMatchingModule
     from train.nonfinite import LossWatch
@@ -57,6 +59,7 @@ def train(config: TrainConfig) -> int:
     from train.order import steps_of
     from train.preemption import PREEMPTED, Preemption
     from train.preview import Preview
+    from train.recomputation import PeakWatch, plan_recomputation
     from train.run_folder import prepare_run_folder
     from train.speed import apply_speedups
     from train.validation import Validation
@@ -141,10 +144,13 @@ def train(config: TrainConfig) -> int:
         f"{config.batch_size}){epochs}"
     )
     ranks.say(
-        f"LoRA of rank {spec.rank}, scale {spec.scale:g}, on {len(adapted)} layers: {trainable:,} trainable parameters; "
-        f"{transformer.checkpointed_blocks} of {transformer.config.num_layers} blocks recomputed"
+        f"LoRA of rank {spec.rank}, scale {spec.scale:g}, on {len(adapted)} layers: {trainable:,} trainable parameters"
     )
-    for line in speedups:
+    largest = largest_batch(config, dataset)
+    added = engine_bytes(deepspeed_config, trainable, config, ranks.world, resumed is not None)
+    stage = deepspeed_config["zero_optimization"]["stage"]
+    recomputation = plan_recomputation(config.activation_checkpointing, module, largest, added, stage, ranks.device)
+    for line in [*speedups, *recomputation.lines()]:
         ranks.say(line)
 
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,6 +173,7 @@ def train(config: TrainConfig) -> int:
 
     batches = iter(loader)
     watch = LossWatch(metrics.say)
+    peak = PeakWatch(recomputation, largest, ranks.device, metrics.say)
     loss_sum = torch.zeros((), device=ranks.device)
     summed = 0
     if step == 0:
@@ -182,6 +189,7 @@ def train(config: TrainConfig) -> int:
             losses = engine(latents, batch.noise, batch.sigma, prompt)
             engine.backward(losses.mean())
             watch.saw(batch, losses)
+            peak.saw(latents, prompt)
             set_learning_rate(engine, learning_rate(step, config, total_steps))
             engine.step()
             step_loss += losses.detach().mean() / accumulation
@@ -227,6 +235,7 @@ def train(config: TrainConfig) -> int:
             return PREEMPTED
 
     # ── The result ────────────────────────────────────────────────────────────────────────────────────────────────────
+    peak.tell()
     path = export.write_final(engine, step)
     metrics.say(f"LoRA of step {step}: {path}")
     metrics.close()

@@ -1,7 +1,7 @@
 """A training step that changes nothing: what it holds in memory, or that it runs out of it."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +46,10 @@ class SavedBytes:
         self._hooks.__exit__(*error)
 
 
-def try_step(module: nn.Module, arguments: tuple[Any, ...]) -> Trial | None:
-    """One forward and backward pass of `module` as training does it; None when memory ran out.
+def try_step(
+    module: nn.Module, arguments: tuple[Any, ...], prepare: Callable[[], object] = lambda: None
+) -> Trial | None:
+    """After `prepare`, one forward and backward pass of `module` as training does it; None when memory ran out.
 
     Nothing changes: no gradient is stored (no hook of DeepSpeed's sees one), random generators and the module's mode are
     as before. On CUDA the bytes are torch's own counters; on the CPU they are what autograd keeps, without the work's.
@@ -57,6 +59,7 @@ def try_step(module: nn.Module, arguments: tuple[Any, ...]) -> Trial | None:
     module.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            prepare()
             return _measured_step(module, arguments, device)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS and cuDNN raise the plain kind
         text = str(error).lower()
