@@ -74,6 +74,18 @@ def test_where_a_run_goes_on(tmp_path):
     assert load_file(folders[1] / TENSORS)["weight/b"].tolist() == [2.0] * 5
 
 
+def test_folders_of_other_names_are_left_alone(tmp_path):
+    run = tmp_path / "step-1"  # a run may be called so, or like a checkpoint
+    assert Checkpoints(run).find("auto") is None and Checkpoints(tmp_path / "step-00000001").find("auto") is None
+    old = write_one(run, 10)
+    for name in ("step-00000010.bak", "step-old"):
+        shutil.copytree(old, old.with_name(name))
+    checkpoint_folder.prune(write_one(run, 20), keep=1, keep_every=15, say=print)
+    assert sorted(path.name for path in old.parent.glob("step-*")) == ["step-00000010.bak", "step-00000020", "step-old"]
+    assert Checkpoints(run).find("auto").step == 20
+    assert Checkpoints(run).find(str(old.with_name("step-00000010.bak"))).step == 10
+
+
 def test_the_last_n_and_every_mth_stay(tmp_path):
     for step in range(10, 70, 10):
         checkpoint_folder.prune(write_one(tmp_path, step), keep=2, keep_every=30, say=print)

@@ -1,6 +1,8 @@
 """The trainer's ways to its data, and what it does when it can't write: through train_lora.main."""
 
 import json
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from demo.random_model import write_random_encoded, write_random_model
 from train import lora_file, train_lora
+from train.nonfinite import LossWatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,7 +118,9 @@ def test_a_lora_file_that_cannot_be_written(model, data, tmp_path, capsys, monke
     output = tmp_path / "run"
     assert train(model, data, output, "--save_steps", "1", "--on_save_error", policy) == code
     said = capsys.readouterr()
-    assert "not written: [Errno 28]" in (said.out if code == 0 else said.err) and set(threads) == {"lora-export"}
+    assert "not written: No space left on device" in (said.out if code == 0 else said.err) and set(threads) == {
+        "lora-export"
+    }
     assert (output / "lora.safetensors").exists() == (code == 0) and (output / "lora-1.safetensors").exists()
 
 
@@ -133,3 +138,41 @@ def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         lora_file.save_lora(tmp_path / "lora.safetensors", {}, LoraSpec(("to_q",), 1, 1.0), {}, torch.float32)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(3, do): call `do` in the midst of optimizer step 3."""
+    took = LossWatch.took
+
+    def register(step: int, do) -> None:
+        def took_and_did(self, now: int, engine) -> bool:
+            if now == step:
+                do()
+            return took(self, now, engine)
+
+        monkeypatch.setattr(LossWatch, "took", took_and_did)
+
+    return register
+
+
+def test_a_row_averages_over_the_same_steps_after_a_crash(model, data, tmp_path, at_step):
+    more = ["--save_steps", "2", "--log_steps", "4", "--max_steps", "6"]
+    assert train(model, data, tmp_path / "whole", *more) == 0
+
+    def crash() -> None:
+        raise OSError("pulled the plug")
+
+    at_step(4, crash)
+    assert train(model, data, tmp_path / "crashed", *more) == 2
+    at_step(0, crash)
+    assert losses(tmp_path / "crashed") == []
+    assert train(model, data, tmp_path / "crashed", *more) == 0
+    assert losses(tmp_path / "crashed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 2
+
+
+def test_a_run_that_saves_at_every_step_leaves_when_asked(model, data, tmp_path, at_step, capsys):
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    more = ["--save_steps", "0", "--checkpoint_steps", "1", "--max_steps", "9"]
+    assert train(model, data, tmp_path / "run", *more) == 85
+    assert "asked to leave: checkpoint of step 3 saved" in capsys.readouterr().err

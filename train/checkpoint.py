@@ -61,17 +61,10 @@ class Checkpoints:
                 write_checkpoint(folder, facts, wholes)
                 prune(folder, self.keep, self.keep_every, self.say)
             except OSError as error:
-                problem = OSError(error.errno, f"checkpoint {folder} not written: {error.strerror or error}")
+                problem = error
         for _ in wholes:  # the other ranks' share; after an error also the rest of rank 0's: they wait for it
             pass
-        outcome = [problem]
-        dist.broadcast_object_list(outcome, device=object_device())
-        if outcome[0] is None:
-            return folder
-        if self.on_error == "stop":
-            raise outcome[0]
-        self.say(f"{outcome[0].strerror}; training goes on, earlier checkpoints are intact")
-        return None
+        return folder if settle(problem, f"checkpoint {folder} not written", self.on_error, self.say) else None
 
     def find(self, resume: str = "auto") -> Checkpoint | None:
         """The checkpoint to go on from, verified; the same on all ranks (rank 0 looks). None: begin at the beginning.
@@ -147,6 +140,20 @@ def differences(saved: Any, now: Any, name: str = "") -> list[str]:
     if as_json[0] == as_json[1]:
         return []
     return [f"{name} is {json.dumps(saved)} in the checkpoint, {json.dumps(now)} in this run"]
+
+
+def settle(problem: OSError | None, what: str, on_error: str, say: Say) -> bool:
+    """Whether no rank had a problem with writing; a collective. If one had: OSError on all ranks (`stop`), or a line."""
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((p for p in problems if p is not None), None)
+    if first is None:
+        return True
+    line = f"{what}: {first.strerror or first}"
+    if on_error == "stop":
+        raise OSError(line)
+    say(f"{line}; training goes on, what was written before is intact")
+    return False
 
 
 def object_device() -> torch.device:

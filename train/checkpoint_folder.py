@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -123,11 +124,11 @@ def prune(newest: Path, keep: int, keep_every: int, say: Say) -> None:
 
 
 def newest_whole(path: Path, may_be_missing: bool, say: Say) -> Checkpoint | None:
-    """The newest undamaged checkpoint at `path` of one, of a folder of them, or of a run."""
-    if (path / FACTS).exists() or path.name.startswith("step-"):
-        return read_checkpoint(path)
+    """The newest undamaged checkpoint at `path`: a run, a folder of checkpoints, or one checkpoint."""
     root = path if step_folders(path) else path / "checkpoints"
     candidates = step_folders(root)[::-1]
+    if not candidates and ((path / FACTS).exists() or (is_step(path) and not may_be_missing)):
+        return read_checkpoint(path)
     if not candidates:
         if may_be_missing:
             return None
@@ -169,8 +170,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Checkpoint folders from the oldest to the newest."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    """Checkpoint folders from the oldest to the newest; others beside them (a user's step-00000100.bak) are not ours."""
+    return sorted(path for path in root.glob("step-*") if is_step(path) and path.is_dir())
+
+
+def is_step(folder: Path) -> bool:
+    return re.fullmatch(r"step-\d{8,}", folder.name) is not None
 
 
 def step_of(folder: Path) -> int:

@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,10 @@ class Ranks:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """A line on standard output, from rank 0 alone."""
+        """A line on standard output, from rank 0 alone; a full disk behind it doesn't end the run."""
         if self.is_main:
-            print(text, flush=True)
+            with suppress(OSError):
+                print(text, flush=True)
 
 
 def join_process_group() -> Ranks:
@@ -132,13 +134,6 @@ def _lighten(zero: Any) -> None:
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def mean_over_ranks(value: torch.Tensor) -> float:
-    """The mean of a scalar over all ranks; a collective and a host synchronisation."""
-    value = value.detach().double().clone()
-    dist.all_reduce(value)
-    return (value / dist.get_world_size()).item()
 
 
 def whole_weights(engine: Any) -> dict[str, torch.Tensor]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from qwen_image.pipeline import QwenImagePipeline
-from train.checkpoint import object_device
+from train.checkpoint import settle
 from train.config import TrainConfig
 from train.data import ShardDataset
 from train.engine import DTYPES, Ranks, whole_weights
@@ -51,6 +50,7 @@ class LoraExport:
         }
         self._writer: threading.Thread | None = None
         self._problem: OSError | None = None
+        self._path = config.output_path
         self._pending = False  # the same on all ranks, though only rank 0 has a writer
 
     def write(self, engine: Any, step: int) -> Path:
@@ -69,18 +69,12 @@ class LoraExport:
             return
         if self._writer is not None:
             self._writer.join()
-        outcome = [self._problem]
-        dist.broadcast_object_list(outcome, device=object_device())
-        self._writer, self._problem, self._pending = None, None, False
-        if outcome[0] is None:
-            return
-        if (on_error or self.config.on_save_error) == "stop":
-            raise outcome[0]
-        self.ranks.say(f"{outcome[0]}; training goes on")
+        problem, self._writer, self._problem, self._pending = self._problem, None, None, False
+        settle(problem, f"LoRA file {self._path} not written", on_error or self.config.on_save_error, self.ranks.say)
 
     def _start(self, engine: Any, step: int, name: str) -> Path:
         self.finish()
-        path = self.config.output_path / name
+        path = self._path = self.config.output_path / name
         weights = whole_weights(engine)
         if self.ranks.is_main:
             tensors = {short_name(name).removeprefix("transformer."): weight for name, weight in weights.items()}
@@ -93,4 +87,4 @@ class LoraExport:
         try:
             save_lora(path, tensors, self.spec, {**self.metadata, "step": str(step)}, DTYPES[self.config.save_dtype])
         except Exception as error:  # whatever it is, the training thread has to learn of it
-            self._problem = OSError(f"LoRA file {path} not written: {error}")
+            self._problem = error if isinstance(error, OSError) else OSError(None, f"{type(error).__name__}: {error}")

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -51,7 +51,8 @@ class Metrics:
         config.output_path.mkdir(parents=True, exist_ok=True)
         path = config.output_path / "metrics.jsonl"
         remove_rows_after(start_step, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
         self._run = self._start_wandb(config, start_step, facts or {})
         self._bar = tqdm(
             total=total_steps,
@@ -97,10 +98,11 @@ class Metrics:
             self._try(lambda: self._run.log({"step": step, name: wandb.Image(str(path))}))
 
     def say(self, text: str) -> None:
-        """A line on stderr, above the bar."""
+        """A line on stderr, above the bar; a full disk behind it doesn't end the run."""
         if self.active:
-            self._bar.write(text, file=sys.stderr)
-            sys.stderr.flush()
+            with suppress(OSError):
+                self._bar.write(text, file=sys.stderr)
+                sys.stderr.flush()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -124,10 +126,24 @@ class Metrics:
 
     def _write(self, row: dict[str, Any]) -> None:
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._append(json.dumps(row).encode() + b"\n")
         if self._run is not None:
             self._try(lambda: self._run.log(row))
+
+    def _append(self, row: bytes) -> None:
+        """Add a row to the file. On a full disk it waits for the next row, and is written with it if there is room then."""
+        waited = bool(self._unwritten)
+        self._unwritten += row
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            left = self._unwritten
+            while left:
+                left = left[self._file.write(left) :]
+            self._unwritten = b""
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)
+            if not waited:
+                complain(f"{self._file.name} can't be written ({error.strerror}); its rows wait until it can")
 
     def _start_wandb(self, config: TrainConfig, start_step: int, facts: dict[str, Any]) -> Any:
         """A W&B run, or None: disabled, not installed or failed. A resumed training goes on in the same run."""

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import torch.distributed as dist
 from PIL import Image
 
 from qwen_image.loading import ModelSource
 from qwen_image.pipeline import DEFAULT_NEGATIVE_PROMPT, QwenImagePipeline
 from qwen_image.text_encoder import Prompt
+from train.checkpoint import settle
 from train.config import TrainConfig
 from train.engine import DTYPES, Ranks
 from train.grid import make_grid, save_png
@@ -44,7 +44,10 @@ class Preview:
         self.vae_home = self.vae.device
 
     def write(self, step: int) -> Path | None:
-        """Make the images of `step` as RUN/samples/step-<step>/NN.png and grid.png; returns the grid's path."""
+        """Make the images of `step` as RUN/samples/step-<step>/NN.png and grid.png; returns the grid's path.
+
+        Images that can't be written (a full disk) raise an OSError on all ranks, or are reported, by `on_save_error`.
+        """
         if not self.jobs:
             return None
         config = self.config
@@ -55,6 +58,7 @@ class Preview:
         transformer.eval()
         self.vae.to(self.ranks.device)
         pipeline = QwenImagePipeline(transformer, None, self.vae, self.pipeline.schedule, self.pipeline.files)
+        problem: OSError | None = None
         for place, prompt in self.jobs:
             pixels = pipeline.generate(
                 self.embeds[prompt],
@@ -67,12 +71,19 @@ class Preview:
             )
             if place < len(config.sample_prompts):
                 parameters = {"prompt": config.sample_prompts[prompt], "seed": config.seed + prompt, "step": step}
-                save_png(folder / f"{prompt:02d}.png", Image.fromarray(pixels[0].numpy()), parameters)
+                try:
+                    save_png(folder / f"{prompt:02d}.png", Image.fromarray(pixels[0].numpy()), parameters)
+                except OSError as error:
+                    problem = error
         self.vae.to(self.vae_home)
         transformer.train(was_training)
-        dist.barrier()
+        if not settle(problem, "sample images not written", config.on_save_error, self.ranks.say):
+            return None
         grid = folder / "grid.png"
         if self.ranks.is_main:
             images = [Image.open(folder / f"{n:02d}.png").convert("RGB") for n in range(len(config.sample_prompts))]
-            make_grid([images], [f"step {step}"], list(config.sample_prompts)).save(grid)
-        return grid
+            try:
+                make_grid([images], [f"step {step}"], list(config.sample_prompts)).save(grid)
+            except OSError as error:
+                problem = error
+        return grid if settle(problem, "sample grid not written", config.on_save_error, self.ranks.say) else None

@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> int:
     from train.base import check_base, read_presets
     from train.checkpoint import Checkpoints, check_same
     from train.deepspeed_config import load_deepspeed_config, warnings
-    from train.engine import DTYPES, initialize, join_process_group, learning_rate, mean_over_ranks, set_learning_rate
+    from train.engine import DTYPES, initialize, join_process_group, learning_rate, set_learning_rate
     from train.export import LoraExport
     from train.feed import make_loader, make_order, open_data
     from train.largest_batch import largest_batch
@@ -168,19 +168,16 @@ def train(config: TrainConfig) -> int:
 
     def save_checkpoint() -> None:
         with metrics.paused():
-            client = {**identity, "consumed": loader.consumed, "config": config.to_dict()}
+            client = {**identity, "consumed": loader.consumed, "loss": watch.state(), "config": config.to_dict()}
             checkpoints.save(engine, step, client)
 
     batches = iter(loader)
-    watch = LossWatch(metrics.say)
+    watch = LossWatch(metrics.say, ranks.device, resumed.client.get("loss") if resumed is not None else None)
     peak = PeakWatch(recomputation, largest, ranks.device, metrics.say)
-    loss_sum = torch.zeros((), device=ranks.device)
-    summed = 0
     if step == 0:
         validate()
     engine.train()
     while step < total_steps:
-        step_loss = torch.zeros_like(loss_sum)
         for _ in range(accumulation):
             batch = next(batches)
             latents, prompt = encoder(batch)
@@ -192,12 +189,8 @@ def train(config: TrainConfig) -> int:
             peak.saw(latents, prompt)
             set_learning_rate(engine, learning_rate(step, config, total_steps))
             engine.step()
-            step_loss += losses.detach().mean() / accumulation
         step += 1
-        if watch.took(step, engine):
-            loss_sum += step_loss
-            summed += 1
-        elif config.on_nonfinite == "stop":
+        if not watch.took(step, engine) and config.on_nonfinite == "stop":
             export.finish()
             metrics.close()
             return NOT_FINITE
@@ -205,16 +198,14 @@ def train(config: TrainConfig) -> int:
         metrics.advance()
 
         if step % config.log_steps == 0 or step == total_steps:
-            mean_loss = mean_over_ranks(loss_sum / max(summed, 1))
             norm = float(engine.get_global_grad_norm())
             metrics.log(
                 step,
-                loss=mean_loss,
+                loss=watch.mean(),
                 lr=learning_rate(step - 1, config, total_steps),
                 grad_norm=norm,
                 epoch=loader.epoch,
             )
-            loss_sum, summed = torch.zeros_like(loss_sum), 0
         if due(config.validate_every):
             validate()
         if due(config.sample_every):
@@ -225,10 +216,10 @@ def train(config: TrainConfig) -> int:
         if due(config.save_steps) and step < total_steps:
             with metrics.paused():
                 export.write(engine, step)
-        if due(config.checkpoint_every):
+        leave = preemption.agreed() and step < total_steps
+        if leave or due(config.checkpoint_every):
             save_checkpoint()
-        elif preemption.agreed():
-            save_checkpoint()
+        if leave:
             export.finish()
             metrics.say(f"asked to leave: checkpoint of step {step} saved, exit code {PREEMPTED}")
             metrics.close()
