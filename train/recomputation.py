@@ -66,10 +66,11 @@ def usable_bytes(device: torch.device) -> int:
     """What this process may have in all: its own and the free memory, less the margin; on the CPU its share of the host's."""
     if device.type != "cuda":
         return int(host_bytes() / ranks_here() * (1 - MARGIN_SHARE))
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index))
     margin = max(MARGIN_BYTES, int(total * MARGIN_SHARE))
-    return min(free + torch.cuda.memory_reserved(device), allowed) - margin
+    return min(free + torch.cuda.memory_reserved(index), allowed) - margin
 
 
 def largest_over_ranks(device: torch.device, value: int) -> int:
