@@ -17,11 +17,10 @@ from qwen_image.weight_files import read_headers
 from train.config import TrainConfig
 
 GIB = 2**30
-# What autograd keeps of one compiled block, in tensors of a token's width. Counted from the code it is 13: the block's input,
-# what goes into the projections (for lora_A), q and k before their norms, q, k, v for attention, its output, the stream
-# after attention, and 4 before GELU; norms, gates and GELU are computed again. Measured 14.25: 46.6 GiB at the peak with
-# nothing recomputed against 27.7 with everything, 59 blocks, 4,224 tokens × 3,072 channels × 2 bytes (one H100, bf16).
-SAVED_PER_BLOCK = 14.25
+# What autograd keeps of one compiled block, in tensors of a token's width (a GELU's input alone has 4): 11.10 to 11.12 measured
+# on one H100 (bf16, 60 blocks, LoRA on q, k and v, four shapes of 4,224 to 9,216 tokens).
+SAVED_PER_BLOCK = 11.12
+WORK = 6  # the same measurement: so many at the peak besides, gradients within a block and the end of the model
 CONTEXT_BYTES = 1 * GIB  # CUDA context, NCCL, cuBLAS workspaces, fragmentation
 
 
@@ -135,8 +134,7 @@ def plan_memory(
 
     width = tokens * shape.inner_dim * itemsize
     kept = shape.num_layers - checkpointed_blocks
-    # at least one block's at a time, and half as much again for the gradients within it and at the end of the model
-    on_device["activations"] = int((max(kept, 1) + 1.5) * SAVED_PER_BLOCK * width)
+    on_device["activations"] = int((max(kept, 1) * SAVED_PER_BLOCK + WORK) * width)  # one block at a time at least
     if config.offload_activations:
         on_host["activations"] = checkpointed_blocks * width * local_world
     else:

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qwen_image.transformer import QwenImageTransformer
 from train.activation_offload import ActivationOffload
+from train.module import FlowMatchingModule
 
 
 class Trial(NamedTuple):
@@ -47,37 +46,40 @@ class SavedBytes:
 
 
 def try_step(
-    module: nn.Module, arguments: tuple[Any, ...], prepare: Callable[[], object] = lambda: None
+    module: FlowMatchingModule, arguments: tuple[Any, ...], prepare: Callable[[], object] = lambda: None
 ) -> Trial | None:
     """After `prepare`, one forward and backward pass of `module` as training does it; None when memory ran out.
 
-    Nothing changes: no gradient is stored (no hook of DeepSpeed's sees one), random generators and the module's mode are
-    as before. On CUDA the bytes are torch's own counters; on the CPU they are what autograd keeps, without the work's.
+    Nothing changes: no gradient is stored (no hook of DeepSpeed's sees one), no graph is captured, random generators and
+    the module's mode are as before. On CUDA the bytes are torch's own counters; on the CPU they are what autograd keeps,
+    without what the work takes.
     """
     device = arguments[0].device
-    training = module.training
+    training, graphs = module.training, module.graphs
     module.train()
+    module.graphs = None
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             prepare()
             return _measured_step(module, arguments, device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS and cuDNN raise the plain kind
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS, cuDNN and the CPU raise the plain kind
         text = str(error).lower()
-        if not any(words in text for words in ("out of memory", "alloc_failed", "can't allocate memory")):
+        said = any(words in text for words in ("out of memory", "alloc_failed", "can't allocate memory"))
+        if not said and not isinstance(error, torch.OutOfMemoryError):
             raise
     finally:
         module.train(training)
+        module.graphs = graphs
     # here the exception and with it every frame that held a tensor is gone
-    for child in module.modules():
-        if isinstance(child, QwenImageTransformer) and isinstance(child.saved_inputs, ActivationOffload):
-            child.saved_inputs.forget()
+    if isinstance(module.transformer.saved_inputs, ActivationOffload):
+        module.transformer.saved_inputs.forget()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return None
 
 
-def _measured_step(module: nn.Module, arguments: tuple[Any, ...], device: torch.device) -> Trial:
+def _measured_step(module: FlowMatchingModule, arguments: tuple[Any, ...], device: torch.device) -> Trial:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if device.type != "cuda":
         with SavedBytes([*module.parameters(), *module.buffers(), *_tensors(arguments)]) as saved:
