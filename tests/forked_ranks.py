@@ -1,11 +1,28 @@
 """Ranks that are forked from the test process (torch and DeepSpeed are imported once) and talk over gloo."""
 
+import gc
 import importlib
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def import_once() -> Iterator[None]:
+    """What `deepspeed.initialize` imports takes seconds: once, before the forks. For the modules that import this name."""
+    import torch
+
+    for name in ("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "peft"):
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage often; the forks need not look at all that was imported
+    yield
+    gc.unfreeze()
 
 
 def run_ranks(world: int, body: Callable[..., Any], *arguments: Any, wait: bool = True) -> Any:

@@ -1,7 +1,5 @@
 """Checkpoints of an engine: going on is exact, at any number of ranks, from whatever moment the run was killed at."""
 
-import gc
-import importlib
 import json
 import random
 import shutil
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import run_ranks
+from forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
 from safetensors.torch import load_file
 
 from train import checkpoint_folder
@@ -85,18 +83,6 @@ def train_steps(engine: Any, first: int, last: int, after: Callable[[int], objec
         losses.append(total.mean().item())
         after(step + 1)
     return losses
-
-
-@pytest.fixture(scope="module", autouse=True)
-def import_once():
-    """What `deepspeed.initialize` imports takes seconds: once, before the forks."""
-    for name in ("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
-        importlib.import_module(name)
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # DeepSpeed collects garbage often; the forks need not look at all that was imported
-    yield
-    gc.unfreeze()
 
 
 # ── exactness ────────────────────────────────────────────────────────────────────────────────────────────────────────
