@@ -10,8 +10,8 @@ flat buffer.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,20 +41,22 @@ class StepGraphs:
     """Computes losses [B] of a batch by replaying graphs; their gradients reach `trained` through autograd.
 
     Args:
+        module: its parameters with requires_grad receive gradients; all of one dtype, and their addresses don't change.
         compute: device tensors (None where a batch lacks one) → losses [B]; must not wait for the device or draw
             random numbers.
-        warm_up: runs `compute` once, forward and backward, in little memory: compiles and chooses kernels.
-        trained: the leaves that receive gradients, whose addresses must not change; all of one dtype.
+        small: a context in which `compute` takes little memory but meets every kernel, for compiling and warming up.
+        keep_alive: what the graphs read that something else owns.
     """
 
     def __init__(
         self,
+        module: nn.Module,
         compute: Callable[[Inputs], torch.Tensor],
-        warm_up: Callable[[Inputs], object],
-        trained: Sequence[nn.Parameter],
-        keep_alive: Callable[[Inputs], object] = lambda inputs: None,
+        small: Callable[[], AbstractContextManager[object]],
+        keep_alive: Callable[[Inputs], object],
     ) -> None:
-        self.compute, self.warm_up, self.trained, self.keep_alive = compute, warm_up, list(trained), keep_alive
+        self.module, self.compute, self.small, self.keep_alive = module, compute, small, keep_alive
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.pairs: OrderedDict[tuple[Any, ...], Pair] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
         first = self.trained[0]
@@ -83,18 +85,19 @@ class StepGraphs:
         own: Inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.warm_up(own)
+        with torch.cuda.stream(stream), self.small(), fresh_leaves(self.module) as leaves:
+            torch.autograd.grad(self.compute(own).sum(), leaves, allow_unused=True)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self.pool, stream=stream, capture_error_mode=MODE):
-            losses = self.compute(own)
-        upstream = torch.ones_like(losses)
-        with torch.cuda.graph(backward, pool=self.pool, stream=stream, capture_error_mode=MODE):
-            gradients = torch.autograd.grad(losses, self.trained, upstream)
-            torch._foreach_copy_(self.views(self.gradients), [gradient.reshape(-1) for gradient in gradients])
-            del gradients  # its memory may serve the next shape
+        with fresh_leaves(self.module) as leaves:
+            with torch.cuda.graph(forward, pool=self.pool, stream=stream, capture_error_mode=MODE):
+                losses = self.compute(own)
+            upstream = torch.ones_like(losses)
+            with torch.cuda.graph(backward, pool=self.pool, stream=stream, capture_error_mode=MODE):
+                gradients = torch.autograd.grad(losses, leaves, upstream)
+                torch._foreach_copy_(self.views(self.gradients), [gradient.reshape(-1) for gradient in gradients])
+                del gradients  # its memory may serve the next shape
         return Pair(own, losses.detach(), upstream, forward, backward, self.keep_alive(own))
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -118,6 +121,25 @@ class _Replay(torch.autograd.Function):
         # A copy, because .grad may keep what it is given until after the next launch.
         views = graphs.views(graphs.gradients.clone())
         return None, None, *(view.view_as(p) for view, p in zip(views, graphs.trained, strict=True))
+
+
+@contextmanager
+def fresh_leaves(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The trained parameters replaced by new ones over the same memory, in the order of `module.parameters()`.
+
+    Autograd brings a gradient to the stream on which the parameter was first used. DeepSpeed's hooks fix that to the
+    default stream, which a capture must not touch.
+    """
+    owners = [(owner, name, p) for owner in module.modules() for name, p in owner._parameters.items() if p is not None]
+    leaves = {p: nn.Parameter(p.detach()) for _, _, p in owners if p.requires_grad}
+    replaced = [(owner, name, p) for owner, name, p in owners if p in leaves]
+    for owner, name, parameter in replaced:
+        owner._parameters[name] = leaves[parameter]
+    try:
+        yield list(leaves.values())
+    finally:
+        for owner, name, parameter in replaced:
+            owner._parameters[name] = parameter
 
 
 @contextmanager

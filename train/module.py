@@ -1,6 +1,7 @@
 """What DeepSpeed wraps: a module whose forward takes a batch and returns the loss."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -53,11 +54,6 @@ class FlowMatchingModule(nn.Module):
 
     def use_graphs(self) -> None:
         """Replay CUDA graphs from now on. The trained parameters must stay where they are."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-        def warm_up(inputs: Inputs) -> None:
-            with few_blocks(self.transformer):
-                torch.autograd.grad(self.losses(inputs).sum(), trained, allow_unused=True)
 
         def positions(inputs: Inputs) -> Rotary:
             latents, _, _, embeds, *_ = inputs
@@ -65,7 +61,7 @@ class FlowMatchingModule(nn.Module):
             shape = embeds.shape[1], latents.shape[-2] // 2, latents.shape[-1] // 2
             return rotary_table(*shape, self.transformer.config.axes_dims_rope, latents.device)
 
-        self.graphs = StepGraphs(self.losses, warm_up, trained, positions)
+        self.graphs = StepGraphs(self, self.losses, partial(few_blocks, self.transformer), positions)
 
 
 class OnlineEncoder:
