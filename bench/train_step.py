@@ -36,6 +36,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 WORDS = {
     "full": "every block recomputed",
     "half": "half of the blocks recomputed",
+    "auto": "as few blocks recomputed as fit",
     "engine": "through DeepSpeed's engine, ZeRO-2",
     "launched": "kernel by kernel, no CUDA graphs",
     "dynamic": "compiled once for all lengths",
@@ -79,8 +80,10 @@ def our_step(
     from qwen_image.modulation import replace_by_table
     from qwen_image.text_encoder import Prompt
     from train.fused_projection import fuse_projections
+    from train.largest_batch import BatchShape
     from train.lora import LoraSpec, inject_lora
     from train.module import FlowMatchingModule
+    from train.recomputation import plan_recomputation
 
     words = set(variant.split("-")[1:])
     assert words <= WORDS.keys() and variant.startswith("ours"), f"{variant}: choose from {WORDS}"
@@ -112,6 +115,11 @@ def our_step(
         mask[0, text - padding :] = False
     prompt = Prompt(torch.randn(batch, text, transformer.config.joint_attention_dim, device=device, dtype=dtype), mask)
     trained = [p for p in transformer.parameters() if p.requires_grad]
+    if "auto" in words:
+        moments = 2 * sum(p.numel() * p.element_size() for p in trained)
+        shape = BatchShape(batch, height, width, text, padding > 0)
+        plan = plan_recomputation("auto", module, shape, moments, 2, device)
+        print("…", *plan.lines(), flush=True)
     graphs = device.type == "cuda" and "launched" not in words
     if "engine" in words:
         step = engine_step(module, (latents, noise, sigma, prompt), batch)
