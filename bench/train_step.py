@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from qwen_image.transformer import QwenImageTransformer
     from train.module import FlowMatchingModule
 
 
@@ -54,21 +53,6 @@ KINDS = (  # first match names a kernel's kind
 )
 
 
-def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) -> QwenImageTransformer:
-    """The full-size shape with so many blocks, weights N(0, 0.02), built on the device."""
-    import torch
-
-    from qwen_image.transformer import QwenImageTransformer, TransformerConfig
-
-    with torch.device("meta"):
-        transformer = QwenImageTransformer(TransformerConfig(num_layers=layers)).to(dtype)
-    transformer.to_empty(device=device)
-    for name, parameter in transformer.named_parameters():
-        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 or "bias" in name else parameter.data.fill_(1.0)
-        parameter.requires_grad_(False)
-    return transformer.eval()
-
-
 @contextlib.contextmanager
 def our_step(
     variant: str, layers: int, size: Size, text: int, padding: int, device: torch.device
@@ -76,6 +60,7 @@ def our_step(
     """`variant`: `ours`, as train_lora.py runs it without DeepSpeed, and words joined by '-' that change it (WORDS)."""
     import torch
 
+    from bench.random_transformer import random_transformer
     from qwen_image.float8 import keep_transposed, quantise_blocks
     from qwen_image.modulation import replace_by_table
     from qwen_image.text_encoder import Prompt
@@ -121,14 +106,12 @@ def our_step(
         plan = plan_recomputation("auto", module, shape, moments, 2, device)
         print("…", *plan.lines(), flush=True)
     graphs = device.type == "cuda" and "launched" not in words
-    if "engine" in words:
-        step = engine_step(module, (latents, noise, sigma, prompt), batch)
-        if graphs:
-            module.use_graphs()
-        yield step
-        return
+    through_engine = engine_step(module, (latents, noise, sigma, prompt), batch) if "engine" in words else None
     if graphs:
         module.use_graphs()
+    if through_engine is not None:
+        yield through_engine
+        return
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
 
     def step() -> torch.Tensor:
@@ -162,19 +145,10 @@ def engine_step(module: FlowMatchingModule, arguments: tuple[Any, ...], batch: i
     from train.deepspeed_config import load_deepspeed_config
     from train.engine import initialize, join_process_group
 
-    root = Path(__file__).resolve().parent.parent
-    flags = [
-        "--deepspeed",
-        str(root / "ds_configs" / "zero2.json"),
-        "--model",
-        "-",
-        "--data",
-        "-",
-        "--output_path",
-        "-",
-    ]
+    settings = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    config = parse([*flags, "--batch_size", str(batch), "--dtype", dtype])
+    flags = f"--model - --data - --output_path - --batch_size {batch} --dtype {dtype}".split()
+    config = parse(["--deepspeed", str(settings), *flags])
     ranks = join_process_group()
     engine = initialize(module, config, load_deepspeed_config(config.deepspeed, config, ranks.world))
 
