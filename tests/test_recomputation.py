@@ -267,12 +267,12 @@ def dataset(encoded: bool, training: list[int] | None = None) -> Any:
         ({}, dataset(True), BatchShape(1, 64, 64, 90, False)),  # 16 + 90 tokens against 24 + 50
         ({}, dataset(True, [0, 2, 3]), BatchShape(1, 64, 96, 50, False)),  # 90 is held out
         ({}, dataset(True, [0]), BatchShape(1, 64, 64, 30, False)),
-        ({"text_padding": 32}, dataset(True), BatchShape(1, 64, 64, 96, True)),
+        ({"text_multiple": 32}, dataset(True), BatchShape(1, 64, 64, 96, True)),
         ({"max_prompt_tokens": 40, "batch_size": 4}, dataset(True), BatchShape(4, 64, 96, 40, True)),
         ({}, dataset(False), BatchShape(1, 64, 96, 512, False)),  # lengths are not known
         ({}, dataset(True, []), BatchShape(1, 64, 96, 512, False)),  # nor in a stream
     ],
 )
 def test_the_largest_batch_occurs(options: dict[str, int], data: Any, expected: BatchShape) -> None:
-    config: Any = SimpleNamespace(**{"max_prompt_tokens": 512, "batch_size": 1, "text_padding": 1} | options)
+    config: Any = SimpleNamespace(**{"max_prompt_tokens": 512, "batch_size": 1, "text_multiple": 1} | options)
     assert largest_batch(config, data) == expected

@@ -88,7 +88,10 @@ class TrainConfig:
     max_prompt_tokens: Annotated[
         Annotated[int, Range(1, 1024)], "longer captions are cut; sampling cuts at 512, the encoder allows 1024"
     ] = 512
-    text_padding: Annotated[Count, "pad a batch's text to a multiple of this many tokens (fewer shapes)"] = 1
+    text_padding: Annotated[
+        Count | None,
+        "pad a batch's text to a multiple of this many tokens: fewer shapes; not given: 32 on a GPU, else 1",
+    ] = None
 
     # ---- LoRA
     lora_rank: Annotated[Count, "rank of the LoRA matrices"] = 32
@@ -160,7 +163,12 @@ class TrainConfig:
         "and ZeRO doesn't partition it",
     ] = "auto"
     compile: Annotated[
-        Literal["auto", "on", "off"], "compile the blocks (a minute or two at start); auto: on a GPU, not under ZeRO-3"
+        Literal["auto", "on", "off"], "compile the blocks (a minute at start); auto: on a GPU, not under ZeRO-3"
+    ] = "auto"
+    cuda_graphs: Annotated[
+        Literal["auto", "off"],
+        "launch a step's kernels as one graph, captured once for each shape of a batch; auto: on a GPU, but not under "
+        "ZeRO-3 or with lora_dropout or offload_activations",
     ] = "auto"
 
     # ---- saving and resuming
@@ -232,6 +240,11 @@ class TrainConfig:
     def alpha(self) -> float:
         """LoRA alpha: `lora_alpha`, or the rank."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def text_multiple(self) -> int:
+        """Prompts are padded to a multiple of so many tokens. On a GPU train_lora.py fills text_padding in."""
+        return self.text_padding or 1
 
     @property
     def trained_dtype(self) -> Literal["bfloat16", "float32"]:

@@ -55,7 +55,7 @@ def make_loader(
         consumed=consumed,
         num_workers=config.num_workers,
         device=ranks.device,
-        text_multiple=config.text_padding,
+        text_multiple=config.text_multiple,
         on_broken_sample=config.on_broken_sample,
         say=say,
     )

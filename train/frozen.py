@@ -143,7 +143,7 @@ def needed_bytes(config: TrainConfig, weights: int, steps: int) -> int:
 
 
 def online_encoder(config: TrainConfig, pipeline: QwenImagePipeline, ranks: Ranks, plan: MemoryPlan) -> OnlineEncoder:
-    options = config.max_prompt_tokens, config.text_padding, ranks.device, plan.encoders == "swap"
+    options = config.max_prompt_tokens, config.text_multiple, ranks.device, plan.encoders == "swap"
     return OnlineEncoder(pipeline.vae, pipeline.text_encoder, *options)
 
 

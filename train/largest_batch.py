@@ -39,8 +39,8 @@ def largest_batch(config: TrainConfig, dataset: ShardDataset) -> BatchShape:
 
     def shape(bucket: Any) -> BatchShape:
         text = min(longest[bucket.id], config.max_prompt_tokens)
-        text = -(-text // config.text_padding) * config.text_padding
-        padded = config.batch_size > 1 or config.text_padding > 1
+        text = -(-text // config.text_multiple) * config.text_multiple
+        padded = config.batch_size > 1 or config.text_multiple > 1
         return BatchShape(config.batch_size, bucket.height, bucket.width, text, padded)
 
     shapes = [shape(bucket) for bucket in dataset.manifest.buckets if bucket.id in longest]

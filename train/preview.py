@@ -35,7 +35,7 @@ class Preview:
                 components=("text_encoder", "vae"),
                 dtype=DTYPES[config.dtype],
             )
-            options = config.max_prompt_tokens, config.text_padding, ranks.device
+            options = config.max_prompt_tokens, config.text_multiple, ranks.device
             encoder = OnlineEncoder(loaded.vae, loaded.text_encoder, *options, swap=True)
         assert encoder.vae is not None
         texts = [*prompts, DEFAULT_NEGATIVE_PROMPT]

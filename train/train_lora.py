@@ -13,6 +13,7 @@ lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Ex
 import os
 import sys
 import time
+from dataclasses import replace
 
 from train.command_line import parse
 from train.config import TrainConfig
@@ -61,12 +62,14 @@ def train(config: TrainConfig) -> int:
     from train.preview import Preview
     from train.recomputation import PeakWatch, plan_recomputation
     from train.run_folder import prepare_run_folder
-    from train.speed import apply_speedups
+    from train.speed import apply_speedups, shapes_met, start_graphs
     from train.validation import Validation
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
     ranks = join_process_group()
     preemption = Preemption()
+    if config.text_padding is None:
+        config = replace(config, text_padding=32 if ranks.device.type == "cuda" else 1)
     deepspeed_config = load_deepspeed_config(config.deepspeed, config, ranks.world)
     for warning in warnings(deepspeed_config):
         ranks.say(f"warning: {warning}")
@@ -150,7 +153,8 @@ def train(config: TrainConfig) -> int:
     added = engine_bytes(deepspeed_config, trainable, config, ranks.world, resumed is not None)
     stage = deepspeed_config["zero_optimization"]["stage"]
     recomputation = plan_recomputation(config.activation_checkpointing, module, largest, added, stage, ranks.device)
-    for line in [*speedups, *recomputation.lines()]:
+    graphs = start_graphs(config, module, largest, stage, ranks.device)
+    for line in [*speedups, *recomputation.lines(), *graphs]:
         ranks.say(line)
 
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -228,7 +232,7 @@ def train(config: TrainConfig) -> int:
     # ── The result ────────────────────────────────────────────────────────────────────────────────────────────────────
     peak.tell()
     path = export.write_final(engine, step)
-    metrics.say(f"LoRA of step {step}: {path}")
+    metrics.say("; ".join([f"LoRA of step {step}: {path}", *shapes_met(module)]))
     metrics.close()
     loader.close()
     return 0
