@@ -1,0 +1,61 @@
+"""Host memory for the weights that a GPU copies from: exact in size, and nothing that a loader worker inherits."""
+
+import os
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from train.host_memory import lent, pinned_memory, unforked_memory
+
+
+def mapped(address: int) -> bool:
+    """Whether this process has memory at an address."""
+    with open("/proc/self/maps") as file:
+        ranges = [re.match(r"([0-9a-f]+)-([0-9a-f]+)", line) for line in file]
+    return any(int(m[1], 16) <= address < int(m[2], 16) for m in ranges if m)
+
+
+def in_child(check: Callable[[], bool]) -> bool:
+    """What `check` says in a forked process."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if check() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_children_do_not_inherit_it() -> None:
+    memory = unforked_memory(1 << 20, torch.bfloat16)
+    memory.fill_(1.5)
+    assert mapped(memory.data_ptr()) and memory.sum().item() == 1.5 * (1 << 20)
+    assert not in_child(lambda: mapped(memory.data_ptr()))
+    ordinary = torch.zeros(1 << 20)
+    assert in_child(lambda: mapped(ordinary.data_ptr()))  # the check can tell
+
+
+def test_views_keep_it_alive() -> None:
+    view = unforked_memory(1000, torch.float32)[10:20]
+    view.fill_(2.0)
+    assert view.sum().item() == 20
+    assert unforked_memory(0, torch.float32).numel() == 0
+
+
+def test_more_than_there_is() -> None:
+    with pytest.raises(MemoryError, match="GB of host memory"):
+        unforked_memory(1 << 60, torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locking needs CUDA")
+def test_pinned() -> None:
+    memory = pinned_memory(1 << 20, torch.float32)
+    assert memory.is_pinned() and not in_child(lambda: mapped(memory.data_ptr()))
+
+
+def test_lent_weights_come_home() -> None:
+    layer = nn.Linear(3, 4)
+    home = {name: tensor.data_ptr() for name, tensor in layer.named_parameters()}
+    with lent(layer, torch.device("cpu")):
+        pass
+    assert {name: tensor.data_ptr() for name, tensor in layer.named_parameters()} == home
