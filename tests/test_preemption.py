@@ -37,10 +37,11 @@ def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(tmp_path, number)
     assert (tmp_path / "left-0").read_text() == (tmp_path / "left-1").read_text()
 
 
-def sleep_after_the_first_signal(root: Path) -> None:
-    from train.preemption import Preemption
+def sleep_after_the_first_signal(root: Path, echo_seconds: float) -> None:
+    from train import preemption as module
 
-    preemption = Preemption()
+    module.ECHO_SECONDS = echo_seconds
+    preemption = module.Preemption()
     (root / "ready").touch()
     while True:
         time.sleep(0.01)
@@ -49,10 +50,22 @@ def sleep_after_the_first_signal(root: Path) -> None:
 
 
 def test_a_second_signal_exits_at_once(tmp_path):
-    (process,) = run_ranks(1, sleep_after_the_first_signal, tmp_path, wait=False)
+    (process,) = run_ranks(1, sleep_after_the_first_signal, tmp_path, 0.0, wait=False)
     for name in ("ready", "seen"):
         while not (tmp_path / name).exists():
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGTERM)
     process.join(10)
     assert process.exitcode == 128 + signal.SIGTERM
+
+
+def test_what_a_launcher_passes_on_is_no_second_signal(tmp_path):
+    (process,) = run_ranks(1, sleep_after_the_first_signal, tmp_path, 60.0, wait=False)
+    for name in ("ready", "seen", "seen"):
+        while not (tmp_path / name).exists():
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGTERM)
+    process.join(0.3)
+    assert process.is_alive()
+    process.kill()
+    process.join()

@@ -8,10 +8,15 @@
             return PREEMPTED
 
 A second signal exits at once. Slurm: `#SBATCH --signal=USR1@300`, and `scontrol requeue` on exit code 85.
+
+Under a launcher: send the signal to the ranks, or to the whole process group, as `scancel`, `timeout` and a terminal do.
+`deepspeed` told alone dies and leaves the ranks to train on. Told with the group, it and `torchrun` end ranks that need
+more than 30 s to save, and exit with codes of their own (1 or 143); the checkpoint is there all the same.
 """
 
 import os
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -19,6 +24,7 @@ import torch.distributed as dist
 
 PREEMPTED = 85  # exit code: the run was asked to leave and has saved a checkpoint; start it again to go on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ECHO_SECONDS = 2.0  # signals so close together are one: a launcher passes on to its ranks what the whole group was sent
 
 
 class Preemption:
@@ -30,6 +36,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.signal = 0  # the first one that this rank received
+        self._received_at = 0.0
         self._process = os.getpid()
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._flag = torch.zeros(1, dtype=torch.uint8)
@@ -40,9 +47,10 @@ class Preemption:
     def _received(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a forked worker of the data loader got it too; its parent decides
-        if self.signal:
+        if not self.signal:
+            self.signal, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > ECHO_SECONDS:
             os._exit(128 + number)
-        self.signal = number
 
     def agreed(self) -> bool:
         """Call once an optimizer step on every rank: whether some rank had been asked to leave one call ago."""
