@@ -17,11 +17,11 @@ from train.checkpoint_folder import FACTS, LATEST, TENSORS, step_folders
 CLIENT = {"model": "m", "lora": {"rank": 3}, "data": "d", "order": {"seed": 0}}
 
 
-def write_one(root: Path, step: int, values: float = 1.0) -> Path:
+def write_one(root: Path, step: int, values: float = 1.0, client: dict = CLIENT) -> Path:
     shapes = {"a": [2, 3], "b": [5]}
     facts = {"format_version": 1, "step": step, "counters": {"step": step}, "kinds": ["weight"], "shapes": shapes}
     folder = root / "checkpoints" / f"step-{step:08d}"
-    checkpoint_folder.write_checkpoint(folder, facts | {"client": CLIENT}, [torch.full((11,), values)])
+    checkpoint_folder.write_checkpoint(folder, facts | {"client": client}, [torch.full((11,), values)])
     return folder
 
 
@@ -142,8 +142,24 @@ def test_another_model_lora_or_data_set_is_refused_with_what_differs(tmp_path):
     other = CLIENT | {"data": "e", "order": {"seed": 1}}
     with pytest.raises(ValueError, match=r'data is "d" .*, "e" .*; order\.seed is 0 .*--resume_ignore_data'):
         check_same(found, other)
+    with pytest.raises(ValueError, match=r"was trained in another order: order\.seed is 0 .*, 1 in this run"):
+        check_same(found, CLIENT | {"order": {"seed": 1}})
     assert check_same(found, other, ignore_data=True, say=said.append) is False
     assert len(said) == 1 and "from its beginning" in said[0]
+
+
+def test_options_that_have_changed_are_said(tmp_path):
+    config = {"learning_rate": 1e-4, "resume": "auto", "sample_prompts": ["a"]}
+    write_one(tmp_path, 10, client=CLIENT | {"global_batch": 8, "config": config})
+    found, said = Checkpoints(tmp_path).find("auto"), []
+    now = CLIENT | {"global_batch": 8, "config": config | {"resume": "there", "sample_prompts": ("a",)}}
+    assert check_same(found, now, say=said.append) and not said
+    now |= {"global_batch": 4, "config": config | {"learning_rate": 2e-4}}
+    assert check_same(found, now, say=said.append)
+    assert said == [
+        "resuming with another option: global_batch is 8 in the checkpoint, 4 in this run",
+        "resuming with another option: config.learning_rate is 0.0001 in the checkpoint, 0.0002 in this run",
+    ]
 
 
 def test_fingerprints_tell_weights_apart(tmp_path):

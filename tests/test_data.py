@@ -357,3 +357,33 @@ def test_plain_webdataset_shards_are_indexed_once(tmp_path):
     assert len(said) == 1 and "has no index" in said[0]
     assert [dataset.read(i).caption for i in range(12)] == [f"caption {i} é" for i in range(12)]
     assert sorted(dataset.size(i) for i in (0, 1)) == sorted(SIZES)
+
+
+@pytest.mark.parametrize(
+    "lost,message",
+    [
+        ("index.parquet", r"has no index\.parquet, but manifest\.json"),
+        ("manifest.json", r"has no manifest\.json, but empty_prompt\.safetensors"),
+        ("000001.tar", r"lacks 1 of 3 shards \(000001\.tar …\)"),
+    ],
+)
+def test_what_a_folder_lacks_is_named_at_once(encoded, lost, message):
+    (encoded / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        ShardDataset(encoded)
+    assert sorted(path.name for path in encoded.iterdir() if path.name == lost) == []
+
+
+def test_plain_shards_are_scanned_once_by_whichever_rank_comes_first(tmp_path):
+    folder = write_set(tmp_path / "images", payload="png")
+    for name in (INDEX, MANIFEST):
+        (folder / name).unlink()
+    with multiprocessing.get_context("fork").Pool(3) as ranks:
+        said = ranks.map(open_and_listen, [folder] * 3, chunksize=1)
+    assert sorted(map(len, said)) == [0, 0, 1] and ShardDataset(folder).read(7).caption == "caption 7 é"
+
+
+def open_and_listen(folder: Path) -> list[str]:
+    said: list[str] = []
+    ShardDataset(folder, say=said.append)
+    return said

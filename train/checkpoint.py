@@ -110,21 +110,34 @@ class Checkpoints:
         engine.global_samples = checkpoint.step * engine.train_batch_size()
 
 
+NO_MATTER = (
+    "config.resume",
+    "config.resume_ignore_data",
+    "config.output_path",
+)  # options that change nothing of the training
+
+
 def check_same(checkpoint: Checkpoint, current: dict[str, Any], ignore_data: bool = False, say: Say = print) -> bool:
     """Compare the parts `model`, `lora`, `data` and `order` of the client state with this run's; True if all agree.
 
     Raises ValueError naming every difference. `ignore_data` lets another data set or order pass, says what differs, and
     returns False: then the position in the old stream means nothing, and the new one starts at its beginning.
+    Options and a global batch that have changed are said: they are allowed, but the curve is another one.
     """
     fatal = [d for part in ("model", "lora") for d in differences(checkpoint.client.get(part), current.get(part), part)]
     if fatal:
         raise ValueError(f"checkpoint {checkpoint.path} does not fit this run: {'; '.join(fatal)}")
     data = [d for part in ("data", "order") for d in differences(checkpoint.client.get(part), current.get(part), part)]
     if data and not ignore_data:
+        other = "on other data" if checkpoint.client.get("data") != current.get("data") else "in another order"
         raise ValueError(
-            f"checkpoint {checkpoint.path} was trained on other data: {'; '.join(data)} "
+            f"checkpoint {checkpoint.path} was trained {other}: {'; '.join(data)} "
             "(--resume_ignore_data goes on with this run's data, from its beginning)"
         )
+    for part in ("global_batch", "config"):
+        for line in differences(checkpoint.client.get(part), current.get(part), part):
+            if part in checkpoint.client and line.split()[0] not in NO_MATTER:
+                say(f"resuming with another option: {line}")
     if data:
         say(f"resuming on other data, from its beginning: {'; '.join(data)}")
     return not data

@@ -8,7 +8,6 @@
 All of it is random access by index and free of state: train/order.py says what comes when, train/loader.py who reads it.
 """
 
-import hashlib
 import itertools
 import json
 import tarfile
@@ -22,8 +21,9 @@ import safetensors.torch
 import torch
 
 from data_prep.pixels import decode_stored
-from data_prep.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, ShardIndex, ShardReader, read_index, read_manifest
+from data_prep.shards import EMPTY_PROMPT, ShardReader
 from qwen_image.text_encoder import Prompt
+from train.data_folder import held_out, open_folder
 from train.flow import Draws
 from train.order import WINDOW, Order, Tail
 from train.remote import Unreachable, is_remote, open_remote
@@ -89,7 +89,7 @@ class ShardDataset:
     ) -> None:
         remote = open_remote(str(folder), cache_folder.expanduser()) if is_remote(folder) else None
         self.folder = remote[0] if remote else Path(folder)
-        self.manifest, self.index = _open(self.folder, say)
+        self.manifest, self.index = open_folder(self.folder, say, local=remote is None)
         self.max_prompt_tokens = max_prompt_tokens
         self.encoded = self.manifest.payload == "safetensors"
         self._sizes = {bucket.id: (bucket.width, bucket.height) for bucket in self.manifest.buckets}
@@ -99,7 +99,7 @@ class ShardDataset:
                 f"{folder} holds {len(self)} samples, validation_samples={validation_samples} of them held out: "
                 "nothing is left to train on"
             )
-        self.validation = _smallest_hashes(self.folder, validation_samples)
+        self.validation = held_out(self.folder, validation_samples)
         self.training = np.delete(np.arange(len(self), dtype=np.int64), self.validation)
         self.empty_prompt: torch.Tensor | None = None
         if self.encoded:
@@ -275,26 +275,3 @@ def _read_or_replace(dataset: ShardDataset, index: int, attempts: int, broken: l
         except BrokenSample as error:
             last = error
     raise BrokenSample(f"{attempts} samples after a broken one are broken too (check_shards.py lists them): {last}")
-
-
-def _open(folder: Path, say: Callable[[str], None]) -> tuple[Manifest, ShardIndex]:
-    """Manifest and index of a folder; plain WebDataset shards get theirs by scanning, once."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder at {folder}")
-    if (folder / MANIFEST).is_file() and (folder / INDEX).is_file():
-        return read_manifest(folder), read_index(folder, strings=False)
-    from data_prep.scan import build_index
-
-    say(f"{folder} has no index: scanning its shards once")
-    build_index(folder)
-    return read_manifest(folder), read_index(folder, strings=False)
-
-
-def _smallest_hashes(folder: Path, count: int) -> np.ndarray:
-    """Sorted indices of the `count` samples whose source path (key, where there is none) has the smallest sha256."""
-    if count == 0:
-        return np.array([], dtype=np.int64)
-    index = read_index(folder)
-    names = np.where(index.path.astype(bool), index.path, index.key)
-    digests = [hashlib.sha256(str(name).encode()).digest() for name in names]
-    return np.sort(np.array(sorted(range(len(digests)), key=digests.__getitem__)[:count], dtype=np.int64))

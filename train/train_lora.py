@@ -118,17 +118,19 @@ def train(config: TrainConfig) -> int:
     validation = Validation(dataset, encoder, ranks.rank, ranks.world, ranks.device)
 
     # ── Going on where an earlier run stopped ─────────────────────────────────────────────────────────────────────────
-    identity = {
+    facts = {
         "model": {"transformer": pipeline.files.fingerprint("transformer")}
         | ({"presets": [preset.identity() for preset in presets]} if presets else {})
         | ({"base_precision": config.base_precision} if config.base_precision != "dtype" else {}),
         "lora": spec.to_dict(),
         "data": dataset.fingerprint,
         "order": {"loader": "webdataset"} if order is None else order.state(),
+        "global_batch": global_batch,
+        "config": config.to_dict(),
     }
     step = consumed = 0
     if resumed is not None:
-        same_data = check_same(resumed, identity, config.resume_ignore_data, ranks.say)
+        same_data = check_same(resumed, facts, config.resume_ignore_data, ranks.say)
         checkpoints.load(engine, resumed)
         step = resumed.step
         consumed = resumed.client["consumed"] if same_data else 0
@@ -172,8 +174,7 @@ def train(config: TrainConfig) -> int:
 
     def save_checkpoint() -> None:
         with metrics.paused():
-            client = {**identity, "consumed": loader.consumed, "loss": watch.state(), "config": config.to_dict()}
-            checkpoints.save(engine, step, client)
+            checkpoints.save(engine, step, {**facts, "consumed": loader.consumed, "loss": watch.state()})
 
     batches = iter(loader)
     watch = LossWatch(metrics.say, ranks.device, resumed.client.get("loss") if resumed is not None else None)
