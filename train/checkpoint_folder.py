@@ -87,7 +87,8 @@ def write_tensors(
     free = shutil.disk_usage(path.parent).free
     if free < size + len(text) + SPARE_BYTES:
         raise OSError(
-            errno.ENOSPC, f"it needs {size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free in {path.parent}"
+            errno.ENOSPC,
+            f"it needs {size / 2**20:.1f} MiB and {SPARE_BYTES >> 20} MiB to spare, {free / 2**20:.1f} MiB are free",
         )
     digest = hashlib.sha256()
     with open(path, "wb") as file:

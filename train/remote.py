@@ -41,7 +41,7 @@ def open_remote(url: str, cache_folder: Path) -> tuple[Path, "RemoteReader"]:
     """
     folder = cache_folder / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    remote = Remote(url)
+    remote = Remote(url, waits=3)  # at start it is rather a wrong address
     try:
         manifest = remote.read(MANIFEST)
     except FileNotFoundError:
@@ -68,18 +68,18 @@ def open_remote(url: str, cache_folder: Path) -> tuple[Path, "RemoteReader"]:
 
 
 class Remote:
-    """The files of a remote folder."""
+    """The files of a remote folder, asked for again after each of the first `waits` of WAITS."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, waits: int = len(WAITS)) -> None:
+        self.url, self.waits = url.rstrip("/"), waits
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The bytes [start, end) of a file, fewer where it ends before; asked for again after each of WAITS.
+        """The bytes [start, end) of a file, fewer where it ends before.
 
         Raises those of FINAL at once, Unreachable, and ValueError when the whole file comes instead of a part.
         """
         path = f"{self.url}/{name}"
-        for wait in (*WAITS, None):
+        for wait in (*WAITS[: self.waits], None):
             filesystem = self._filesystem()
             try:
                 data = filesystem.cat_file(path, start=start, end=end)
