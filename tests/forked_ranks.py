@@ -50,9 +50,13 @@ def _rank(rank: int, world: int, port: int, results: Any, body: Callable[..., An
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_SIZE=str(world))
     import deepspeed
+    import torch
 
+    torch.set_num_threads(1)  # a fork has none of the threads that its parent's OpenMP counts on
     # Its C++ all_reduce is compiled at start, under a lock file that a killed process leaves behind for all later ones.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    # A fork replaces torch's thread pool at its first use, and two threads that read weights must not both be the first.
+    torch.set_num_threads(1)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     result = body(*arguments)
     if rank == 0:

@@ -22,13 +22,11 @@ from qwen_image.staged_loading import empty_transformer, load_staged
 from qwen_image.transformer import QwenImageTransformer
 from qwen_image.vae import PIXEL_MULTIPLE
 from train.config import TrainConfig
-from train.engine import DTYPES, Ranks
+from train.engine import DTYPES, PARTITIONED, Ranks
 from train.flow import SIGMA_STEPS
 from train.lora import LoraSpec, resolve_targets
 from train.preset import Preset, merge_presets, merged
 from train.zero3 import load_partitioned
-
-PARTITIONED = 3  # the ZeRO stage that spreads frozen weights over the ranks
 
 
 def check_base(

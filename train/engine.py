@@ -12,8 +12,11 @@ import torch.distributed as dist
 from torch import nn
 
 from train.config import TrainConfig
+from train.flat import link
+from train.module import FlowMatchingModule
 from train.optimizer_state import WEIGHT, gather, trainable_shapes
 
+PARTITIONED = 3  # the ZeRO stage that spreads frozen weights over the ranks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -84,11 +87,15 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
 def initialize(module: nn.Module, config: TrainConfig, deepspeed_config: dict[str, Any]) -> Any:
     """Wrap `module` into a DeepSpeed engine that trains its parameters with requires_grad; returns the engine.
 
-    The optimizer is torch's AdamW: DeepSpeed's own would compile C++ or CUDA at start.
+    The optimizer is torch's AdamW: DeepSpeed's own would compile C++ or CUDA at start. Under ZeRO-2 it gets the trained
+    weights of a FlowMatchingModule as one flat parameter.
     """
     import deepspeed
 
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    together = None
+    if isinstance(module, FlowMatchingModule) and deepspeed_config["zero_optimization"]["stage"] < PARTITIONED:
+        together = module
+    parameters = [together.use_flat()] if together else [p for p in module.parameters() if p.requires_grad]
     offloaded = "offload_optimizer" in deepspeed_config["zero_optimization"]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -105,6 +112,8 @@ def initialize(module: nn.Module, config: TrainConfig, deepspeed_config: dict[st
         config=deepspeed_config,
         dist_init_required=False,
     )
+    if together is not None:
+        link(together.matrices(), parameters[0])
     if engine.zero_optimization_stage() == 2 and not offloaded:
         _lighten(engine.optimizer)
     return engine

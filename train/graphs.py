@@ -41,7 +41,8 @@ class StepGraphs:
     """Computes losses [B] of a batch by replaying graphs; their gradients reach `trained` through autograd.
 
     Args:
-        module: its parameters with requires_grad receive gradients; all of one dtype, and their addresses don't change.
+        module: its parameters with requires_grad are trained; all of one dtype, and their addresses don't change.
+        flat: the parameter that receives their gradients as one tensor; None: each its own.
         compute: device tensors (None where a batch lacks one) → losses [B]; must not wait for the device or draw
             random numbers.
         small: a context in which `compute` takes little memory but meets every kernel, for compiling and warming up.
@@ -51,12 +52,14 @@ class StepGraphs:
     def __init__(
         self,
         module: nn.Module,
+        flat: nn.Parameter | None,
         compute: Callable[[Inputs], torch.Tensor],
         small: Callable[[], AbstractContextManager[object]],
         keep_alive: Callable[[Inputs], object],
     ) -> None:
         self.module, self.compute, self.small, self.keep_alive = module, compute, small, keep_alive
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.receivers = self.trained if flat is None else [flat]
         self.pairs: OrderedDict[tuple[Any, ...], Pair] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
         first = self.trained[0]
@@ -76,7 +79,7 @@ class StepGraphs:
         for own, given in zip(pair.inputs, inputs, strict=True):
             if own is not None and given is not None:
                 own.copy_(given, non_blocking=True)
-        losses = _Replay.apply(self, pair, *self.trained)
+        losses = _Replay.apply(self, pair, *self.receivers)
         assert isinstance(losses, torch.Tensor)
         return losses
 
@@ -108,7 +111,7 @@ class _Replay(torch.autograd.Function):
     """Launches the forward graph, and the backward graph when gradients are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, graphs: StepGraphs, pair: Pair, *trained: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, graphs: StepGraphs, pair: Pair, *receivers: torch.Tensor) -> torch.Tensor:
         ctx.graphs, ctx.pair = graphs, pair
         pair.forward.replay()
         return pair.losses.clone()
@@ -119,8 +122,8 @@ class _Replay(torch.autograd.Function):
         pair.upstream.copy_(upstream[0])
         pair.backward.replay()
         # A copy, because .grad may keep what it is given until after the next launch.
-        views = graphs.views(graphs.gradients.clone())
-        return None, None, *(view.view_as(p) for view, p in zip(views, graphs.trained, strict=True))
+        parts = graphs.gradients.clone().split([receiver.numel() for receiver in graphs.receivers])
+        return None, None, *(part.view_as(p) for part, p in zip(parts, graphs.receivers, strict=True))
 
 
 @contextmanager

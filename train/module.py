@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from qwen_image.text_encoder import Prompt, TextEncoder
 from qwen_image.transformer import Modulation, QwenImageTransformer
 from qwen_image.vae import VAE, pixels_from_uint8
 from train.data import Batch
+from train.flat import FlatGradient, flatten
 from train.flow import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
 from train.graphs import Inputs, StepGraphs, few_blocks
 from train.host_memory import lent
@@ -24,6 +26,7 @@ class FlowMatchingModule(nn.Module):
     """The transformer and its loss: the training step in five lines, with inference's own `predict_velocity`.
 
     Attributes:
+        flat: all trained matrices as one parameter, once `use_flat` was called; they are then views of it.
         graphs: replays CUDA graphs instead of launching kernel by kernel, when gradients are wanted; None: never.
     """
 
@@ -32,6 +35,7 @@ class FlowMatchingModule(nn.Module):
         self.transformer = transformer
         self.weighting = weighting
         self.dtype = dtype
+        self.flat: nn.Parameter | None = None
         self.graphs: StepGraphs | None = None
 
     def forward(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, prompt: Prompt) -> torch.Tensor:
@@ -39,7 +43,13 @@ class FlowMatchingModule(nn.Module):
         modulation = self.transformer.look_up(time_input(sigma, self.dtype)) or (None, None)
         on_device = sigma.to(latents.device, non_blocking=True)
         inputs = latents, noise, on_device, prompt.embeds, prompt.mask, *modulation
-        return self.graphs(inputs) if self.graphs is not None and torch.is_grad_enabled() else self.losses(inputs)
+        if not torch.is_grad_enabled():
+            return self.losses(inputs)
+        if self.graphs is not None:
+            return self.graphs(inputs)
+        if self.flat is not None:
+            return cast(torch.Tensor, FlatGradient.apply(partial(self.losses, inputs), self.matrices(), self.flat))
+        return self.losses(inputs)
 
     def losses(self, inputs: Inputs) -> torch.Tensor:
         """The same from tensors on the device alone: what a graph can hold."""
@@ -52,6 +62,15 @@ class FlowMatchingModule(nn.Module):
         target = pack_latents(velocity_target(latents, noise))
         return flow_matching_loss(prediction, target, loss_weight(self.weighting, sigma))
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The trained parameters as the transformer uses them."""
+        return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
+
+    def use_flat(self) -> nn.Parameter:
+        """Let gradients arrive at one flat parameter, and return it. Call `link` when it has found its place."""
+        self.flat = flatten(self.matrices())
+        return self.flat
+
     def use_graphs(self) -> None:
         """Replay CUDA graphs from now on. The trained parameters must stay where they are."""
 
@@ -61,7 +80,9 @@ class FlowMatchingModule(nn.Module):
             shape = embeds.shape[1], latents.shape[-2] // 2, latents.shape[-1] // 2
             return rotary_table(*shape, self.transformer.config.axes_dims_rope, latents.device)
 
-        self.graphs = StepGraphs(self, self.losses, partial(few_blocks, self.transformer), positions)
+        self.graphs = StepGraphs(
+            self.transformer, self.flat, self.losses, partial(few_blocks, self.transformer), positions
+        )
 
 
 class OnlineEncoder:

@@ -37,8 +37,12 @@ class Fragment:
 
 def trainable_parameters(engine: Any) -> dict[str, Any]:
     """The trained parameters (with DeepSpeed's attributes) by name, in the module's order, the same on all ranks."""
-    named = engine.module.named_parameters()
-    return {name.replace("_orig_mod.", ""): parameter for name, parameter in named if parameter.requires_grad}
+    flat = getattr(engine.module, "flat", None)
+    return {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad and parameter is not flat
+    }
 
 
 def trainable_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
@@ -60,6 +64,8 @@ def fragments(engine: Any) -> list[Fragment]:
         )
     if not isinstance(zero.optimizer, torch.optim.AdamW):
         raise ValueError(f"checkpoints know torch.optim.AdamW, this engine runs {type(zero.optimizer).__name__}")
+    if getattr(engine.module, "flat", None) is not None:
+        return _fragments_of_flat(engine)
     for name, parameter in trainable_parameters(engine).items():
         if stage == 3:
             group, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
@@ -71,6 +77,22 @@ def fragments(engine: Any) -> list[Fragment]:
             here, there = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
             flat = zero.single_partition_of_fp32_groups[parameter._hp_mapping.param_group_index]
             found.append(Fragment(name, here.start, here.numel, flat, there.start))
+    return found
+
+
+def _fragments_of_flat(engine: Any) -> list[Fragment]:
+    """Where the matrices of train/flat.py meet this rank's part of the one parameter that they are views of."""
+    mapping = engine.module.flat._hp_mapping
+    if mapping is None:
+        return []
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    master = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    found, first = [], 0
+    for name, parameter in trainable_parameters(engine).items():
+        start, end = max(first, here.start), min(first + parameter.numel(), here.start + here.numel)
+        if start < end:
+            found.append(Fragment(name, start - first, end - start, master, there.start + start - here.start))
+        first += parameter.numel()
     return found
 
 

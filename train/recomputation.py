@@ -20,7 +20,7 @@ import torch.distributed as dist
 from qwen_image.float8 import keep_transposed
 from qwen_image.text_encoder import Prompt
 from qwen_image.transformer import QwenImageTransformer
-from train.base import PARTITIONED
+from train.engine import PARTITIONED
 from train.largest_batch import BatchShape, random_arguments
 from train.memory import GIB, host_bytes, ranks_here
 from train.module import FlowMatchingModule

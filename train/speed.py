@@ -4,9 +4,8 @@ import torch
 import torch._dynamo.utils
 
 from qwen_image.pipeline import QwenImagePipeline
-from train.base import PARTITIONED
 from train.config import TrainConfig
-from train.engine import DTYPES
+from train.engine import DTYPES, PARTITIONED
 from train.fused_projection import can_fuse, fuse_projections
 from train.largest_batch import BatchShape, random_arguments
 from train.lora import LoraSpec
