@@ -126,9 +126,7 @@ def our_step(
 
 
 @contextlib.contextmanager
-def peer_step(
-    name: str, layers: int, size: Size, text: int, device: torch.device
-) -> Iterator[Callable[[], torch.Tensor]]:
+def peer_step(name: str, layers: int, size: Size, text: int, device: torch.device) -> Iterator[Callable[[], Any]]:
     """A peer's step, as its own training script does it (bench/peers.py)."""
     from bench.peers import PEERS, Shape, Work
 

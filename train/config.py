@@ -146,8 +146,9 @@ class TrainConfig:
     # ---- memory
     deepspeed: Annotated[Path, "DeepSpeed JSON, such as ds_configs/zero2.json"]
     activation_checkpointing: Annotated[
-        Whole | Literal["none", "full", "auto"], "which blocks are recomputed: none, all, as few as fit, or a number"
-    ] = "full"
+        Whole | Literal["none", "full", "auto"],
+        "which blocks are recomputed: none, all, as few as fit (measured before step 0; under ZeRO-3 all), or a number",
+    ] = "auto"
     offload_activations: Annotated[
         bool, "what recomputed blocks start from waits in host memory: 1.5 GB less on a GPU at 1024x1024, batch size 1"
     ] = False
