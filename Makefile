@@ -12,7 +12,7 @@ PEERS_STAMP := $(BENCH_SITE)/.installed
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types format bench-data bench-loader bench-step bench-zero3
+.PHONY: help setup demo test check lint types format bench-data bench-loader bench-step bench-zero3 bench-float8
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -67,3 +67,6 @@ format: $(STAMP)  ## rewrite the files as `make lint` wants them
 
 bench-zero3: $(STAMP)  ## host memory of each rank while a model is loaded under ZeRO-3, against plain loading
 	$(BIN)/python bench/zero3_loading.py
+
+bench-float8: $(STAMP)  ## loss of a LoRA run on a float8 base against the unquantised base, on a model that learned
+	$(BIN)/python bench/float8_loss.py $(BENCH_ARGS)
