@@ -165,8 +165,10 @@ def test_the_mode_of_wandb(
 
 def test_wandb_gets_the_configuration_and_keeps_its_run(tmp_path: Path, wandb: FakeWandb) -> None:
     config = make_config(tmp_path / "cats", wandb_mode="online", wandb_project="p", lora_rank=8)
+    wandb_id = None
     for start in (0, 3, 0):
-        metrics = Metrics(config, 5, 2, start_step=start, facts={"trainable": 12})
+        metrics = Metrics(config, 5, 2, start, facts={"trainable": 12}, wandb_id=wandb_id if start else None)
+        wandb_id = metrics.wandb_id
         metrics.log(start + 1, loss=0.5)
         metrics.image(start + 1, "sample", tmp_path / "a.png")
         metrics.close()

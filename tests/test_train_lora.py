@@ -154,6 +154,8 @@ def test_resumed_equals_uninterrupted(reference, tiny_model, encoded, tmp_path):
     # how much is recomputed is this machine's affair, not the run's
     rows = run(tiny_model, encoded, output, "--max_steps", "6", "--activation_checkpointing", "1", *more)
     assert losses(rows)[:2] == losses(first) and losses(rows) == losses(reference[1])
+    ids = {json.loads(path.read_text())["client"]["wandb_id"] for path in output.glob("checkpoints/*/*.json")}
+    assert len(ids) == 1 and len(list(output.glob("checkpoints/*/*.json"))) == 2  # one W&B run through both
     one, two = (load_file(path / "lora.safetensors") for path in (reference[0], output))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

@@ -30,6 +30,7 @@ class Metrics:
         samples_per_step: global batch, for the speed.
         start_step: optimizer steps done before; rows after it, written by a run that got further, are removed.
         rank: only 0 writes.
+        wandb_id: of the W&B run to go on in; None: a new one, whose id is then the attribute `wandb_id`.
         facts: what W&B shows besides the configuration (versions, trainable parameters, data fingerprint …).
     """
 
@@ -41,8 +42,10 @@ class Metrics:
         start_step: int = 0,
         rank: int = 0,
         facts: dict[str, Any] | None = None,
+        wandb_id: str | None = None,
     ) -> None:
         self.active = rank == 0
+        self.wandb_id = wandb_id or uuid.uuid4().hex[:8]
         if not self.active:
             return
         from tqdm import tqdm
@@ -155,15 +158,11 @@ class Metrics:
 
             if mode == "auto":
                 mode = "online" if has_wandb_key() else "offline"
-            id_file = config.output_path / "wandb" / "run_id.txt"
-            if start_step == 0 or not id_file.is_file():
-                id_file.parent.mkdir(exist_ok=True)
-                id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
             options: dict[str, Any] = {
                 "project": config.wandb_project,
                 "name": config.wandb_run_name or config.output_path.resolve().name,
                 "dir": str(config.output_path),
-                "id": id_file.read_text(encoding="utf-8").strip(),
+                "id": self.wandb_id,
                 "config": config.to_dict() | facts,
                 "settings": wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS, console="off", silent=True),
             }

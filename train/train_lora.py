@@ -160,7 +160,10 @@ def train(config: TrainConfig) -> int:
         ranks.say(line)
 
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    metrics = Metrics(config, total_steps, global_batch, step, ranks.rank, {**versions, "trainable": trainable})
+    own = resumed is not None and resumed.path.resolve().is_relative_to(checkpoints.folder.resolve())
+    wandb_id = resumed.client.get("wandb_id") if resumed is not None and own else None  # no other run's
+    shown = {**versions, "trainable": trainable}
+    metrics = Metrics(config, total_steps, global_batch, step, ranks.rank, shown, wandb_id)
     sampling = frozen.sigma_sampling(config, pipeline)
     loader = make_loader(config, dataset, order, sampling, ranks, consumed, metrics.say)
 
@@ -174,7 +177,8 @@ def train(config: TrainConfig) -> int:
 
     def save_checkpoint() -> None:
         with metrics.paused():
-            checkpoints.save(engine, step, {**facts, "consumed": loader.consumed, "loss": watch.state()})
+            state = {"consumed": loader.consumed, "loss": watch.state(), "wandb_id": metrics.wandb_id}
+            checkpoints.save(engine, step, facts | state)
 
     batches = iter(loader)
     watch = LossWatch(metrics.say, ranks.device, resumed.client.get("loss") if resumed is not None else None)
