@@ -98,11 +98,24 @@ def encode_crops(output: Path, side: int) -> None:
         here = output / name
         print(f"{write_crops(here / 'crops', left_out=name == 'lora', side=side)} crops for {name}", flush=True)
         crops, shards = here / "crops", here / "shards"
-        options = {"height": side, "width": side, "image_format": "png", "num_workers": 0}
-        stage(f"shards for {name}", "data_prep/make_shards.py", dataset_base_path=crops, output_path=shards, **options)
-        model, encoded = output / "model", here / "encoded"
-        options = {"data": shards, "output_path": encoded, "dtype": "float32"}
-        stage(f"encoded shards for {name}", "data_prep/encode_shards.py", model=model, **options)
+        stage(
+            f"shards for {name}",
+            "data_prep/make_shards.py",
+            dataset_base_path=crops,
+            output_path=shards,
+            height=side,
+            width=side,
+            image_format="png",
+            num_workers=0,
+        )
+        stage(
+            f"encoded shards for {name}",
+            "data_prep/encode_shards.py",
+            model=output / "model",
+            data=shards,
+            output_path=here / "encoded",
+            dtype="float32",
+        )
 
 
 def fresh_transformer(recipe: Recipe, device: torch.device) -> QwenImageTransformer:
