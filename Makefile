@@ -12,7 +12,7 @@ PEERS_STAMP := $(BENCH_SITE)/.installed
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types format bench-data bench-loader bench-step bench-zero3 bench-float8
+.PHONY: help setup demo test check lint types format bench-data bench-loader bench-step bench-command bench-zero3 bench-float8
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ bench-loader: $(STAMP)  ## loader throughput, seek and memory against webdataset
 
 bench-step: $(STAMP)  ## one training step on this machine's GPU, ours and the peers'
 	$(BIN)/python bench/train_step.py --variants ours,ours-full,ours-engine --peers diffsynth,diffusers,diffusers_tuned
+
+bench-command: $(STAMP)  ## what the real command gives on this machine's GPU: against the bare step, over mixed sizes
+	$(BIN)/python bench/real_command.py $(BENCH_ARGS)
 
 check: lint types test  ## what CI runs
 

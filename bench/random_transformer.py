@@ -1,8 +1,16 @@
 """The full-size transformer with random weights, made where it is used: nothing is read from a disk."""
 
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
 import torch
 
+from qwen_image import staged_loading
 from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.weight_files import RangeReader
 
 
 def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) -> QwenImageTransformer:
@@ -11,6 +19,33 @@ def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) ->
         transformer = QwenImageTransformer(TransformerConfig(num_layers=layers)).to(dtype)
     transformer.to_empty(device=device)
     for name, parameter in transformer.named_parameters():
-        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 or "bias" in name else parameter.data.fill_(1.0)
+        fill(name, parameter.data)
         parameter.requires_grad_(False)
     return transformer.eval()
+
+
+def fill(name: str, values: torch.Tensor) -> None:
+    """Random values for the parameter `name`: matrices and biases N(0, 0.02), the scales of norms 1."""
+    values.normal_(0, 0.02) if values.ndim > 1 or "bias" in name else values.fill_(1.0)
+
+
+@contextmanager
+def drawn_instead_of_read() -> Iterator[None]:
+    """Inside, `load_staged` does all that it does, but draws each tensor where it belongs instead of reading its bytes.
+
+    With a hollow model (demo/random_model.py) a start of the trainer then takes seconds less and no disk. Zeros would not
+    do: a GPU that multiplies them draws less power and so runs faster.
+    """
+
+    class Unread(RangeReader):
+        def read(self, stored: Any, destination: torch.Tensor, first: int = 0) -> list[Future[None]]:
+            return []
+
+    add = staged_loading.Stage.add
+
+    def draw(stage: staged_loading.Stage, name: str, values: torch.Tensor, arriving: list[Future[None]]) -> None:
+        fill(name, values)
+        add(stage, name, values, arriving)
+
+    with patch.object(staged_loading, "RangeReader", Unread), patch.object(staged_loading.Stage, "add", draw):
+        yield

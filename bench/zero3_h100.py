@@ -14,14 +14,11 @@
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 READ_BYTES = 16 << 20
@@ -73,7 +70,7 @@ def write_model(folder: Path, tiny: bool, side: int) -> str:
     text_dim = 64 if tiny else 3584
     if not (folder / "model" / "model_index.json").is_file():
         size = {"layers": 2, "heads": 2, "text_dim": text_dim, "file_bytes": 4_000_000} if tiny else {}
-        write_random_model(folder / "model", **size)
+        write_random_model(folder / "model", **size, hollow=False)
         write_random_encoded(folder / "data", 8, side, side, prompt_tokens=128, text_dim=text_dim)
     files = list((folder / "model").rglob("*.safetensors"))
     size_gb = sum(path.stat().st_size for path in files) / 1e9
@@ -85,6 +82,7 @@ def write_model(folder: Path, tiny: bool, side: int) -> str:
 
 
 def measure_loading(model: Path) -> list[tuple[str, str]]:
+    from bench.measured_training import run
     from demo.random_model import drop_cache
 
     rows = []
@@ -154,39 +152,25 @@ def host_bytes(field: str) -> int:
 
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# The real command line in a process of its own that says at its end what it took.
-TRAINING = """
-import json, resource, sys, time
-from train import train_lora
-start = time.perf_counter()
-code = train_lora.main(sys.argv[1:])
-import torch
-gpu = torch.cuda.is_available()
-print("MEASURED " + json.dumps({
-    "seconds": time.perf_counter() - start,
-    "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    "gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0,
-    "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if gpu else 0.0,
-}))
-sys.exit(code)
-"""
-
 
 def measure_training(folder: Path, options: argparse.Namespace, side: int) -> list[tuple[str, str]]:
+    from bench.measured_training import measure_runs
+
     output = folder / "run"
     shutil.rmtree(output, ignore_errors=True)
     flags = ["--deepspeed", str(options.config), "--model", str(folder / "model"), "--data", str(folder / "data")]
     flags += ["--output_path", str(output), "--max_steps", str(options.steps), "--lora_rank", str(options.lora_rank)]
     flags += ["--log_steps", "1", "--save_steps", "0", "--wandb_mode", "disabled", *options.train_flags]
-    printed = run([sys.executable, "-c", TRAINING, *flags])
-    result = json.loads(next(line for line in printed.splitlines() if line.startswith("MEASURED "))[9:])
+    (result,) = measure_runs([flags])
+    if result is None:
+        raise RuntimeError("the training failed")
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     times = sorted(row["seconds_per_step"] for row in rows if row["step"] > 3 and "loss" in row)
     losses = [row["loss"] for row in rows if "loss" in row]
     size = sum(path.stat().st_size for path in (output / "checkpoints").rglob("*") if path.is_file())
     name = f"{options.steps} steps of {options.config.stem}, {side}²"
     step = f"{times[len(times) // 2]:.2f} s a step (median from the fourth on; {times[0]:.2f} to {times[-1]:.2f})"
-    memory = f"GPU peak {result['gpu_gib']:.1f} GiB allocated, {result['reserved_gib']:.1f} reserved"
+    memory = f"GPU peak {result.get('gpu_gib', 0):.1f} GiB allocated, {result.get('reserved_gib', 0):.1f} reserved"
     host = f"host peak {result['host_gib']:.1f} GiB (pinned weights in it); {result['seconds']:.0f} s in all"
     ends = f"{losses[0]:.4f} → {losses[-1]:.4f}; checkpoint {size / 1e6:.1f} MB, no frozen tensor in it: {only_lora(output)}"
     return [(name, step), ("its memory", f"{memory}; {host}"), ("its loss", ends)]
@@ -200,21 +184,6 @@ def only_lora(output: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             names += file.keys()
     return bool(names) and all(".lora_" in name for name in names)
-
-
-def run(command: list[str]) -> str:
-    """What a command prints; its standard error goes to ours. Raises RuntimeError when it fails."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment: dict[str, Any] = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    lines = []
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print("    " + line, end="", flush=True)
-            lines.append(line)
-    if process.returncode != 0:
-        raise RuntimeError(f"exit code {process.returncode}: {' '.join(command[:3])} …")
-    return "".join(lines)
 
 
 def say(text: str) -> None:

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_random_model(
-    folder: Path, layers: int = 60, heads: int = 24, text_dim: int = 3584, file_bytes: int = FILE_BYTES
+    folder: Path,
+    layers: int = 60,
+    heads: int = 24,
+    text_dim: int = 3584,
+    file_bytes: int = FILE_BYTES,
+    hollow: bool = False,
 ) -> tuple[int, int]:
-    """Write the model and return how many parameters and bytes it has. File by file: fsync, so that caches can be dropped."""
+    """Write the model and return how many parameters and bytes it has. File by file: fsync, so that caches can be dropped.
+
+    `hollow`: headers and sizes are the model's, but the weights are holes that take no room and no time and read as zeros.
+    """
     import torch
 
     from demo.tiny_model import SCHEDULER_CONFIG
@@ -59,10 +68,10 @@ def write_random_model(
             filled = 0
         groups[-1].append(name)
         filled += 2 * shape.numel()
-    generator = torch.Generator().manual_seed(0)
-    pool = (
-        torch.randn(POOL_VALUES, generator=generator).mul_(config.inner_dim**-0.5).bfloat16().view(torch.uint8).numpy()
-    )
+    pool = None
+    if not hollow:
+        values = torch.randn(POOL_VALUES, generator=torch.Generator().manual_seed(0)).mul_(config.inner_dim**-0.5)
+        pool = values.bfloat16().view(torch.uint8).numpy()
     weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = transformer / f"diffusion_pytorch_model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -74,11 +83,18 @@ def write_random_model(
 
 
 def write_random_encoded(
-    folder: Path, samples: int, width: int, height: int, prompt_tokens: int, text_dim: int, buckets: int = 1
+    folder: Path,
+    samples: int,
+    width: int,
+    height: int,
+    prompt_tokens: int | Sequence[int],
+    text_dim: int,
+    buckets: int | Sequence[tuple[int, int]] = 1,
 ) -> Path:
     """Encoded shards of noise that any model of `text_dim` accepts: `buckets` of them share the samples evenly.
 
-    Bucket number b is height × (width + 32·b) pixels; sample s has prompt_tokens − s % 3 tokens.
+    Bucket number b is height × (width + 32·b) pixels, unless their (width, height) are given; sample s has
+    prompt_tokens − s % 3 tokens, or those given for it.
     """
     import safetensors.torch
     import torch
@@ -93,10 +109,14 @@ def write_random_encoded(
         return torch.randn(*shape, generator=generator).bfloat16()
 
     columns: dict[str, list[Any]] = {name: [] for name in form.INDEX_ROWS.names}
-    sizes = [(width + 32 * bucket, height) for bucket in range(buckets)]
+    sizes = [(width + 32 * b, height) for b in range(buckets)] if isinstance(buckets, int) else list(buckets)
+    lengths = prompt_tokens
+    if isinstance(lengths, int):
+        lengths = [lengths - index % 3 for index in range(samples)]
+    assert len(lengths) == samples
     with form.TarShardWriter(folder / form.tar_name(0)) as tar:
         for index in range(samples):
-            bucket, tokens, key = index % buckets, prompt_tokens - index % 3, form.sample_key(0, index)
+            bucket, tokens, key = index % len(sizes), lengths[index], form.sample_key(0, index)
             latent = noise(16, sizes[bucket][1] // 8, sizes[bucket][0] // 8)
             tensors = {"latent": latent, "prompt_embeds": noise(tokens, text_dim)}
             members = [("safetensors", safetensors.torch.save(tensors)), ("json", b"{}"), ("txt", b"noise")]
@@ -108,11 +128,11 @@ def write_random_encoded(
                 columns[name].append(value)
     form.write_index(folder, columns)
     safetensors.torch.save_file({"prompt_embeds": noise(5, text_dim)}, folder / form.EMPTY_PROMPT)
-    counts = [len(range(bucket, samples, buckets)) for bucket in range(buckets)]
+    counts = [len(range(bucket, samples, len(sizes))) for bucket in range(len(sizes))]
     listed = [form.Bucket(b, *size, count) for b, (size, count) in enumerate(zip(sizes, counts, strict=True))]
     shard = form.Shard(form.tar_name(0), samples, tar.bytes, tar.sha256)
     encoding = {"model": "noise", "latents": LATENTS, "prompts": PROMPTS}
-    fingerprint = f"{samples}x{width}x{height}x{prompt_tokens}x{text_dim}x{buckets}"
+    fingerprint = f"{samples}x{sizes}x{prompt_tokens}x{text_dim}"
     manifest = form.Manifest(
         "safetensors", fingerprint, {}, listed, {"samples": samples}, [shard], {}, encoding=encoding
     )
@@ -133,6 +153,9 @@ def write_file(path: Path, shapes: dict[str, Any], pool: Any) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        if pool is None:
+            file.truncate(8 + len(text) + place)
+            return
         start = 0
         for shape in shapes.values():
             remaining = 2 * shape.numel()

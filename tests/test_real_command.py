@@ -1,0 +1,183 @@
+"""The benchmark of the real command, on the CPU with a tiny model: what it measures is what happened."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import measured_training, real_command
+from bench.random_transformer import drawn_instead_of_read
+from bench.run_watch import device_profile
+from data_prep.shards import read_index, read_manifest
+from demo.random_model import write_random_encoded, write_random_model
+from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.staged_loading import load_staged
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def hollow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hollow") / "model"
+    write_random_model(folder, layers=2, heads=2, text_dim=64, hollow=True)
+    return folder
+
+
+def test_a_hollow_model_takes_no_room_and_its_weights_are_drawn(hollow_model: Path):
+    sizes = [path.stat() for path in hollow_model.rglob("*.safetensors")]
+    assert sum(size.st_size for size in sizes) > 5_000_000
+    assert sum(size.st_blocks * 512 for size in sizes) < 500_000
+    files = resolve_model(ModelSource(str(hollow_model)), ("transformer",))
+    read = load_staged(files, torch.bfloat16, "cpu")
+    assert not any(parameter.any() for parameter in read.parameters())
+    with drawn_instead_of_read():
+        drawn = load_staged(files, torch.bfloat16, "cpu", base_float8=True, sigmas=[0.25, 0.5])
+    assert drawn.modulation_table is not None
+    assert 0.005 < drawn.modulation_table.rows.float().std() < 0.1
+    for name, parameter in drawn.named_parameters():
+        values = parameter.float()
+        if parameter.ndim == 1 and "bias" not in name:
+            assert (values == 1).all(), name
+        else:
+            assert values.std() > 0.01, name
+    assert not any(parameter.any() for parameter in load_staged(files, torch.bfloat16, "cpu").parameters())
+
+
+def test_encoded_noise_of_given_sizes_and_lengths(tmp_path: Path):
+    sizes, lengths = [(32, 64), (64, 32), (48, 48)], [3, 9, 5, 7]
+    folder = write_random_encoded(tmp_path / "data", 4, 0, 0, lengths, 64, sizes)
+    assert [(bucket.width, bucket.height, bucket.count) for bucket in read_manifest(folder).buckets] == [
+        (32, 64, 2),
+        (64, 32, 1),
+        (48, 48, 1),
+    ]
+    index = read_index(folder)
+    assert list(index.prompt_tokens) == lengths and list(index.bucket) == [0, 1, 2, 0]
+
+
+def test_mixed_sizes_are_the_packers_buckets_of_one_area():
+    sizes = real_command.mixed_sizes(1024)
+    assert len(set(sizes)) == 10 and {(height, width) for width, height in sizes} == set(sizes)
+    assert all(0.9 * 1024**2 < width * height <= 1024**2 for width, height in sizes)
+
+
+def kernel(start: float, end: float, name: str = "gemm", device: str = "CUDA") -> SimpleNamespace:
+    kind = getattr(torch.autograd.DeviceType, device)
+    return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+
+
+def test_idle_time_is_what_no_kernel_covers():
+    events = [
+        kernel(1100, 1200),
+        kernel(1000, 1100),
+        kernel(1150, 1180),  # beside another: counts once
+        kernel(1205, 1305),  # after a gap of 5 µs
+        kernel(1405, 1500),  # after 100 µs
+        kernel(1305, 1405, "Memcpy HtoD (Pinned -> Device)"),
+        kernel(0, 5000, "cudaGraphLaunch", "CPU"),
+    ]
+    profile = device_profile(events, steps=2)
+    assert profile["kernels"] == 2.5
+    assert profile["wall"] == pytest.approx(250e-6)
+    assert profile["busy"] == pytest.approx(197.5e-6)
+    assert profile["long_gaps"] == pytest.approx(50e-6)
+    assert device_profile([], 2) == {}
+
+
+def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    words = ["--deepspeed", ROOT / "ds_configs" / "zero2.json", "--model", model, "--data", data]
+    words += ["--output_path", output, "--max_steps", 4, "--save_steps", 0, "--num_workers", 0]
+    return [str(word) for word in [*words, "--wandb_mode", "disabled", "--dtype", "float32", *more]]
+
+
+def test_runs_are_watched_one_after_another(hollow_model: Path, tmp_path: Path):
+    import train.engine
+    from train.graphs import StepGraphs
+
+    data = write_random_encoded(tmp_path / "data", 3, 0, 0, [8, 4, 6], 64, [(32, 32), (64, 32)])
+    hooked = train.engine.initialize, StepGraphs.capture
+    runs = [flags(hollow_model, data, tmp_path / name) for name in ("one", "two")]
+    (tmp_path / "runs.json").write_text(json.dumps([*runs, [*runs[0], "--resume", "none such"]]))
+    results = tmp_path / "results.jsonl"
+    measured_training.main(["--runs", str(tmp_path / "runs.json"), "--results", str(results), "--hollow"])
+    one, two, bad = (json.loads(line) for line in results.read_text().splitlines())
+    assert (train.engine.initialize, StepGraphs.capture) == hooked
+    for result in (one, two):
+        assert result["code"] == 0 and len(result["steps"]) == 4
+        assert [step["seconds"] is None for step in result["steps"]] == [True, False, False, False]
+        assert sum(step["seconds"] for step in result["steps"][1:]) < result["seconds"]
+        assert {step["tokens"] for step in result["steps"]} == {4 + 8, 4 + 6, 8 + 4}
+        assert 0 < result["first_step_after"] < result["seconds"]
+        assert result["recomputed"] == 0 and result["blocks"] == 2 and result["predicted_gib"] > 0
+    assert bad["code"] == 2 and bad["steps"] == []
+    one_row = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(one_row)["loss"] > 0.1  # not the loss of zeros
+
+
+def test_a_released_run_leaves_no_weights(hollow_model: Path, tmp_path: Path):
+    data = write_random_encoded(tmp_path / "data", 2, 32, 32, [8, 8], 64)
+    gc.collect()
+    before = tensor_bytes()
+    measured_training.watched(flags(hollow_model, data, tmp_path / "run"), hollow=True, another_follows=True)
+    assert tensor_bytes() - before < 2_000_000  # the base alone has 18 MB
+
+
+def tensor_bytes() -> int:
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_a_failed_run_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch):
+    def run(command: list[str]) -> str:
+        """Stands in for processes: `bad` kills its process, `wrong` is refused, `full` leaves memory behind."""
+        options = dict(zip(command[2::2], command[3::2], strict=False))
+        started.append([])
+        for (name,) in json.loads(Path(options["--runs"]).read_text()):
+            started[-1].append(name)
+            if name == "bad":
+                raise RuntimeError("out of memory")
+            with Path(options["--results"]).open("a") as file:
+                file.write(json.dumps({"code": 2 if name == "wrong" else 0, "name": name}) + "\n")
+            if name == "full":
+                break
+        return ""
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(measured_training, "run", run)
+    names = ["good", "wrong", "bad", "full", "last"]
+    results = measured_training.measure_runs([[name] for name in names])
+    assert started == [["good", "wrong", "bad"], ["full"], ["last"]]
+    assert [None if result is None else result["name"] for result in results] == ["good", None, None, "full", "last"]
+    assert measured_training.measure_runs([["good"]], until=0.0) == [None]
+
+
+def test_only_settled_steps_count():
+    step = {"seconds": 1.0, "profiled": False, "captures": 0, "compile_seconds": 0.0, "tokens": 9}
+    steps = [step | {"seconds": None}, step, step | {"captures": 1}, step | {"compile_seconds": 2.0}, step]
+    steps += [step | {"seconds": 3.0}, step | {"profiled": True}]
+    result = {"steps": steps, "recomputed": 3, "blocks": 60, "gpu_gib": 40.0, "predicted_gib": 41.0}
+    assert [step["seconds"] for step in real_command.settled(result, 0)] == [1.0, 1.0, 3.0]
+    assert [step["seconds"] for step in real_command.settled(result, 5)] == [3.0]
+    assert real_command.size_row(result, 4) == "2.0000, 2.00, 3/60, 40.00, 41.00"
+    assert "not measured" in real_command.size_row(None, 4)
+
+
+@pytest.mark.slow
+def test_the_whole_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out.json"
+    command = ["--part", "single,mixed,sizes", "--tiny", "--sizes", "1024x1,512x2", "--folder", str(tmp_path)]
+    assert real_command.main([*command, "--out", str(out)]) == 0
+    table = capsys.readouterr().out.partition("| what | measured")[2]
+    assert "W&B" in table and "images a second" in table and "not measured: it" not in table
+    measured = json.loads(out.read_text())
+    assert {"single", "mixed", "bfloat16 64 × 1", "float8 32 × 2"} <= {name.replace("²", "") for name in measured}
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
