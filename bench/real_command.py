@@ -68,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
             bench = RealCommand(options, folder)
             for part in parts:
                 start = time.perf_counter()
-                getattr(bench, part)()
+                try:
+                    getattr(bench, part)()
+                except RuntimeError as error:  # what was measured before is still told
+                    bench.rows.append((part, f"failed: {error}", ""))
                 print(f"… {part}: {time.perf_counter() - start:.0f} s", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"| {' | '.join(row)} |")
     if options.out:
         options.out.write_text(json.dumps(bench.results, indent=1))
-    return 0
+    return int(any(measured.startswith("failed") for _, measured, _ in bench.rows))
 
 
 class RealCommand:
@@ -109,7 +112,7 @@ class RealCommand:
 
         flags = self.flags(name, data, steps + PROFILED)
         (result,) = measure_runs([flags], profiled=PROFILED, hollow=True, launcher=self.options.launcher)
-        shutil.rmtree(self.folder / name)
+        shutil.rmtree(self.folder / name, ignore_errors=True)
         if result is None:
             raise RuntimeError(f"the run {name} failed")
         self.results[name] = result

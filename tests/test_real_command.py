@@ -160,6 +160,13 @@ def test_a_failed_run_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch):
     assert measured_training.measure_runs([["good"]], until=0.0) == [None]
 
 
+def test_a_failed_part_does_not_cost_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(measured_training, "measure_runs", lambda runs, **_: [None] * len(runs))
+    assert real_command.main(["--part", "single,sizes", "--tiny", "--sizes", "512x1", "--precisions", "float8"]) == 1
+    table = capsys.readouterr().out.partition("| what | measured")[2]
+    assert "| single | failed: " in table and "| float8 32² × 1 | not measured" in table
+
+
 def test_only_settled_steps_count():
     step = {"seconds": 1.0, "profiled": False, "captures": 0, "compile_seconds": 0.0, "tokens": 9}
     steps = [step | {"seconds": None}, step, step | {"captures": 1}, step | {"compile_seconds": 2.0}, step]
