@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from data_prep.scan import build_index
 from data_prep.shards import (
     EMPTY_PROMPT,
     INDEX,
@@ -32,6 +35,7 @@ from data_prep.shards import (
     write_manifest,
 )
 from qwen_image.text_encoder import Prompt
+from train import data_folder
 from train.batches import Reading
 from train.data import Batch, BrokenSample, ShardDataset, collate, make_batch
 from train.flow import Draws, SigmaSampling, sample_draws
@@ -378,12 +382,24 @@ def test_plain_shards_are_scanned_once_by_whichever_rank_comes_first(tmp_path):
     folder = write_set(tmp_path / "images", payload="png")
     for name in (INDEX, MANIFEST):
         (folder / name).unlink()
-    with multiprocessing.get_context("fork").Pool(3) as ranks:
-        said = ranks.map(open_and_listen, [folder] * 3, chunksize=1)
-    assert sorted(map(len, said)) == [0, 0, 1] and ShardDataset(folder).read(7).caption == "caption 7 é"
-
-
-def open_and_listen(folder: Path) -> list[str]:
     said: list[str] = []
-    ShardDataset(folder, say=said.append)
-    return said
+    with ThreadPoolExecutor(3) as ranks:  # a lock of its own for each: between threads it holds as between processes
+        datasets = list(ranks.map(lambda _: ShardDataset(folder, say=said.append), range(3)))
+    assert len(said) == 1
+    assert [dataset.read(7).caption for dataset in datasets] == ["caption 7 é"] * 3
+
+
+def test_a_scan_that_another_rank_ends_meanwhile_is_no_error(tmp_path, monkeypatch):
+    """Between this rank's look at the folder and its scan, another rank has written index and manifest."""
+    folder = write_set(tmp_path / "images", payload="png")
+    for name in (INDEX, MANIFEST):
+        (folder / name).unlink()
+    scan = data_folder.scan
+
+    def late(folder: Path, say: Callable[[str], None]) -> None:
+        build_index(folder)
+        scan(folder, say)
+
+    monkeypatch.setattr(data_folder, "scan", late)
+    said: list[str] = []
+    assert ShardDataset(folder, say=said.append).read(7).caption == "caption 7 é" and said == []

@@ -1,12 +1,11 @@
 """A folder of shards as it lies on the disk: complete, with manifest and index; which of its samples are held out."""
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from data_prep.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, ShardIndex, read_index, read_manifest
 
@@ -19,8 +18,10 @@ def open_folder(folder: Path, say: Callable[[str], None], local: bool = True) ->
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
-    if not (folder / MANIFEST).is_file() or not (folder / INDEX).is_file():
+    if not (folder / MANIFEST).is_file():  # first: a scan by another rank writes it last
         scan(folder, say)
+    if not (folder / INDEX).is_file():
+        raise lost(folder, INDEX, MANIFEST)
     manifest = read_manifest(folder)
     missing = [shard.name for shard in manifest.shards if local and not (folder / shard.name).is_file()]
     if missing:
@@ -34,18 +35,16 @@ def scan(folder: Path, say: Callable[[str], None]) -> None:
     """Index plain shards; one rank does it, the others wait."""
     from data_prep.scan import build_index
 
-    made = [name for name in (MANIFEST, EMPTY_PROMPT) if (folder / name).is_file()]
-    if made:  # by make_shards.py or encode_shards.py, whose facts a scan would lose
-        lost = MANIFEST if MANIFEST not in made else INDEX
-        raise FileNotFoundError(f"{folder} has no {lost}, but {made[0]}: copy it back, or run the script that wrote it")
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    if (folder / EMPTY_PROMPT).is_file():  # of encode_shards.py, whose manifest tells what a scan can't know
+        raise lost(folder, MANIFEST, EMPTY_PROMPT)
+    with FileLock(folder / ".index.lock"):  # a file that is written to: NFS locks no others
         if not (folder / MANIFEST).is_file():
             say(f"{folder} has no index: scanning its shards once")
             build_index(folder)
-    finally:
-        os.close(descriptor)
+
+
+def lost(folder: Path, name: str, other: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{folder} has no {name}, but {other}: copy it back, or run the script that wrote it")
 
 
 def held_out(folder: Path, count: int) -> np.ndarray:
