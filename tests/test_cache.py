@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from test_data import assert_equal, write_set
+from data_sets import assert_equal, write_set
 
 from train.batches import Reading
 from train.cache import ShardsAhead, shards_in_order

@@ -1,106 +1,30 @@
 """Samples, batches and the loader, on data sets of a few tiny samples written here."""
 
-import io
 import itertools
 import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
-import simplejpeg
 import torch
-from PIL import Image
+from data_sets import SIZES, assert_equal, embeds_of, latent_of, pixels_of, write_set
 
-from data_prep.scan import build_index
 from data_prep.shards import (
     EMPTY_PROMPT,
-    INDEX,
-    MANIFEST,
-    Bucket,
-    Manifest,
-    Shard,
-    TarShardWriter,
-    json_bytes,
     read_manifest,
     sample_key,
-    write_index,
     write_manifest,
 )
 from qwen_image.text_encoder import Prompt
-from train import data_folder
 from train.batches import Reading
 from train.data import Batch, BrokenSample, ShardDataset, collate, make_batch
 from train.flow import Draws, SigmaSampling, sample_draws
 from train.loader import BatchLoader
-
-MEMBERS = ("payload", "json", "txt")
-SIZES = [(32, 16), (16, 32)]  # width, height of the buckets
-
-
-def pixels_of(number: int) -> np.ndarray:
-    width, height = SIZES[number % 2]
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def latent_of(number: int) -> torch.Tensor:
-    width, height = SIZES[number % 2]
-    return torch.full((16, height // 8, width // 8), float(number), dtype=torch.bfloat16)
-
-
-def embeds_of(number: int) -> torch.Tensor:
-    return torch.full((5 + number % 4, 8), float(number + 1), dtype=torch.bfloat16)
-
-
-def payload_of(number: int, payload: str) -> bytes:
-    if payload == "safetensors":
-        return safetensors.torch.save({"latent": latent_of(number), "prompt_embeds": embeds_of(number)})
-    if payload == "jpg":
-        return simplejpeg.encode_jpeg(pixels_of(number), quality=95, colorsubsampling="444")
-    file = io.BytesIO()
-    Image.fromarray(pixels_of(number)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_set(folder: Path, samples: int = 12, payload: str = "safetensors", shard_size: int = 5) -> Path:
-    """A complete data set; sample `number` has the caption `caption <number>` and lies in bucket number % 2."""
-    folder.mkdir(parents=True)
-    rows: dict[str, list] = {name: [] for name in ("key", "path", "shard", "bucket", "caption_length", "prompt_tokens")}
-    places = {f"{m}_{f}": [] for m in MEMBERS for f in ("offset", "size")}
-    shards = []
-    for shard, first in enumerate(range(0, samples, shard_size)):
-        numbers = range(first, min(first + shard_size, samples))
-        with TarShardWriter(folder / f"{shard:06d}.tar") as tar:
-            for number in numbers:
-                key, caption = sample_key(shard, number - first), f"caption {number} é"
-                facts = json_bytes({"key": key, "path": f"photos/{number}.jpg"})
-                members = [(payload, payload_of(number, payload)), ("json", facts), ("txt", caption.encode())]
-                for (suffix, place), name in zip(
-                    tar.add(key, members).items(), ("payload", "json", "txt"), strict=True
-                ):
-                    assert suffix in (name, payload)
-                    places[f"{name}_offset"].append(place[0])
-                    places[f"{name}_size"].append(place[1])
-                row = (key, f"photos/{number}.jpg", shard, number % 2, len(caption), 0)
-                for column, value in zip(rows, row, strict=True):
-                    rows[column].append(value)
-        shards.append(Shard(f"{shard:06d}.tar", len(numbers), tar.bytes, tar.sha256))
-    write_index(folder, rows | places)
-    counts = [(samples + 1) // 2, samples // 2]
-    buckets = [Bucket(i, *size, counts[i]) for i, size in enumerate(SIZES)]
-    write_manifest(folder, Manifest(payload, "f" * 64, {}, buckets, {"samples": samples}, shards, {}))
-    if payload == "safetensors":
-        safetensors.torch.save_file(
-            {"prompt_embeds": torch.full((5, 8), -1.0, dtype=torch.bfloat16)}, folder / EMPTY_PROMPT
-        )
-    return folder
 
 
 @pytest.fixture
@@ -117,15 +41,6 @@ def taken(folder: Path, count: int, batch_size: int = 2, **options) -> list[Batc
     order = dataset.order(batch_size, seed=3)
     with BatchLoader(dataset, order, SigmaSampling(), Reading(**options)) as loader:
         return list(itertools.islice(loader, count))
-
-
-def assert_equal(a: Batch, b: Batch) -> None:
-    for name, value in vars(a).items():
-        other = getattr(b, name)
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, other), name
-        else:
-            assert value == other, name
 
 
 # ── samples ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -349,57 +264,3 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_alive(encoded):
         places = [first.place, *(next(batches).place for _ in range(30))]
     assert places == list(range(31))
     assert not any(worker.is_alive() for worker in workers)
-
-
-def test_plain_webdataset_shards_are_indexed_once(tmp_path):
-    folder = write_set(tmp_path / "plain", payload="png")
-    for name in (INDEX, MANIFEST):
-        (folder / name).unlink()
-    said: list[str] = []
-    for _ in range(2):
-        dataset = ShardDataset(folder, say=said.append)
-    assert len(said) == 1 and "has no index" in said[0]
-    assert [dataset.read(i).caption for i in range(12)] == [f"caption {i} é" for i in range(12)]
-    assert sorted(dataset.size(i) for i in (0, 1)) == sorted(SIZES)
-
-
-@pytest.mark.parametrize(
-    "lost,message",
-    [
-        ("index.parquet", r"has no index\.parquet, but manifest\.json"),
-        ("manifest.json", r"has no manifest\.json, but empty_prompt\.safetensors"),
-        ("000001.tar", r"lacks 1 of 3 shards \(000001\.tar …\)"),
-    ],
-)
-def test_what_a_folder_lacks_is_named_at_once(encoded, lost, message):
-    (encoded / lost).unlink()
-    with pytest.raises(FileNotFoundError, match=message):
-        ShardDataset(encoded)
-    assert sorted(path.name for path in encoded.iterdir() if path.name == lost) == []
-
-
-def test_plain_shards_are_scanned_once_by_whichever_rank_comes_first(tmp_path):
-    folder = write_set(tmp_path / "images", payload="png")
-    for name in (INDEX, MANIFEST):
-        (folder / name).unlink()
-    said: list[str] = []
-    with ThreadPoolExecutor(3) as ranks:  # a lock of its own for each: between threads it holds as between processes
-        datasets = list(ranks.map(lambda _: ShardDataset(folder, say=said.append), range(3)))
-    assert len(said) == 1
-    assert [dataset.read(7).caption for dataset in datasets] == ["caption 7 é"] * 3
-
-
-def test_a_scan_that_another_rank_ends_meanwhile_is_no_error(tmp_path, monkeypatch):
-    """Between this rank's look at the folder and its scan, another rank has written index and manifest."""
-    folder = write_set(tmp_path / "images", payload="png")
-    for name in (INDEX, MANIFEST):
-        (folder / name).unlink()
-    scan = data_folder.scan
-
-    def late(folder: Path, say: Callable[[str], None]) -> None:
-        build_index(folder)
-        scan(folder, say)
-
-    monkeypatch.setattr(data_folder, "scan", late)
-    said: list[str] = []
-    assert ShardDataset(folder, say=said.append).read(7).caption == "caption 7 é" and said == []

@@ -81,7 +81,7 @@ def test_webdataset_needs_max_steps(model, data, tmp_path, capsys):
 
 
 def test_webdataset_takes_images_from_a_pipe(tiny_model, tmp_path, capsys):
-    from test_data import write_set
+    from data_sets import write_set
 
     folder = write_set(tmp_path / "images", payload="png")
     more = ["--loader", "webdataset", "--save_steps", "0", "--max_steps", "1"]

@@ -10,8 +10,8 @@ from zlib import crc32
 
 import numpy as np
 import pytest
+from data_sets import assert_equal, write_set
 from test_cache import cached, size, wait_for
-from test_data import assert_equal, write_set
 
 from train.batches import Reading
 from train.cache import ShardsAhead
