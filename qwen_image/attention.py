@@ -10,13 +10,19 @@ are the output and log-sum-exp over the real keys alone. Backward takes (o', lse
 exp(s − lse') is then the right probability for every real key, zero keys pass nothing on to q, and what reaches the
 padded rows of K and V is dropped with `keep`.
 
-It needs a kernel that returns and takes the log-sum-exp: cuDNN's on CUDA, flash attention's on the CPU.
+It needs a kernel that returns and takes the log-sum-exp: cuDNN's on CUDA, flash attention's on the CPU. On CUDA one Triton
+kernel then corrects in place (qwen_image/padding_kernel.py): PyTorch's operations move three times the bytes.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON:
+    from qwen_image import padding_kernel
 
 aten = torch.ops.aten
 
@@ -60,6 +66,8 @@ def padded_attention(
         lse = lse.view(query.shape[:3])
     else:
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    if HAS_TRITON and query.is_cuda and padding_kernel.can_correct(output, lse):
+        return output.transpose(1, 2), padding_kernel.correct(output, lse, padding)
     share = padding.view(-1, 1, 1) * torch.exp(-lse)
     output = (output / (1 - share).unsqueeze(-1)).to(query.dtype)
     return output.transpose(1, 2).contiguous(), (lse + torch.log1p(-share)).contiguous()
@@ -85,7 +93,7 @@ def padded_attention_backward(
     """The dense kernel's backward with the corrected output and log-sum-exp; gradients of shape [B, L, H, D]."""
     grad, output = grad.transpose(1, 2), output.transpose(1, 2)
     if query.is_cuda:
-        unused = torch.zeros((), dtype=torch.int64, device=query.device)  # the kernel's random state, without dropout
+        unused = torch.empty((), dtype=torch.int64, device=query.device)  # the kernel's random state, without dropout
         length, keys = query.shape[2], key.shape[2]
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             grad,
