@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +277,25 @@ def test_bad_input_is_one_clear_line(tiny_model, encoded, tmp_path, capsys, argu
     code = train_lora.main(flags(tiny_model, encoded, tmp_path / "run", "--max_steps", "1", *arguments(tmp_path)))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 2 and error.startswith("error: ") and message in error
+
+
+def test_memory_that_runs_out_is_one_clear_line(tiny_model, encoded, tmp_path, capsys, monkeypatch):
+    """In the loop, where nothing can fall back any more; other RuntimeErrors are bugs and keep their traceback."""
+
+    def fail(error: Exception) -> Callable[..., int]:
+        def train(config: object) -> int:
+            raise error
+
+        return train
+
+    options = flags(tiny_model, encoded, tmp_path / "run")
+    monkeypatch.setattr(train_lora, "train", fail(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nmore")))
+    assert train_lora.main(options) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: CUDA out of memory. Tried 2 GiB. Recompute more blocks") and "start again" in line
+    monkeypatch.setattr(train_lora, "train", fail(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_lora.main(options)
 
 
 def test_encoded_shards_of_another_model_are_refused(tiny_model, encoded, tmp_path, capsys):

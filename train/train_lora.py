@@ -7,7 +7,8 @@
 
 `--help` lists every option (train/config.py defines them). RUN receives config.yaml, versions.json, metrics.jsonl,
 lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes: 0 done, 2 bad input,
-3 loss or gradient no longer finite, 85 asked to leave by SIGTERM or SIGUSR1 (checkpoint saved, start again to go on).
+3 loss or gradient no longer finite, 4 out of GPU memory, 85 asked to leave by SIGTERM or SIGUSR1 (checkpoint saved,
+start again to go on).
 """
 
 import os
@@ -21,6 +22,7 @@ from train.paths import check_paths
 
 BAD_INPUT = 2
 NOT_FINITE = 3
+OUT_OF_MEMORY = 4
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,11 +31,25 @@ def main(argv: list[str] | None = None) -> int:
         check_paths(config)
         return train(config)
     except (ValueError, OSError) as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank > 0:  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
-            time.sleep(5)
-        print(f"error: {error}" + (f" (rank {rank})" if rank > 0 else ""), file=sys.stderr)
+        tell(str(error))
         return BAD_INPUT
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it for `--help` would take seconds
+            raise
+        tell(
+            f"{str(error).splitlines()[0]} Recompute more blocks (--activation_checkpointing full or a number) or make "
+            "--batch_size smaller; sampling, validation and other programs on this GPU take memory too. "
+            f"{config.output_path} holds what was saved: start again to go on"
+        )
+        return OUT_OF_MEMORY
+
+
+def tell(error: str) -> None:
+    """For people: the reason to end, on standard error."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
+        time.sleep(5)
+    print(f"error: {error}" + (f" (rank {rank})" if rank > 0 else ""), file=sys.stderr)
 
 
 def train(config: TrainConfig) -> int:
@@ -44,11 +60,13 @@ def train(config: TrainConfig) -> int:
     from train import frozen
     from train.activation_offload import ActivationOffload
     from train.base import check_base, read_presets
+    from train.batch_shapes import batch_shapes, text_padding
     from train.checkpoint import Checkpoints, check_same
     from train.deepspeed_config import load_deepspeed_config, warnings
     from train.engine import DTYPES, initialize, join_process_group, learning_rate, set_learning_rate
     from train.export import LoraExport
     from train.feed import make_loader, make_order, open_data
+    from train.graph_choice import start_graphs
     from train.largest_batch import largest_batch
     from train.lora import LoraSpec, inject_lora, start_from
     from train.lora_file import read_lora
@@ -62,19 +80,19 @@ def train(config: TrainConfig) -> int:
     from train.preview import Preview
     from train.recomputation import PeakWatch, plan_recomputation
     from train.run_folder import prepare_run_folder
-    from train.speed import apply_speedups, shapes_met, start_graphs
+    from train.speed import apply_speedups, shapes_met
     from train.validation import Validation
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
     ranks = join_process_group()
     preemption = Preemption()
-    if config.text_padding is None:
-        config = replace(config, text_padding=32 if ranks.device.type == "cuda" else 1)
     deepspeed_config = load_deepspeed_config(config.deepspeed, config, ranks.world)
     for warning in warnings(deepspeed_config):
         ranks.say(f"warning: {warning}")
     frozen.seed_everything(config)
     dataset = open_data(config, ranks.say)
+    if config.text_padding is None:
+        config = replace(config, text_padding=text_padding(config, dataset, ranks.device))
     order = make_order(config, dataset)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * accumulation * ranks.world
@@ -155,7 +173,8 @@ def train(config: TrainConfig) -> int:
     added = engine_bytes(deepspeed_config, trainable, config, ranks.world, resumed is not None)
     stage = deepspeed_config["zero_optimization"]["stage"]
     recomputation = plan_recomputation(config.activation_checkpointing, module, largest, added, stage, ranks.device)
-    graphs = start_graphs(config, module, largest, stage, ranks.device)
+    shapes, left = batch_shapes(config, dataset, config.text_multiple).shapes, (total_steps - step) * accumulation
+    graphs = start_graphs(config, module, largest, shapes, left, stage, ranks.device)
     for line in [*speedups, *recomputation.lines(), *graphs]:
         ranks.say(line)
 
