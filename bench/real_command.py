@@ -104,7 +104,8 @@ class RealCommand:
         wandb = "disabled" if importlib.util.find_spec("wandb") is None else "offline"
         flags = ["--deepspeed", str(self.options.config), "--model", str(self.folder / "model"), "--data", str(data)]
         flags += ["--output_path", str(self.folder / name), "--max_steps", str(steps), "--save_steps", "0"]
-        return [*flags, "--wandb_mode", wandb, *more]
+        # A real run is long enough to choose them by itself; of so few steps it would not.
+        return [*flags, "--wandb_mode", wandb, "--cuda_graphs", "on", *more]
 
     def train(self, name: str, data: Path, steps: int) -> Result:
         """Measure one run of so many steps, and a few more that are profiled. Raises RuntimeError when it fails."""

@@ -255,7 +255,8 @@ def test_the_real_peak_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dataset(encoded: bool, training: list[int] | None = None) -> Any:
     buckets = [SimpleNamespace(id=0, width=64, height=64), SimpleNamespace(id=1, width=96, height=64)]
-    index = SimpleNamespace(bucket=np.array([0, 0, 1, 1]), prompt_tokens=np.array([30, 90, 20, 50]))
+    tokens = np.array([30, 90, 20, 50])
+    index = SimpleNamespace(bucket=np.array([0, 0, 1, 1]), prompt_tokens=tokens, caption_length=tokens)
     chosen = np.arange(4) if training is None else np.array(training, dtype=np.int64)
     manifest = SimpleNamespace(buckets=buckets)
     return SimpleNamespace(manifest=manifest, index=index, encoded=encoded, training=chosen)
@@ -274,5 +275,7 @@ def dataset(encoded: bool, training: list[int] | None = None) -> Any:
     ],
 )
 def test_the_largest_batch_occurs(options: dict[str, int], data: Any, expected: BatchShape) -> None:
-    config: Any = SimpleNamespace(**{"max_prompt_tokens": 512, "batch_size": 1, "text_multiple": 1} | options)
+    config: Any = SimpleNamespace(
+        **{"max_prompt_tokens": 512, "batch_size": 1, "text_multiple": 1, "caption_dropout": 0.0} | options
+    )
     assert largest_batch(config, data) == expected

@@ -90,7 +90,8 @@ class TrainConfig:
     ] = 512
     text_padding: Annotated[
         Count | None,
-        "pad a batch's text to a multiple of this many tokens: fewer shapes; not given: 32 on a GPU, else 1",
+        "pad a batch's text to a multiple of this many tokens: fewer shapes; not given: on a GPU 32, or 64 or 128 where "
+        "the data set has too many shapes for CUDA graphs, else 1",
     ] = None
 
     # ---- LoRA
@@ -167,9 +168,9 @@ class TrainConfig:
         Literal["auto", "on", "off"], "compile the blocks (a minute at start); auto: on a GPU, not under ZeRO-3"
     ] = "auto"
     cuda_graphs: Annotated[
-        Literal["auto", "off"],
-        "launch a step's kernels as one graph, captured once for each shape of a batch; auto: on a GPU, but not under "
-        "ZeRO-3 or with lora_dropout or offload_activations",
+        Literal["auto", "on", "off"],
+        "launch a step's kernels as one graph, captured once for each shape of a batch: on a GPU, but not under ZeRO-3 or "
+        "with lora_dropout or offload_activations; auto: where the run is long enough to win back the capturing",
     ] = "auto"
 
     # ---- saving and resuming

@@ -9,6 +9,7 @@ graph reads and writes has fixed addresses: inputs are copied into its own buffe
 flat buffer.
 """
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +22,7 @@ from torch import nn
 from qwen_image.transformer import QwenImageTransformer
 
 Inputs = tuple[torch.Tensor | None, ...]
-KEPT = 128  # shapes; the oldest one makes room
+KEPT = 96  # shapes; the one that was not met for longest makes room
 MODE = "thread_local"  # NCCL's and the loader's threads may go on calling CUDA while a graph is captured
 
 
@@ -61,6 +62,7 @@ class StepGraphs:
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.receivers = self.trained if flat is None else [flat]
         self.pairs: OrderedDict[tuple[Any, ...], Pair] = OrderedDict()
+        self.kept = KEPT
         self.pool = torch.cuda.graph_pool_handle()
         first = self.trained[0]
         self.sizes = [parameter.numel() for parameter in self.trained]
@@ -71,9 +73,8 @@ class StepGraphs:
         key = tuple(None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in inputs)
         pair = self.pairs.get(key)
         if pair is None:
-            pair = self.capture(inputs)
-            self.pairs[key] = pair
-            if len(self.pairs) > KEPT:
+            pair = self.pairs[key] = self.capture_with_room(inputs)
+            while len(self.pairs) > self.kept:
                 self.pairs.popitem(last=False)
         self.pairs.move_to_end(key)
         for own, given in zip(pair.inputs, inputs, strict=True):
@@ -82,6 +83,25 @@ class StepGraphs:
         losses = _Replay.apply(self, pair, *self.receivers)
         assert isinstance(losses, torch.Tensor)
         return losses
+
+    def capture_with_room(self, inputs: Inputs) -> Pair:
+        """`capture`; when memory runs out, the other shapes make room, and half as many of them are kept from then on.
+
+        Raises torch.OutOfMemoryError when it isn't theirs that lacks.
+        """
+        try:
+            return self.capture(inputs)
+        except torch.OutOfMemoryError:
+            if not self.pairs:
+                raise
+        # Here the exception is gone, and with it every frame that held a tensor.
+        torch.cuda.synchronize()
+        self.kept = max(1, len(self.pairs) // 2)
+        self.pairs.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.pool = torch.cuda.graph_pool_handle()  # the old one may still hold what is alive elsewhere
+        return self.capture(inputs)
 
     def capture(self, inputs: Inputs) -> Pair:
         """Record both graphs for the shapes of `inputs`. Raises torch.OutOfMemoryError, leaving what was captured before."""

@@ -7,6 +7,7 @@ import torch
 
 from qwen_image.text_encoder import Prompt
 from qwen_image.vae import PIXEL_MULTIPLE
+from train.batch_shapes import batch_shapes
 from train.config import TrainConfig
 from train.data import LATENT_CHANNELS, VAE_FACTOR, ShardDataset
 from train.module import STORED_DTYPE
@@ -37,10 +38,11 @@ def largest_batch(config: TrainConfig, dataset: ShardDataset) -> BatchShape:
         tokens = np.asarray(dataset.index.prompt_tokens)[dataset.training]
         longest = {int(bucket): int(tokens[buckets == bucket].max()) for bucket in np.unique(buckets)}
 
+    padded = batch_shapes(config, dataset, config.text_multiple).padded
+
     def shape(bucket: Any) -> BatchShape:
         text = min(longest[bucket.id], config.max_prompt_tokens)
         text = -(-text // config.text_multiple) * config.text_multiple
-        padded = config.batch_size > 1 or config.text_multiple > 1
         return BatchShape(config.batch_size, bucket.height, bucket.width, text, padded)
 
     shapes = [shape(bucket) for bucket in dataset.manifest.buckets if bucket.id in longest]

@@ -28,6 +28,7 @@ class FlowMatchingModule(nn.Module):
     Attributes:
         flat: all trained matrices as one parameter, once `use_flat` was called; they are then views of it.
         graphs: replays CUDA graphs instead of launching kernel by kernel, when gradients are wanted; None: never.
+        always_masked: graphs get a mask even when no text is padding, so that a shape has one pair of them, not two.
     """
 
     def __init__(self, transformer: QwenImageTransformer, weighting: WeightingName, dtype: torch.dtype):
@@ -37,12 +38,16 @@ class FlowMatchingModule(nn.Module):
         self.dtype = dtype
         self.flat: nn.Parameter | None = None
         self.graphs: StepGraphs | None = None
+        self.always_masked = False
 
     def forward(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """latents and noise [B, 16, 1, H/8, W/8], σ [B] on the CPU → each sample's weighted loss, float32 [B]."""
         modulation = self.transformer.look_up(time_input(sigma, self.dtype)) or (None, None)
         on_device = sigma.to(latents.device, non_blocking=True)
-        inputs = latents, noise, on_device, prompt.embeds, prompt.mask, *modulation
+        mask = prompt.mask
+        if mask is None and self.graphs is not None and self.always_masked:
+            mask = torch.ones(prompt.embeds.shape[:2], dtype=torch.bool, device=latents.device)
+        inputs = latents, noise, on_device, prompt.embeds, mask, *modulation
         if not torch.is_grad_enabled():
             return self.losses(inputs)
         if self.graphs is not None:
@@ -71,8 +76,9 @@ class FlowMatchingModule(nn.Module):
         self.flat = flatten(self.matrices())
         return self.flat
 
-    def use_graphs(self) -> None:
+    def use_graphs(self, always_masked: bool = False) -> None:
         """Replay CUDA graphs from now on. The trained parameters must stay where they are."""
+        self.always_masked = always_masked
 
         def positions(inputs: Inputs) -> Rotary:
             latents, _, _, embeds, *_ = inputs

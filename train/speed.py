@@ -7,7 +7,6 @@ from qwen_image.pipeline import QwenImagePipeline
 from train.config import TrainConfig
 from train.engine import DTYPES, PARTITIONED
 from train.fused_projection import can_fuse, fuse_projections
-from train.largest_batch import BatchShape, random_arguments
 from train.lora import LoraSpec
 from train.module import FlowMatchingModule
 
@@ -30,28 +29,6 @@ def apply_speedups(
         lines.append("blocks compiled: before the first step that takes a minute")
     transformer.draws_random_numbers = config.lora_dropout > 0
     return lines
-
-
-def start_graphs(
-    config: TrainConfig, module: FlowMatchingModule, largest: BatchShape, stage: int, device: torch.device
-) -> list[str]:
-    """Let `module` replay CUDA graphs where it can, and capture those of the largest batch; lines that tell.
-
-    The largest first, so that their memory then serves all others. Call it when nothing about the step changes any more.
-    """
-    host_works = config.lora_dropout > 0 or config.offload_activations or stage == PARTITIONED
-    if config.cuda_graphs == "off" or device.type != "cuda" or host_works:
-        return []
-    module.use_graphs()
-    try:
-        with torch.enable_grad():
-            module(*random_arguments(largest, module.transformer.config.joint_attention_dim, device))
-    except RuntimeError as error:
-        module.graphs = None
-        torch.cuda.empty_cache()
-        reason = str(error).strip().split("\n")[0]
-        return [f"warning: CUDA graphs could not be captured, kernels are launched one by one: {reason}"]
-    return ["CUDA graphs: captured once for each shape of a batch"]
 
 
 def shapes_met(module: FlowMatchingModule) -> list[str]:

@@ -1,0 +1,104 @@
+"""How many shapes a run's batches have, the text padding that follows, and whether CUDA graphs pay."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from train.batch_shapes import BatchShapes, batch_shapes, text_padding
+from train.graph_choice import StepTimes
+from train.graphs import KEPT, StepGraphs
+
+BUCKETS = [SimpleNamespace(id=id, width=64, height=64 + 16 * id) for id in range(10)]
+
+
+def data_set(bucket: list[int], tokens: list[int], encoded: bool = True, training: Any = None) -> Any:
+    characters = np.array(tokens) * 4
+    index = SimpleNamespace(bucket=np.array(bucket), prompt_tokens=np.array(tokens), caption_length=characters)
+    chosen = np.arange(len(bucket)) if training is None else np.array(training, dtype=np.int64)
+    empty = torch.zeros(5, 8) if encoded else None
+    return SimpleNamespace(
+        manifest=SimpleNamespace(buckets=BUCKETS), index=index, encoded=encoded, training=chosen, empty_prompt=empty
+    )
+
+
+def config(**options: Any) -> Any:
+    return SimpleNamespace(**{"max_prompt_tokens": 512, "batch_size": 1, "caption_dropout": 0.0} | options)
+
+
+@pytest.mark.parametrize(
+    "options,data,multiple,expected",
+    [
+        ({}, data_set([0, 0, 1, 1], [32, 64, 32, 32]), 32, BatchShapes(3, False)),
+        ({}, data_set([0, 0, 1, 1], [32, 63, 32, 32]), 32, BatchShapes(3, True)),
+        ({}, data_set([0, 0, 1, 1], [1, 31, 32, 33]), 32, BatchShapes(3, True)),
+        ({}, data_set([0, 0, 1], [7, 7, 9]), 1, BatchShapes(2, False)),
+        ({"batch_size": 2}, data_set([0, 0, 1], [7, 7, 9]), 1, BatchShapes(2, False)),
+        ({"batch_size": 2}, data_set([0, 0, 1], [7, 8, 9]), 1, BatchShapes(3, True)),  # a batch may hold 7 and 8
+        ({}, data_set([0, 0, 1], [32, 40, 32], training=[0, 2]), 32, BatchShapes(2, False)),  # 40 is held out
+        ({"max_prompt_tokens": 64}, data_set([0, 0], [300, 400]), 32, BatchShapes(1, False)),  # both cut to 64
+        ({"caption_dropout": 0.1}, data_set([0, 1], [64, 64]), 32, BatchShapes(4, True)),  # the empty prompt has 5
+        ({}, data_set([0, 0, 1], [10, 50, 10], encoded=False), 32, BatchShapes(3, True)),
+        ({}, data_set([0], [10], training=[]), 32, BatchShapes(160, True)),  # a stream
+    ],
+)
+def test_shapes_are_counted(options: dict[str, Any], data: Any, multiple: int, expected: BatchShapes) -> None:
+    assert batch_shapes(config(**options), data, multiple) == expected
+
+
+def test_text_is_padded_as_little_as_leaves_few_shapes() -> None:
+    gpu, tokens = torch.device("cuda"), list(range(1, 513))
+    for buckets, expected in ((1, 32), (6, 32), (7, 64), (10, 64)):
+        data = data_set([b for b in range(buckets) for _ in tokens], tokens * buckets)
+        assert text_padding(config(), data, gpu) == expected, f"{buckets} buckets × 16 lengths, {KEPT} may be kept"
+        assert text_padding(config(), data, torch.device("cpu")) == 1
+    many = [number // 512 for number in range(30 * 512)]
+    assert text_padding(config(), data_set(many, tokens * 30), gpu) == 32  # 120 even at 128: no graphs, no padding
+
+
+@pytest.mark.parametrize(
+    "launched,replayed,shapes,batches,pays",
+    [(0.5, 0.4, 10, 101, True), (0.5, 0.4, 10, 99, False), (0.5, 0.51, 1, 10**6, False), (0.32, 0.31, 80, 10**4, True)],
+)
+def test_graphs_pay_when_the_run_wins_their_capture_back(
+    launched: float, replayed: float, shapes: int, batches: int, pays: bool
+) -> None:
+    assert StepTimes(launched, replayed, capture=1.0).pay(shapes, batches) is pays
+
+
+class Small(StepGraphs):
+    """Capturing needs as much memory as `room` has places; a pair is just its inputs."""
+
+    room = 4
+
+    def capture(self, inputs: Any) -> Any:
+        if len(self.pairs) >= self.room:
+            raise torch.OutOfMemoryError("no place")
+        return SimpleNamespace(inputs=inputs)
+
+
+def test_other_shapes_make_room_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr("train.graphs._Replay", SimpleNamespace(apply=lambda graphs, pair, *_: pair.inputs[0].clone()))
+    graphs = Small(torch.nn.Linear(1, 1), None, lambda inputs: inputs[0], None, None)  # type: ignore[arg-type, return-value]
+
+    def losses(size: int) -> torch.Tensor:
+        return graphs((torch.full((size,), float(size)), None))
+
+    for size in (1, 2, 3, 4):
+        assert torch.equal(losses(size), torch.full((size,), float(size)))
+    assert len(graphs.pairs) == 4
+    before = graphs.pool
+    losses(5)  # no room: the four go, and no more than two stay from now on
+    assert len(graphs.pairs) == 1 and graphs.kept == 2 and graphs.pool is not before
+    for size in (6, 5, 7, 5):
+        losses(size)
+    assert [key[0][0] for key in graphs.pairs] == [(7,), (5,)]  # the one not met for longest went
+    graphs.pairs.clear()
+    graphs.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        losses(1)
