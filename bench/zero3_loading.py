@@ -120,13 +120,11 @@ def load_as_deepspeed_says(files: Any, config: dict[str, Any]) -> Any:
     import torch
     import torch.distributed as dist
 
-    from qwen_image.loading import stream_tensors
-    from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+    from qwen_image.loading import stream_tensors, transformer_config
+    from qwen_image.transformer import QwenImageTransformer
 
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
-        transformer = QwenImageTransformer(
-            TransformerConfig.from_config_file(files["transformer"].folder / "config.json")
-        )
+        transformer = QwenImageTransformer(transformer_config(files))
     parameters = dict(transformer.named_parameters())
     group: list[tuple[str, torch.Tensor]] = []
     for name, tensor in stream_tensors(files["transformer"].weights):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwen_image.transformer import QwenImageTransformer, TransformerConfig
 from qwen_image.weight_files import RangeReader, StoredTensor, read_headers, single_file_prefix
 
 FINGERPRINT_PIECES = 64
@@ -189,6 +190,22 @@ def _folder_weights(folder: Path, component: str) -> tuple[Path, ...]:
     if not files:
         raise FileNotFoundError(f"{folder}: no .safetensors file found")
     return files
+
+
+def transformer_config(files: ModelFiles) -> TransformerConfig:
+    """Raises FileNotFoundError without a configuration, ValueError for a relative's."""
+    config_file = files["transformer"].folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"{config_file} is missing; single files take their configuration from --model's folder"
+        )
+    return TransformerConfig.from_config_file(config_file)
+
+
+def empty_transformer(files: ModelFiles) -> QwenImageTransformer:
+    """The transformer of `files` on the meta device. Raises what `transformer_config` does."""
+    with torch.device("meta"):
+        return QwenImageTransformer(transformer_config(files))
 
 
 def stream_tensors(files: tuple[Path, ...], device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:

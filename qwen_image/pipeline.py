@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qwen_image.loading import ModelFiles, ModelSource, load_weights, resolve_model
+from qwen_image.loading import ModelFiles, ModelSource, empty_transformer, load_weights, resolve_model
 from qwen_image.scheduler import SigmaSchedule, euler_step
 from qwen_image.text_encoder import Prompt, TextEncoder
-from qwen_image.transformer import Modulation, QwenImageTransformer, TransformerConfig
+from qwen_image.transformer import Modulation, QwenImageTransformer
 from qwen_image.vae import SPATIAL_FACTOR, VAE, check_image_size, uint8_from_pixels
 
 DEFAULT_NEGATIVE_PROMPT = " "
@@ -168,14 +168,6 @@ def load_transformer(
     files: ModelFiles, dtype: torch.dtype, device: torch.device | str = "cpu", progress: bool = False
 ) -> QwenImageTransformer:
     """The transformer on `device`, frozen, in evaluation mode; no second copy of the weights ever exists."""
-    component = files["transformer"]
-    config_file = component.folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(
-            f"{config_file} is missing; single files take their configuration from --model's folder"
-        )
-    config = TransformerConfig.from_config_file(config_file)
-    with torch.device("meta"):
-        transformer = QwenImageTransformer(config)
-    load_weights(transformer, component.weights, dtype, device, progress)
+    transformer = empty_transformer(files)
+    load_weights(transformer, files["transformer"].weights, dtype, device, progress)
     return transformer.eval()

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from qwen_image.float8 import Float8Linear, use_float8
-from qwen_image.loading import ModelFiles, match_weights, replace_parameter
+from qwen_image.loading import ModelFiles, empty_transformer, match_weights, replace_parameter
 from qwen_image.modulation import TableBuilder
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.transformer import QwenImageTransformer
 from qwen_image.weight_files import RangeReader
 
 STAGED_BYTES = 512 << 20  # read ahead: a second of a fast disk, and more than the largest tensor (113 MB)
@@ -25,17 +25,6 @@ TABULATED = ("img_mod", "txt_mod")
 BLOCKS = "transformer_blocks."
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]  # a layer's full name and weight → what to use instead
-
-
-def empty_transformer(files: ModelFiles) -> QwenImageTransformer:
-    """The transformer of `files` on the meta device. Raises FileNotFoundError without its configuration."""
-    config_file = files["transformer"].folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(
-            f"{config_file} is missing; single files take their configuration from --model's folder"
-        )
-    with torch.device("meta"):
-        return QwenImageTransformer(TransformerConfig.from_config_file(config_file))
 
 
 def load_staged(

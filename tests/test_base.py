@@ -9,10 +9,9 @@ from safetensors.torch import save_file
 
 from demo.random_model import write_random_encoded, write_random_model
 from qwen_image.float8 import FLOAT8, Float8Linear
-from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.loading import ModelSource, empty_transformer, resolve_model
 from qwen_image.pipeline import load_transformer
 from qwen_image.scheduler import SigmaSchedule
-from qwen_image.staged_loading import empty_transformer
 from train import train_lora
 from train.base import base_bytes, check_base, load_base, read_presets
 from train.config import TrainConfig

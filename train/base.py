@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from qwen_image.float8 import check_float8, float8_bytes
-from qwen_image.loading import ModelFiles, ModelSource, resolve_model
+from qwen_image.loading import ModelFiles, ModelSource, empty_transformer, resolve_model
 from qwen_image.modulation import modulation_layers
 from qwen_image.scheduler import SigmaSchedule
-from qwen_image.staged_loading import empty_transformer, load_staged
+from qwen_image.staged_loading import load_staged
 from qwen_image.transformer import QwenImageTransformer
 from qwen_image.vae import PIXEL_MULTIPLE
 from train.config import TrainConfig

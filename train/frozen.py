@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from data_prep.encoding import LATENTS, PROMPTS, check_encoding
-from qwen_image.loading import ModelSource, match_weights, resolve_model
+from qwen_image.loading import ModelSource, empty_transformer, match_weights, resolve_model, transformer_config
 from qwen_image.modulation import modulation_layers
 from qwen_image.pipeline import QwenImagePipeline
 from qwen_image.transformer import QwenImageTransformer, TransformerConfig
@@ -40,8 +40,7 @@ def load_pipeline(
     source, dtype = ModelSource.from_options(config), DTYPES[config.dtype]
     files = resolve_model(source, ("transformer", "scheduler"))
     if dataset.encoded:
-        shape = TransformerConfig.from_config_file(files["transformer"].folder / "config.json")
-        check_data(config, dataset, shape.joint_attention_dim)
+        check_data(config, dataset, transformer_config(files).joint_attention_dim)
     pipeline = QwenImagePipeline.from_pretrained(
         source,
         components=() if dataset.encoded else ("text_encoder", "vae"),
@@ -93,9 +92,7 @@ def planned_sizes(config: TrainConfig, deepspeed_config: dict[str, Any], spec: L
     if spec.dora and deepspeed_config["zero_optimization"]["stage"] == 3:
         raise ValueError("lora_dora needs whole weights at every step: use ds_configs/zero2.json")
     files = resolve_model(ModelSource.from_options(config), ("transformer", "scheduler"))
-    shape = TransformerConfig.from_config_file(files["transformer"].folder / "config.json")
-    with torch.device("meta"):
-        transformer = QwenImageTransformer(shape)
+    transformer = empty_transformer(files)
     match_weights(transformer, files["transformer"].weights)
     trainable = 0
     for name in resolve_targets(transformer, spec.target_modules):
@@ -105,7 +102,7 @@ def planned_sizes(config: TrainConfig, deepspeed_config: dict[str, Any], spec: L
     tabulated, recomputed = 0, checkpointed_blocks(config, transformer)
     if tabulates(config, deepspeed_config, spec, transformer):
         tabulated = sum(p.numel() for module in modulation_layers(transformer) for p in module.parameters())
-    return ModelSizes(shape, base_bytes(config, transformer, tabulated, recomputed), trainable, recomputed)
+    return ModelSizes(transformer.config, base_bytes(config, transformer, tabulated, recomputed), trainable, recomputed)
 
 
 def memory_plan(

@@ -60,18 +60,14 @@ def merge(
     The folder appears when it is complete. Raises ValueError for a LoRA of another model, FileNotFoundError for what is
     missing, FileExistsError, and OSError when the disk has too little room.
     """
-    import torch
-
-    from qwen_image.loading import ModelSource, match_weights, resolve_model
-    from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+    from qwen_image.loading import ModelSource, empty_transformer, match_weights, resolve_model
     from train.preset import Preset
 
     if output_path.exists():
         raise FileExistsError(f"output_path: {output_path} exists already")
     found = resolve_model(ModelSource(model, revision, transformer_path), ("transformer",))
     component = found["transformer"]
-    with torch.device("meta"):
-        transformer = QwenImageTransformer(TransformerConfig.from_config_file(component.folder / "config.json"))
+    transformer = empty_transformer(found)
     stored = match_weights(transformer, component.weights)
     presets = [Preset.read(text, transformer) for text in loras]
     size = sum(byte_size(tensor) for tensor in stored.values())

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qwen_image.loading import ModelFiles, match_weights, replace_parameter
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.loading import ModelFiles, empty_transformer, match_weights, replace_parameter
+from qwen_image.transformer import QwenImageTransformer
 from qwen_image.weight_files import RangeReader, StoredTensor
 from train.host_memory import pinned_memory
 
@@ -58,10 +58,8 @@ def _load(
 ) -> QwenImageTransformer:
     import deepspeed
 
-    component = files["transformer"]
-    with torch.device("meta"):
-        transformer = QwenImageTransformer(TransformerConfig.from_config_file(component.folder / "config.json"))
-    stored = match_weights(transformer, component.weights)
+    transformer = empty_transformer(files)
+    stored = match_weights(transformer, files["transformer"].weights)
     # Not entered as a context: that would patch torch's constructors. Only its conversion of a parameter is used.
     init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype)
     world = dist.get_world_size()
