@@ -81,18 +81,9 @@ def _empty_outputs(
 
 @forward_op.register_fake
 def _(
-    image: torch.Tensor,
-    text: torch.Tensor,
-    norm_q: torch.Tensor,
-    norm_k: torch.Tensor,
-    norm_added_q: torch.Tensor,
-    norm_added_k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    keep: torch.Tensor | None,
-    save: bool,
+    image: torch.Tensor, text: torch.Tensor, norm_q: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_outputs(image, text, norm_q, save)
+    return _empty_outputs(image, text, norm_q, save=others[-1])
 
 
 @triton_op("qwen_image::joint_layout_backward", mutates_args=())
@@ -162,25 +153,8 @@ def _empty_gradients(
 
 
 @backward_op.register_fake
-def _(
-    grad_query: torch.Tensor,
-    grad_key: torch.Tensor,
-    grad_value: torch.Tensor,
-    image: torch.Tensor | None,
-    text: torch.Tensor | None,
-    query: torch.Tensor | None,
-    key: torch.Tensor | None,
-    scales: torch.Tensor,
-    norm_q: torch.Tensor,
-    norm_k: torch.Tensor,
-    norm_added_q: torch.Tensor,
-    norm_added_k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    keep: torch.Tensor | None,
-    text_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_gradients(grad_query, grad_key, text_tokens)
+def _(grad_query: torch.Tensor, grad_key: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_gradients(grad_query, grad_key, text_tokens=others[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
