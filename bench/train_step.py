@@ -44,6 +44,7 @@ WORDS = {
     "separate": "q, k and v not fused",
     "masked": "padding by an attention mask",
     "float8": "float8 base",
+    "unfused": "its GELU quantised by the compiler",
     "onelayout": "its weights transposed at each step",
 }
 KINDS = (  # first match names a kernel's kind
@@ -78,7 +79,7 @@ def our_step(
     if "direct" not in words:
         replace_by_table(transformer, [k / 1000 for k in range(1, 1001)])
     if "float8" in words:
-        quantise_blocks(transformer)
+        quantise_blocks(transformer, fuse="unfused" not in words)
     inject_lora(transformer, LoraSpec(ATTENTION, 32, 32.0), dtype=dtype)
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad and "lora_B" in name:

@@ -1,85 +1,28 @@
 """Frozen linear layers in float8 (e4m3): half of bf16's memory, and up to twice its speed on a GPU that multiplies float8.
 
-    use_float8(transformer)              # on the meta device, before weights are loaded (qwen_image/loading.py fills it)
-    quantise_blocks(transformer)         # or layer by layer when they are there already
-    keep_transposed(transformer, 12)     # the first 12 blocks are recomputed: they do with one layout
+    use_float8(transformer, torch.bfloat16)  # on the meta device; qwen_image/staged_loading.py fills it
+    quantise_blocks(transformer)             # or layer by layer when the weights are there already
+    keep_transposed(transformer, 12)         # the first 12 blocks are recomputed: they do with one layout
 
 Weights have one float32 scale an output row, set once. Inputs and output gradients get one a token, at each product: a row is
 then read once where the kernel that made it (AdaLN, GELU) is still at it, which one scale a tensor would not allow, and
 an outlier costs its own token precision, not all. Nothing but the input gradient is computed backwards: no trained weight
-is in here, and float8 inputs are not kept.
-
-In the input gradient g·W the weight's row scales s lie along the sum: Σₙ gₙ sₙ Wₙ, so g·s is what gets quantised. float8
-products take operands whose rows lie along the sum alone, so the backward pass needs the weight transposed: kept beside the
-other, or made each time. Format: OCP 8-bit floating point, E4M3 (largest value 448, three bits of mantissa: a relative
-error of at most 1/16 in the normal range).
+is in here, and float8 inputs are not kept. The numbers themselves: qwen_image/float8_weight.py.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from qwen_image.float8_mlp import float8_mlp, has_kernel
+from qwen_image.float8_weight import FLOAT8, Float8Weight, quantise_rows
 from qwen_image.layers import Linear
 from qwen_image.transformer import Block, QwenImageTransformer
 
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = 448.0  # torch.finfo(FLOAT8).max
-SMALLEST_SCALE = 1e-30  # for rows of zeros; gradients times weight scales reach 1e-16
 ROWS_AT_ONCE = 2048  # of a weight while it is quantised: its float32 copy stays below 100 MB
 FIRST_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply float8
-
-
-def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """values [M, K] → float8 [M, K] and scales float32 [M, 1] with values ≈ float8 · scale; NaN and ∞ spoil their row."""
-    scale = (values.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
-    return (values.float() * scale.reciprocal()).to(FLOAT8), scale
-
-
-def scaled_product(
-    left: torch.Tensor,
-    left_scale: torch.Tensor,
-    right: torch.Tensor,
-    right_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """left [M, K] · right [N, K]ᵀ with scales [M, 1] and [1, N], plus bias [N] → [M, N] of `dtype` (bf16 on a GPU).
-
-    On the CPU the same sum in float32: right, but slow.
-    """
-    if left.is_cuda:
-        return torch._scaled_mm(
-            left,
-            right.t(),
-            scale_a=left_scale,
-            scale_b=right_scale,
-            bias=bias,
-            out_dtype=dtype,
-            use_fast_accum=True,
-        )
-    product = (left.float() @ right.float().t()) * left_scale * right_scale
-    return (product if bias is None else product + bias.float()).to(dtype)
-
-
-class Float8Weight(NamedTuple):
-    """A quantised weight: data [N, K] · scaleᵀ. The backward pass takes `transposed` [K, N] if there, and `ones` [1, K]."""
-
-    data: torch.Tensor
-    scale: torch.Tensor  # float32 [1, N]
-    ones: torch.Tensor
-    transposed: torch.Tensor | None
-
-    def output(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [M, K] → x·Wᵀ + bias [M, N]."""
-        return scaled_product(*quantise_rows(x), self.data, self.scale, bias, x.dtype)
-
-    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The output's gradient [M, N] → the input's, [M, K]."""
-        rows = quantise_rows(gradient.float() * self.scale)
-        transposed = self.data.t().contiguous() if self.transposed is None else self.transposed
-        return scaled_product(*rows, transposed, self.ones, None, gradient.dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -146,6 +89,23 @@ class Float8Linear(Linear):
         return float8_linear(x, self.quantised(), self.bias)
 
 
+def fused_mlp(x: torch.Tensor, up: nn.Module, down: nn.Module) -> torch.Tensor | None:
+    """Both layers of an MLP with the GELU between, in one function; None where its kernels or the layers forbid that.
+
+    With a LoRA on it a layer is of another type, and its input is needed.
+    """
+    if type(up) is Float8Linear and type(down) is Float8Linear and has_kernel(x, up.out_features):
+        return float8_mlp(x, up.quantised(), up.bias, down.quantised(), down.bias)
+    return None
+
+
+def fuse_mlps(transformer: QwenImageTransformer) -> None:
+    """Let `fused_mlp` do the blocks' MLPs where it can."""
+    for block in transformer.transformer_blocks:
+        assert isinstance(block, Block)
+        block.img_mlp.fused = block.txt_mlp.fused = fused_mlp
+
+
 def block_linears(transformer: QwenImageTransformer) -> Iterator[tuple[str, nn.Linear]]:
     """(full name, layer) of what becomes float8: both streams' projections and MLPs in all blocks, not the modulation."""
     for index, block in enumerate(transformer.transformer_blocks):
@@ -161,11 +121,15 @@ def use_float8(transformer: QwenImageTransformer, dtype: torch.dtype) -> None:
         replacement = Float8Linear(layer.in_features, layer.out_features, dtype)
         replacement.bias = layer.bias
         transformer.set_submodule(name, replacement)
+    fuse_mlps(transformer)
 
 
 @torch.no_grad()
-def quantise_blocks(transformer: QwenImageTransformer) -> None:
-    """Turn the blocks' layers of a frozen transformer that has its weights into float8, one after the other."""
+def quantise_blocks(transformer: QwenImageTransformer, fuse: bool = True) -> None:
+    """Turn the blocks' layers of a frozen transformer that has its weights into float8, one after the other.
+
+    `fuse`: False leaves GELU and its quantisation to the compiler, for comparison.
+    """
     dtype = transformer.proj_out.weight.dtype
     for name in [name for name, _ in block_linears(transformer)]:  # no list of layers: it would keep their weights
         layer = transformer.get_submodule(name)
@@ -174,6 +138,8 @@ def quantise_blocks(transformer: QwenImageTransformer) -> None:
         replacement.bias = layer.bias
         replacement.quantise(layer.weight)
         transformer.set_submodule(name, replacement)
+    if fuse:
+        fuse_mlps(transformer)
 
 
 @torch.no_grad()

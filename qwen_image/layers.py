@@ -1,6 +1,7 @@
 """The transformer's small parts: linear layers, RMS norm, MLP, time embedding. Attribute names are the checkpoint's."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +44,22 @@ class GELUProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """dim → 4·dim → dim. The list `net` with its gap at 1 is part of the checkpoint's names."""
+    """dim → 4·dim → dim. The list `net` with its gap at 1 is part of the checkpoint's names.
+
+    Attributes:
+        fused: called with the input and both linear layers, it may do the work of all, or return None (qwen_image/float8.py).
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
+        self.fused: Callable[[torch.Tensor, nn.Module, nn.Module], torch.Tensor | None] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net[2](self.net[0](x))
+        up, down = self.net[0], self.net[2]
+        assert isinstance(up, GELUProjection)
+        output = None if self.fused is None else self.fused(x, up.proj, down)
+        return down(up(x)) if output is None else output
 
 
 class TimestepEmbedder(nn.Module):

@@ -1,0 +1,75 @@
+"""Rows of float8 (e4m3) with a scale each, and products of them: a frozen weight's output and its input's gradient.
+
+In the input gradient g·W the weight's row scales s lie along the sum: Σₙ gₙ sₙ Wₙ, so g·s is what gets quantised. float8
+products take operands whose rows lie along the sum alone, so the backward pass needs the weight transposed: kept beside the
+other, or made each time. Format: OCP 8-bit floating point, E4M3 (largest value 448, three bits of mantissa: a relative
+error of at most 1/16 in the normal range).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0  # torch.finfo(FLOAT8).max
+SMALLEST_SCALE = 1e-30  # for rows of zeros; gradients times weight scales reach 1e-16
+
+
+def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """values [M, K] → float8 [M, K] and scales float32 [M, 1] with values ≈ float8 · scale; NaN and ∞ spoil their row."""
+    scale = (values.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
+    return (values.float() * scale.reciprocal()).to(FLOAT8), scale
+
+
+def scaled_product(
+    left: torch.Tensor,
+    left_scale: torch.Tensor,
+    right: torch.Tensor,
+    right_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """left [M, K] · right [N, K]ᵀ with scales [M, 1] and [1, N], plus bias [N] → [M, N] of `dtype` (bf16 on a GPU).
+
+    On the CPU the same sum in float32: right, but slow.
+    """
+    if left.is_cuda:
+        return torch._scaled_mm(
+            left,
+            right.t(),
+            scale_a=left_scale,
+            scale_b=right_scale,
+            bias=bias,
+            out_dtype=dtype,
+            use_fast_accum=True,
+        )
+    product = (left.float() @ right.float().t()) * left_scale * right_scale
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+class Float8Weight(NamedTuple):
+    """A quantised weight: data [N, K] · scaleᵀ. The backward pass takes `transposed` [K, N] if there, and `ones` [1, K]."""
+
+    data: torch.Tensor
+    scale: torch.Tensor  # float32 [1, N]
+    ones: torch.Tensor
+    transposed: torch.Tensor | None
+
+    def output(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [M, K] → x·Wᵀ + bias [M, N]."""
+        return self.output_of_rows(*quantise_rows(x), bias, x.dtype)
+
+    def output_of_rows(
+        self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The same from x quantised: float8 [M, K] and scales [M, 1]."""
+        return scaled_product(rows, scales, self.data, self.scale, bias, dtype)
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The output's gradient [M, N] → the input's, [M, K]."""
+        return self.input_gradient_of_rows(*quantise_rows(gradient.float() * self.scale), gradient.dtype)
+
+    def input_gradient_of_rows(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The same from gradient · `scale` quantised: float8 [M, N] and scales [M, 1]."""
+        transposed = self.data.t().contiguous() if self.transposed is None else self.transposed
+        return scaled_product(rows, scales, transposed, self.ones, None, dtype)
