@@ -34,7 +34,6 @@ MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 SIZES = "sizes.json"
 EMPTY_PROMPT = "empty_prompt.safetensors"
-PAYLOADS = ("jpg", "png", "safetensors")
 
 _OFFSETS = [(f"{m}_{f}", pa.int64()) for m in ("payload", "json", "txt") for f in ("offset", "size")]
 INDEX_ROWS = pa.schema(
