@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, and one tiny model built for the whole session."""
+"""What all tests share: no network, one thread, and models and data built once for the whole session."""
 
 from __future__ import annotations
 
@@ -25,6 +25,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     return build_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Transformer and scheduler alone, one block of width 128: any encoded shards of width 64 fit. Don't write into it."""
+    from demo.random_model import write_random_model
+
+    folder = tmp_path_factory.mktemp("small_model") / "random"
+    write_random_model(folder, layers=1, heads=1, text_dim=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encoded shards for `small_model`: 12 samples in two buckets, prompts of three lengths. Don't write into it."""
+    from demo.random_model import write_random_encoded
+
+    folder = tmp_path_factory.mktemp("small_data") / "encoded"
+    return write_random_encoded(folder, 12, 32, 32, prompt_tokens=6, text_dim=64, buckets=2)
 
 
 @pytest.fixture(autouse=True)

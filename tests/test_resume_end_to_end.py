@@ -11,23 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from demo.random_model import write_random_encoded, write_random_model
-
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--dtype", "float32", "--lora_rank", "2", "--lora_target_modules", "to_q", "--num_workers", "1"]
 FLAGS += ["--log_steps", "1", "--wandb_mode", "disabled", "--caption_dropout", "0.3", "--lora_dropout", "0.1"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "random"
-    write_random_model(folder, layers=1, heads=1, text_dim=64)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_random_encoded(tmp_path_factory.mktemp("data") / "set", 12, 32, 32, 6, text_dim=64, buckets=2)
 
 
 class Run:
@@ -81,9 +67,9 @@ class Run:
         return data[8 + int.from_bytes(data[:8], "little") :]
 
 
-def test_asked_to_leave_then_damaged_equals_uninterrupted(model: Path, data: Path, tmp_path: Path) -> None:
+def test_asked_to_leave_then_damaged_equals_uninterrupted(small_model: Path, small_data: Path, tmp_path: Path) -> None:
     more = ["--max_steps", "60", "--save_steps", "2", "--keep_checkpoints", "3"]
-    whole, left = (Run(model, data, tmp_path / name, "zero2", *more) for name in ("whole", "left"))
+    whole, left = (Run(small_model, small_data, tmp_path / name, "zero2", *more) for name in ("whole", "left"))
     assert whole.finish()[0] == 0
     process = left.start()
     left.wait_for(process, 5)
@@ -104,11 +90,11 @@ def test_asked_to_leave_then_damaged_equals_uninterrupted(model: Path, data: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("config,kills", [("zero2", 20), ("zero3", 20)])
 def test_killed_at_random_moments_equals_uninterrupted(
-    model: Path, data: Path, tmp_path: Path, config: str, kills: int
+    small_model: Path, small_data: Path, tmp_path: Path, config: str, kills: int
 ) -> None:
     steps = 20 * kills
     more = ["--max_steps", str(steps), "--save_steps", "1", "--keep_checkpoints", "2"]
-    whole, killed = (Run(model, data, tmp_path / name, config, *more) for name in ("whole", "killed"))
+    whole, killed = (Run(small_model, small_data, tmp_path / name, config, *more) for name in ("whole", "killed"))
     assert whole.finish()[0] == 0
     expected, chance = whole.steps(), random.Random(config)
     seen: dict[int, float] = {}

@@ -10,7 +10,7 @@ import pytest
 from forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
 from safetensors.torch import load_file
 
-from demo.random_model import write_random_encoded, write_random_model
+from demo.random_model import write_random_encoded
 from train import train_lora
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,12 +18,11 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> list[str]:
-    """Flags for a small model and 20 samples in two buckets: an epoch is no multiple of any step's micro-batches."""
-    folder = tmp_path_factory.mktemp("curve")
-    write_random_model(folder / "model", layers=1, heads=1, text_dim=64)
-    write_random_encoded(folder / "data", 20, 32, 48, prompt_tokens=6, text_dim=64, buckets=2)
-    return ["--model", str(folder / "model"), "--data", str(folder / "data")]
+def paths(small_model, tmp_path_factory) -> list[str]:
+    """Flags for the small model and 20 samples in two buckets: an epoch is no multiple of any step's micro-batches."""
+    folder = tmp_path_factory.mktemp("curve") / "data"
+    write_random_encoded(folder, 20, 32, 48, prompt_tokens=6, text_dim=64, buckets=2)
+    return ["--model", str(small_model), "--data", str(folder)]
 
 
 def train(commands: list[list[str]]) -> list[int]:
