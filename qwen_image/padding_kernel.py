@@ -1,8 +1,8 @@
 """Triton kernel that takes the padding's share out of dense attention (qwen_image/attention.py has the formulas).
 
-One program corrects ROWS tokens of one head: each byte of the output is read and written once, against three reads and
-writes of PyTorch's operations, two of them in float32. Heads run fastest, so neighbours work on neighbouring memory.
-A sample without padding keeps its output untouched, and its log-sum-exp bit by bit.
+One program corrects ROWS tokens of one head: each byte of the output is read and written once; PyTorch's operations also
+write and read it in float32, three times the bytes. Heads run fastest, so neighbours work on neighbouring memory. A sample
+without padding keeps its output untouched, and its log-sum-exp bit by bit.
 """
 
 # mypy: ignore-errors
@@ -40,7 +40,7 @@ def correction_kernel(
         values = tl.load(tile, mask=inside[:, None]).to(tl.float32)
         real = 1 - zeros * tl.exp(-dense)  # the real keys' share
         tl.store(tile, (values * (1 / real)[:, None]).to(output.dtype.element_ty), mask=inside[:, None])
-        # No log1p: rounding `real` moves its logarithm by 2⁻²⁵, half a unit of what a sum from 0.5 on is rounded to.
+        # No log1p: rounding `real` moves its logarithm by 2⁻²⁵, no more than rounding a sum from 0.5 on does.
         tl.store(corrected + place, dense + tl.log(real), mask=inside)
 
 
