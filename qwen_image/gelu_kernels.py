@@ -81,7 +81,7 @@ def _store_quantised(
 
 
 @triton.jit
-def forward_kernel(
+def gelu_kernel(
     y,
     values,
     scales,
@@ -105,7 +105,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def gelu_gradient_kernel(
     grad,
     y,
     weight_scale,

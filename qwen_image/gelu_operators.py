@@ -10,7 +10,7 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from qwen_image.float8_weight import FLOAT8, LARGEST, SMALLEST_SCALE
-from qwen_image.gelu_kernels import backward_kernel, forward_kernel
+from qwen_image.gelu_kernels import gelu_gradient_kernel, gelu_kernel
 
 WARPS = 8
 WIDEST = 16384
@@ -31,7 +31,7 @@ def _empty_rows(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def forward_op(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, K] contiguous → gelu(y) as float8 [M, K] and scales float32 [M, 1]."""
     values, scales = _empty_rows(y)
-    wrap_triton(forward_kernel)[(y.shape[0],)](y, values, scales, **tiles(y.shape[1]), num_warps=WARPS)
+    wrap_triton(gelu_kernel)[(y.shape[0],)](y, values, scales, **tiles(y.shape[1]), num_warps=WARPS)
     return values, scales
 
 
@@ -46,7 +46,7 @@ def backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """gradient and y [M, K], weight_scale [1, K], contiguous → gradient·gelu'(y)·weight_scale, float8 and scales as above."""
     values, scales = _empty_rows(y)
-    wrap_triton(backward_kernel)[(y.shape[0],)](
+    wrap_triton(gelu_gradient_kernel)[(y.shape[0],)](
         gradient, y, weight_scale, values, scales, **tiles(y.shape[1]), num_warps=WARPS
     )
     return values, scales

@@ -72,19 +72,19 @@ def test_kernels_equal_the_definition(count, width, dtype):
     """Two whole tiles, two equal ones, a masked one, the smallest, one column in the second tile."""
     y, gradient = rows(count, width).to(dtype), rows(count, width, 1, 1e-3).to(dtype)
     scale = torch.logspace(-8, 0, width)[None]
-    assert_quantises(*unrounded("forward_kernel", y), F.gelu(y.double(), approximate="tanh"))
-    assert_quantises(*unrounded("backward_kernel", gradient, y, scale), exact_gradient(gradient, y, scale))
+    assert_quantises(*unrounded("gelu_kernel", y), F.gelu(y.double(), approximate="tanh"))
+    assert_quantises(*unrounded("gelu_gradient_kernel", gradient, y, scale), exact_gradient(gradient, y, scale))
 
 
 @needs_kernel
 def test_large_and_tiny_values():
     y = torch.tensor([[-1e4, -30, -6, -1e-3, 0, 1e-6, 7, 2e4], [-40, -20, -10, -5, -5e-5, -5e-9, -0.0, -3]])
     exact = F.gelu(y.double(), approximate="tanh")
-    values, scales = unrounded("forward_kernel", y)
+    values, scales = unrounded("gelu_kernel", y)
     assert_quantises(values, scales, exact)
     near_zero = y[1:].abs() < 4
     torch.testing.assert_close((values * scales)[1:][near_zero].double(), exact[1:][near_zero], rtol=1e-5, atol=0)
-    values, scales = unrounded("backward_kernel", torch.ones_like(y), y, torch.ones(1, 8))
+    values, scales = unrounded("gelu_gradient_kernel", torch.ones_like(y), y, torch.ones(1, 8))
     assert_quantises(values, scales, exact_gradient(torch.ones_like(y), y, torch.ones(1, 8)))
 
 
@@ -93,13 +93,13 @@ def test_large_and_tiny_values():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_spoils_its_row_alone(bad, column):
     y, gradient, scale = rows(4, 96), rows(4, 96, 1), torch.ones(1, 96)
-    fine_forward, fine_backward = unrounded("forward_kernel", y), unrounded("backward_kernel", gradient, y, scale)
+    fine_forward, fine_backward = unrounded("gelu_kernel", y), unrounded("gelu_gradient_kernel", gradient, y, scale)
     spoilt_y, spoilt_gradient = y.clone(), gradient.clone()
     spoilt_y[1, column] = spoilt_gradient[1, column] = bad
     for fine, spoilt in (
-        (fine_forward, unrounded("forward_kernel", spoilt_y)),
-        (fine_backward, unrounded("backward_kernel", gradient, spoilt_y, scale)),
-        (fine_backward, unrounded("backward_kernel", spoilt_gradient, y, scale)),
+        (fine_forward, unrounded("gelu_kernel", spoilt_y)),
+        (fine_backward, unrounded("gelu_gradient_kernel", gradient, spoilt_y, scale)),
+        (fine_backward, unrounded("gelu_gradient_kernel", spoilt_gradient, y, scale)),
     ):
         products = spoilt[0] * spoilt[1]
         assert products[1].isnan().any() and not spoilt[1][1].isfinite()
@@ -271,7 +271,7 @@ def test_on_a_gpu_the_function_equals_the_layers(tokens, compiled):
     with torch.profiler.profile() as profile:
         ours = output_and_gradient(function, x)
     names = {event.name for event in profile.events()}
-    assert any("forward_kernel" in name for name in names) and any("backward_kernel" in name for name in names)
+    assert any("gelu_kernel" in name for name in names) and any("gelu_gradient_kernel" in name for name in names)
     mlp.fused = None
     for actual, expected in zip(ours, output_and_gradient(mlp, x), strict=True):
         assert ((actual.double() - expected.double()).norm() / expected.double().norm()) < 0.02
