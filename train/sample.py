@@ -69,6 +69,7 @@ def sample(arguments: argparse.Namespace) -> int:
 
     from qwen_image.loading import ModelSource
     from qwen_image.pipeline import QwenImagePipeline
+    from qwen_image.trusted_kernels import distrust_kernels
     from train.grid import make_grid, save_png
     from train.lora import attach_lora, set_lora_enabled
     from train.lora_file import read_lora
@@ -81,6 +82,9 @@ def sample(arguments: argparse.Namespace) -> int:
         progress=True,
     )
     assert pipeline.transformer is not None
+    config, dtype = pipeline.transformer.config, getattr(torch, arguments.dtype)
+    for line in distrust_kernels(config, dtype, torch.device(device), float8=False):
+        print(line, file=sys.stderr)
     if arguments.lora is not None:
         attach_lora(pipeline.transformer, read_lora(arguments.lora, pipeline.transformer), arguments.lora_strength)
 

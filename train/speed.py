@@ -4,6 +4,7 @@ import torch
 import torch._dynamo.utils
 
 from qwen_image.pipeline import QwenImagePipeline
+from qwen_image.trusted_kernels import distrust_kernels
 from train.config import TrainConfig
 from train.engine import DTYPES, PARTITIONED
 from train.fused_projection import can_fuse, fuse_projections
@@ -14,10 +15,11 @@ from train.module import FlowMatchingModule
 def apply_speedups(
     config: TrainConfig, pipeline: QwenImagePipeline, spec: LoraSpec, stage: int, device: torch.device
 ) -> list[str]:
-    """Fuse projections and compile blocks, as the configuration says; lines that tell of these and of the table."""
+    """Try the kernels, fuse projections and compile blocks, as the configuration says; lines that tell of it."""
     transformer = pipeline.transformer
     assert transformer is not None
-    lines = []
+    float8 = config.base_precision == "float8"
+    lines = distrust_kernels(transformer.config, DTYPES[config.dtype], device, float8)
     if transformer.modulation_table is not None:
         lines.append(
             f"modulation tabulated in place of {transformer.modulation_table.replaced / 2**30:.2f} GiB of weights"
