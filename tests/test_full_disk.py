@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_feed import data, losses, model, train  # noqa: F401 (fixtures)
+from test_feed import losses, train
 
 from train import checkpoint_folder
 from train.checkpoint import Checkpoints
@@ -66,13 +66,15 @@ def final(output: Path) -> bytes:
 
 
 @pytest.mark.parametrize("looks_first", [True, False], ids=["looks for room", "runs into the end"])
-def test_a_full_disk_is_passed_over_or_stops_by_policy(model, data, tmp_path, disk, capsys, monkeypatch, looks_first):  # noqa: F811
-    assert train(model, data, tmp_path / "whole", *STEPS) == 0
+def test_a_full_disk_is_passed_over_or_stops_by_policy(
+    small_model, small_data, tmp_path, disk, capsys, monkeypatch, looks_first
+):
+    assert train(small_model, small_data, tmp_path / "whole", *STEPS) == 0
     if not looks_first:
         monkeypatch.setattr(checkpoint_folder, "SPARE_BYTES", -(1 << 40))
     with monkeypatch.context() as patch:
         fill_and_free(patch, disk / "filler", 2, 4)
-        assert train(model, data, disk / "going on", *STEPS, "--on_save_error", "continue") == 0
+        assert train(small_model, small_data, disk / "going on", *STEPS, "--on_save_error", "continue") == 0
         said = capsys.readouterr()
         for step in (2, 3):
             assert f"step-{step:08d} not written: " in said.out and f"lora-{step}.safetensors not written: " in said.out
@@ -83,13 +85,13 @@ def test_a_full_disk_is_passed_over_or_stops_by_policy(model, data, tmp_path, di
         )
         assert losses(disk / "going on") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
 
-        assert train(model, data, disk / "stops", *STEPS, "--on_save_error", "stop") == 2
+        assert train(small_model, small_data, disk / "stops", *STEPS, "--on_save_error", "stop") == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and "not written: " in error and "Errno" not in error
     (disk / "filler").unlink()
     assert saved(disk / "stops") == ([1], ["lora-1.safetensors"])
     assert Checkpoints(disk / "stops").find("auto").step == 1
-    assert train(model, data, disk / "stops", *STEPS, "--on_save_error", "stop") == 0
+    assert train(small_model, small_data, disk / "stops", *STEPS, "--on_save_error", "stop") == 0
     assert losses(disk / "stops") == losses(tmp_path / "whole") and final(disk / "stops") == final(tmp_path / "whole")
     assert saved(disk / "stops")[0] == [1, 2, 3, 4, 5]
 
@@ -109,7 +111,7 @@ def test_rows_of_metrics_wait_for_room(disk, tmp_path, capsys):
     assert capsys.readouterr().err.count("metrics.jsonl can't be written (No space left on device)") == 1
 
 
-def test_a_full_disk_at_start_is_one_line(model, data, disk, capsys):  # noqa: F811
+def test_a_full_disk_at_start_is_one_line(small_model, small_data, disk, capsys):
     fill(disk / "filler")
-    assert train(model, data, disk / "run", *STEPS) == 2
+    assert train(small_model, small_data, disk / "run", *STEPS) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: output_path: ")
