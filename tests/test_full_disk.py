@@ -26,7 +26,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no permission to mount a tmpfs")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    # Lazily: a run that ended with an exception leaves files open until its traceback is collected.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(path: Path) -> None:
