@@ -9,10 +9,13 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 BENCH_SITE := .bench_site
 PEERS_STAMP := $(BENCH_SITE)/.installed
+KERNELS_SITE := .triton_site
+KERNELS_STAMP := $(KERNELS_SITE)/.installed
+KERNEL_TESTS := tests/test_joint_layout.py tests/test_padding_kernel.py tests/test_float8_mlp.py
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types format bench-data bench-loader bench-step bench-command bench-zero3 bench-float8
+.PHONY: help setup demo test test-kernels check lint types format bench-data bench-loader bench-step bench-command bench-zero3 bench-float8
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -35,6 +38,15 @@ demo: $(STAMP)  ## photos -> shards -> latents -> LoRA -> sample images, with a 
 
 test: $(STAMP)  ## all tests but the slow ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-kernels: $(KERNELS_STAMP) $(STAMP)  ## the Triton kernels without a GPU, in Triton's interpreter; sets it up in .triton_site
+	TRITON_INTERPRET=1 PYTHONPATH="$(abspath $(KERNELS_SITE))" $(BIN)/python -m pytest $(KERNEL_TESTS)
+
+# PyTorch's CUDA builds bring Triton; its CPU build does not, and would not use it otherwise.
+$(KERNELS_STAMP): | $(BIN)/python
+	rm -rf $(KERNELS_SITE)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(KERNELS_SITE) triton==3.6.0
+	@touch $@
 
 bench-data: $(PEERS_STAMP)  ## packing speed and quality against Pillow, libvips and img2dataset; sets these up in .bench_site
 	PYTHONPATH="$(abspath $(BENCH_SITE))" $(BIN)/python bench/packing.py $(BENCH_ARGS)

@@ -1,10 +1,6 @@
 """The joint layout, plain and by kernel (on a GPU, else in Triton's interpreter), against float64 arithmetic."""
 
 import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernel = pytest.mark.skipif(
     not module.HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED),
-    reason="the kernels run on a GPU, or with Triton installed and TRITON_INTERPRET=1",
+    reason="the kernels run on a GPU, or by `make test-kernels`",
 )
 
 # text tokens, (rows, columns) of the image, heads, dim, batch, padding of each sample or None, whether text has queries
@@ -209,19 +205,3 @@ def test_a_transformer_computes_the_same_with_the_kernels(on_device, monkeypatch
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-
-
-def test_the_interpreter_runs_the_kernels():
-    """This file again with the kernels on the CPU; another process, since Triton asks once, when they are defined."""
-    if find_spec("triton") is None:
-        pytest.skip("Triton is not installed (PyTorch's CUDA builds bring it)")
-    if INTERPRETED or DEVICE == "cuda":
-        pytest.skip("the kernels run in this process")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]

@@ -2,10 +2,7 @@
 
 import math
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ HAS_TRITON = find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernel = pytest.mark.skipif(
     not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED),
-    reason="the kernel runs on a GPU, or with Triton installed and TRITON_INTERPRET=1",
+    reason="the kernel runs on a GPU, or by `make test-kernels`",
 )
 needs_rounding = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter truncates to bf16 where a GPU rounds")
 ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-9}
@@ -114,19 +111,3 @@ def test_what_the_kernel_cannot_do():
     assert not can_correct(output, lse.transpose(1, 2).contiguous().transpose(1, 2))
     for dim in (4, 24, 96):
         assert not can_correct(output.new_empty(2, 9, 3, dim).transpose(1, 2), lse)
-
-
-def test_the_interpreter_runs_the_kernel():
-    """This file again with the kernel on the CPU; another process, since Triton asks once, when it is defined."""
-    if not HAS_TRITON:
-        pytest.skip("Triton is not installed (PyTorch's CUDA builds bring it)")
-    if INTERPRETED or DEVICE == "cuda":
-        pytest.skip("the kernel runs in this process")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
