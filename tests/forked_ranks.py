@@ -5,10 +5,13 @@ import importlib
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+PATIENCE = 250  # seconds for all ranks together to end; below pytest's own limit, which would leave them running
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,8 +40,9 @@ def run_ranks(world: int, body: Callable[..., Any], *arguments: Any, wait: bool 
         rank.start()
     if not wait:
         return ranks
+    end = time.monotonic() + PATIENCE
     for rank in ranks:
-        rank.join(120)
+        rank.join(max(0.0, end - time.monotonic()))
         if rank.is_alive():  # it waits for one that died; left alone, it would keep pytest from ending
             rank.kill()
             rank.join()
