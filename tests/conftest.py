@@ -7,7 +7,11 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples each time, so that a failure is the change's own. New ones: pytest --hypothesis-profile default
+hypothesis.settings.load_profile("ci")
 
 # Before torch and the tokenizers are imported; child processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_prep.buckets import BucketOptions, bucket_table, cover_box, nearest_bucket, place, upscale
@@ -53,6 +53,7 @@ def test_nearest_is_nearest_in_log_space(width: int, height: int, step: int) -> 
 
 
 @given(SIDES, SIDES, OPTIONS)
+@example(264, 672, BucketOptions(areas=(512 * 512,), step=16, max_upscale=Fraction(3, 2)))  # 263.5 of 264 columns stay
 @settings(max_examples=150, deadline=None)
 def test_place(width: int, height: int, options: BucketOptions) -> None:
     placement = place(width, height, options)
@@ -74,11 +75,12 @@ def test_place(width: int, height: int, options: BucketOptions) -> None:
     assert placement.crop_width == width or placement.crop_height == height
     assert abs(2 * placement.crop_left + placement.crop_width - width) <= 1
     assert abs(2 * placement.crop_top + placement.crop_height - height) <= 1
+    errors = []  # of the side that was cut; where rounding left both whole, either may be it
     if placement.crop_width == width:
-        error = Fraction(width * bucket[1], bucket[0]) - placement.crop_height
-    else:
-        error = Fraction(height * bucket[0], bucket[1]) - placement.crop_width
-    assert abs(error) <= Fraction(1, 2) or 1 in (placement.crop_width, placement.crop_height)
+        errors.append(Fraction(width * bucket[1], bucket[0]) - placement.crop_height)
+    if placement.crop_height == height:
+        errors.append(Fraction(height * bucket[0], bucket[1]) - placement.crop_width)
+    assert min(map(abs, errors)) <= Fraction(1, 2) or 1 in (placement.crop_width, placement.crop_height)
 
 
 @given(st.integers(1, 200), st.integers(1, 200))
