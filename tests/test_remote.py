@@ -76,11 +76,15 @@ def test_batches_over_http_are_those_of_the_disk(served, tmp_path, workers, limi
     """Of what is asked for the first time a quarter is answered by half a body, a quarter by 503."""
     url, folder, wrong = served
     before: set[str] = set()
+    failures: list[str] = []
 
     def fail(asked: str) -> str | int | None:
         known = asked in before or not asked.partition(" ")[0].endswith(".tar")
         before.add(asked)
-        return None if known else ("cut", 503, None, None)[crc32(asked.encode()) % 4]
+        if known or not (answer := ("cut", 503, None, None)[crc32(asked.encode()) % 4]):
+            return None
+        failures.append(asked)
+        return answer
 
     wrong.fail = fail
     dataset, local = ShardDataset(url, cache_folder=tmp_path / "cache"), ShardDataset(folder)
@@ -95,7 +99,7 @@ def test_batches_over_http_are_those_of_the_disk(served, tmp_path, workers, limi
             assert sum(map(size, dataset.folder.glob("*.tar"))) <= limit
         if limit > 10**6:
             wait_for(lambda: len(cached(dataset)) == 6)
-    assert wrong.requests > 20 and not list(dataset.folder.glob(".partial-*"))
+    assert failures and not list(dataset.folder.glob(".partial-*"))
 
 
 def test_a_server_without_byte_ranges_is_refused_at_start(served, tmp_path):
