@@ -254,13 +254,12 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_alive(encoded):
     """Slurm signals every process; the training process wants to finish its step and save."""
     dataset, others = ShardDataset(encoded), set(multiprocessing.active_children())
     with BatchLoader(dataset, dataset.order(2), SigmaSampling(), Reading(num_workers=2)) as loader:
-        batches = iter(loader)
-        first = next(batches)
-        workers = set(multiprocessing.active_children()) - others
+        workers = set(multiprocessing.active_children()) - others  # they have only just begun
         assert len(workers) == 2
         for worker in workers:
             os.kill(worker.pid, signal.SIGTERM)
             os.kill(worker.pid, signal.SIGUSR1)
-        places = [first.place, *(next(batches).place for _ in range(30))]
+        batches = iter(loader)
+        places = [next(batches).place for _ in range(31)]
     assert places == list(range(31))
     assert not any(worker.is_alive() for worker in workers)

@@ -7,6 +7,7 @@ import atexit
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from train.data import ATTEMPTS, Batch
 
 PREFETCH = 4  # micro-batches each worker reads ahead
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,18 +83,19 @@ class Batches:
         self.consumed, self.broken, self.reading = reading.consumed, 0, reading
         self._order, self._length, self._broken_are, self._named = order, length, broken_are, set[str]()
         device = torch.device(reading.device)
-        self._batches: Iterator[Batch | Exception] = iter(
-            DataLoader(
-                source,
-                sampler=tasks,
-                batch_size=None,
-                collate_fn=as_it_is,
-                num_workers=reading.num_workers,
-                prefetch_factor=PREFETCH if reading.num_workers else None,
-                worker_init_fn=leave_signals_to_the_parent,
-                pin_memory=device.type == "cuda",
+        with signals_held_back():  # a worker must not die of one before it can ignore it
+            self._batches: Iterator[Batch | Exception] = iter(
+                DataLoader(
+                    source,
+                    sampler=tasks,
+                    batch_size=None,
+                    collate_fn=as_it_is,
+                    num_workers=reading.num_workers,
+                    prefetch_factor=PREFETCH if reading.num_workers else None,
+                    worker_init_fn=leave_signals_to_the_parent,
+                    pin_memory=device.type == "cuda",
+                )
             )
-        )
         end_workers_at_exit(self._batches)
         checked = self._checked()
         self._stream: Iterator[Batch] = copied_ahead(checked, device) if device.type == "cuda" else checked
@@ -144,9 +147,19 @@ class Batches:
         self.close()
 
 
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Signals to the job wait meanwhile; processes started meanwhile keep them waiting."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
     """Slurm and Ctrl-C signal every process of a job; a reader that died of it would take the last checkpoint along."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
