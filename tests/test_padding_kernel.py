@@ -15,7 +15,7 @@ needs_kernel = pytest.mark.skipif(
     reason="the kernel runs on a GPU, or by `make test-kernels`",
 )
 needs_rounding = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter truncates to bf16 where a GPU rounds")
-ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-9}
+ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 # padding of each sample, the median of the real keys' part of the softmax sum, heads, tokens, head size
 CASES = {
