@@ -15,6 +15,7 @@ Prints windows of steps and the differences, draws `--output`/loss.png; exits wi
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
@@ -202,11 +203,15 @@ def compare(options: argparse.Namespace) -> Courses:
     machine = torch.cuda.get_device_name() if cuda else "CPU, float8 emulated"
     setting = f"rank {options.lora_rank}, learning rate {options.learning_rate:g}, batch size {options.batch_size}"
     title = f"float8 base, {recipe.layers} blocks × {recipe.heads} heads, {recipe.side}², {setting}"
-    draw(courses, title, output / "loss.png")
+    (output / "courses.json").write_text(json.dumps(vars(courses)), encoding="utf-8")
     print(f"\n{machine}, torch {torch.__version__}; {describe(recipe, learned)}; LoRA: {setting}\n")
     print("\n".join(courses.lines()))
-    print(f"{output / 'loss.png'}, {time.perf_counter() - start:.0f} s in all", flush=True)
-    (output / "courses.json").write_text(json.dumps(vars(courses)), encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no picture: matplotlib is not installed; the losses are in {output / 'courses.json'}")
+    else:
+        draw(courses, title, output / "loss.png")
+        print(output / "loss.png")
+    print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
     return courses
 
 

@@ -39,10 +39,11 @@ def joint_attention(
 
     query [B, H, Lq, D], key and value [B, H, L, D], keep bool [B, L] or None → [B, H, Lq, D]. `dense` chooses the
     method above, else padding costs a masked kernel; `zeroed`: for that, key and value are 0 already where they should.
+    On CUDA float32 and float64 always take the mask: cuDNN's attention knows neither, and returns NaN for float32.
     """
     if keep is None:
         return F.scaled_dot_product_attention(query, key, value)
-    if not dense:
+    if not dense or (query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep[:, None, None])
     if not zeroed:
         kept = keep[:, None, :, None].to(key.dtype)

@@ -57,6 +57,18 @@ def test_dense_and_masked_agree_in_float32():
     torch.testing.assert_close(joint_attention(query, key, value, keep, dense=True), masked, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_every_dtype_is_right(dtype):
+    """cuDNN's attention, which the dense way needs, gives NaN for float32 without a word."""
+    leaves = torch.randn(3, 2, 1, 20, 128, generator=torch.Generator().manual_seed(0))
+    keep = keep_mask([3, 8], 8, 20)
+    expected = reference(*leaves.double().unbind(), keep)
+    query, key, value = (leaf.transpose(1, 2).contiguous().transpose(1, 2) for leaf in leaves.to("cuda", dtype))
+    actual = joint_attention(query, key, value, keep.cuda(), dense=True).cpu().double()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_the_operator_is_registered_as_the_compiler_wants_it():
     query, key, value = (torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(3))
     padding = torch.tensor([0.0, 3.0])

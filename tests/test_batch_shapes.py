@@ -72,15 +72,17 @@ class Small(StepGraphs):
     """Capturing needs as much memory as `room` has places; a pair is just its inputs."""
 
     room = 4
+    error: RuntimeError = torch.OutOfMemoryError("no place")
 
     def capture(self, inputs: Any) -> Any:
         if len(self.pairs) >= self.room:
-            raise torch.OutOfMemoryError("no place")
+            raise self.error
         return SimpleNamespace(inputs=inputs)
 
 
 def test_other_shapes_make_room_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr("train.graphs._Replay", SimpleNamespace(apply=lambda graphs, pair, *_: pair.inputs[0].clone()))
@@ -98,7 +100,14 @@ def test_other_shapes_make_room_when_memory_runs_out(monkeypatch: pytest.MonkeyP
     for size in (6, 5, 7, 5):
         losses(size)
     assert [key[0][0] for key in graphs.pairs] == [(7,), (5,)]  # the one not met for longest went
+    graphs.room, graphs.error = 2, RuntimeError("CUDA error: out of memory")  # as instantiating a graph fails
+    losses(8)
+    assert [key[0][0] for key in graphs.pairs] == [(8,)] and graphs.kept == 1
+    graphs.error = RuntimeError("operation not permitted when stream is capturing")
+    graphs.room = 1
+    with pytest.raises(RuntimeError, match="capturing"):
+        losses(9)
     graphs.pairs.clear()
-    graphs.room = 0
+    graphs.room, graphs.error = 0, torch.OutOfMemoryError("no place")
     with pytest.raises(torch.OutOfMemoryError):
         losses(1)

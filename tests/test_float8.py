@@ -90,6 +90,25 @@ def test_product_and_input_gradient(dtype, transposed):
     assert made.weight.grad is None and output.dtype == x.grad.dtype == dtype
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < float8.FIRST_CAPABILITY,
+    reason="needs a GPU with float8",
+)
+@pytest.mark.parametrize("in_features", [3072, 12288])
+@pytest.mark.parametrize("tokens", [1, 16, 32, 42, 43, 63, 64, 129])
+def test_few_tokens_on_a_gpu(tokens, in_features):
+    """cuBLAS lacks some of these products in its fastest way; compiled without a length in mind they are the same."""
+    generator = torch.Generator().manual_seed(2)
+    made = Float8Linear(in_features, 3072)
+    made.quantise(torch.randn(3072, in_features, generator=generator) * in_features**-0.5)
+    made.bias = torch.nn.Parameter(torch.randn(3072, generator=generator).bfloat16(), requires_grad=False)
+    x = torch.randn(1, tokens, in_features, generator=generator).bfloat16()
+    expected = made(x)
+    made.cuda()
+    for function in (made, torch.compile(made, fullgraph=True, dynamic=True)):
+        assert relative(function(x.cuda()).cpu(), expected) < 5e-3
+
+
 def test_rows_of_their_own_cost_no_accuracy_and_protect_small_ones():
     """One scale a tensor instead is as good until values differ by 10⁵, the range of e4m3; then it loses the small ones."""
     made, weight, x = layer(torch.float32)

@@ -121,3 +121,19 @@ def test_replayed_equals_launched(module: FlowMatchingModule, flat: bool, recomp
     for (loss, gradients), (loss_again, gradients_again) in zip(launched, replayed, strict=True):
         torch.testing.assert_close(loss, loss_again)
         torch.testing.assert_close(torch.cat(gradients), torch.cat(gradients_again))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
+def test_shapes_share_memory(module: FlowMatchingModule) -> None:
+    """The first shape is the largest: the others take no memory of theirs but what they keep between steps."""
+    module.use_graphs()
+    assert module.graphs is not None
+    gradients_of(module, batch(64, 64, 32, 0, 0))
+    torch.cuda.empty_cache()
+    first = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for size in range(10, 34, 2):
+        gradients_of(module, batch(size, 64, 32, 0, size))
+    torch.cuda.empty_cache()
+    assert len(module.graphs.pairs) == 13
+    allocated, reserved = torch.cuda.memory_allocated() - first[0], torch.cuda.memory_reserved() - first[1]
+    assert allocated < 8 << 20 and reserved < 32 << 20  # a stream's workspaces alone take 64 MiB

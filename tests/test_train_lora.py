@@ -293,6 +293,8 @@ def test_memory_that_runs_out_is_one_clear_line(tiny_model, encoded, tmp_path, c
     assert train_lora.main(options) == 4
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: CUDA out of memory. Tried 2 GiB. Recompute more blocks") and "start again" in line
+    monkeypatch.setattr(train_lora, "train", fail(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")))
+    assert train_lora.main(options) == 4
     monkeypatch.setattr(train_lora, "train", fail(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         train_lora.main(options)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from qwen_image.transformer import QwenImageTransformer
+from train.out_of_memory import memory_ran_out
 
 Inputs = tuple[torch.Tensor | None, ...]
 KEPT = 96  # shapes; the one that was not met for longest makes room
@@ -64,6 +65,8 @@ class StepGraphs:
         self.pairs: OrderedDict[tuple[Any, ...], Pair] = OrderedDict()
         self.kept = KEPT
         self.pool = torch.cuda.graph_pool_handle()
+        # One for all captures: freed memory serves its own stream alone, and each stream has cuBLAS workspaces of 64 MiB.
+        self.stream = torch.cuda.Stream()
         first = self.trained[0]
         self.sizes = [parameter.numel() for parameter in self.trained]
         self.gradients = torch.empty(sum(self.sizes), dtype=first.dtype, device=first.device)
@@ -87,12 +90,12 @@ class StepGraphs:
     def capture_with_room(self, inputs: Inputs) -> Pair:
         """`capture`; when memory runs out, the other shapes make room, and half as many of them are kept from then on.
 
-        Raises torch.OutOfMemoryError when it isn't theirs that lacks.
+        Raises RuntimeError (train/out_of_memory.py knows it) when it isn't theirs that lacks.
         """
         try:
             return self.capture(inputs)
-        except torch.OutOfMemoryError:
-            if not self.pairs:
+        except RuntimeError as error:
+            if not self.pairs or not memory_ran_out(error):
                 raise
         # Here the exception is gone, and with it every frame that held a tensor.
         torch.cuda.synchronize()
@@ -104,9 +107,9 @@ class StepGraphs:
         return self.capture(inputs)
 
     def capture(self, inputs: Inputs) -> Pair:
-        """Record both graphs for the shapes of `inputs`. Raises torch.OutOfMemoryError, leaving what was captured before."""
+        """Record both graphs for the shapes of `inputs`. Raises RuntimeError, leaving what was captured before."""
         own: Inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
-        stream = torch.cuda.Stream()
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self.small(), fresh_leaves(self.module) as leaves:
             torch.autograd.grad(self.compute(own).sum(), leaves, allow_unused=True)

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from train.command_line import parse
 from train.config import TrainConfig
+from train.out_of_memory import memory_ran_out
 from train.paths import check_paths
 
 BAD_INPUT = 2
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         tell(str(error))
         return BAD_INPUT
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it for `--help` would take seconds
+        if not memory_ran_out(error):
             raise
         tell(
             f"{str(error).splitlines()[0]} Recompute more blocks (--activation_checkpointing full or a number) or make "

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from train.activation_offload import ActivationOffload
 from train.module import FlowMatchingModule
+from train.out_of_memory import memory_ran_out
 
 
 class Trial(NamedTuple):
@@ -62,10 +63,8 @@ def try_step(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             prepare()
             return _measured_step(module, arguments, device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS, cuDNN and the CPU raise the plain kind
-        text = str(error).lower()
-        said = any(words in text for words in ("out of memory", "alloc_failed", "can't allocate memory"))
-        if not said and not isinstance(error, torch.OutOfMemoryError):
+    except RuntimeError as error:
+        if not memory_ran_out(error):
             raise
     finally:
         module.train(training)
