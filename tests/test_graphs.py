@@ -136,4 +136,4 @@ def test_shapes_share_memory(module: FlowMatchingModule) -> None:
     torch.cuda.empty_cache()
     assert len(module.graphs.pairs) == 13
     allocated, reserved = torch.cuda.memory_allocated() - first[0], torch.cuda.memory_reserved() - first[1]
-    assert allocated < 8 << 20 and reserved < 32 << 20  # a stream's workspaces alone take 64 MiB
+    assert allocated < 16 << 20 and reserved < 32 << 20  # inputs and positions; workspaces would be 64 MiB each
