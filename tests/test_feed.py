@@ -130,15 +130,15 @@ def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(3, do): call `do` in the midst of optimizer step 3."""
-    took = LossWatch.took
+    stepped = LossWatch.stepped
 
     def register(step: int, do) -> None:
-        def took_and_did(self, now: int, engine) -> bool:
+        def stepped_and_did(self, now: int, engine) -> None:
             if now == step:
                 do()
-            return took(self, now, engine)
+            stepped(self, now, engine)
 
-        monkeypatch.setattr(LossWatch, "took", took_and_did)
+        monkeypatch.setattr(LossWatch, "stepped", stepped_and_did)
 
     return register
 

@@ -42,16 +42,16 @@ def fill(path: Path) -> None:
 
 def fill_and_free(monkeypatch: pytest.MonkeyPatch, filler: Path, full_from: int, free_from: int) -> None:
     """No byte is left on the disk from one optimizer step to another."""
-    took = LossWatch.took
+    stepped = LossWatch.stepped
 
-    def took_and_filled(self: LossWatch, step: int, engine: object) -> bool:
+    def stepped_and_filled(self: LossWatch, step: int, engine: object) -> None:
         if step == full_from:
             fill(filler)
         if step == free_from:
             filler.unlink()
-        return took(self, step, engine)
+        stepped(self, step, engine)
 
-    monkeypatch.setattr(LossWatch, "took", took_and_filled)
+    monkeypatch.setattr(LossWatch, "stepped", stepped_and_filled)
 
 
 def saved(output: Path) -> tuple[list[int], list[str]]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from data_prep import encode_shards, make_shards
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
 from qwen_image.text_encoder import Prompt
-from train import train_lora
+from train import engine, module, train_lora
 from train.command_line import parse
 from train.lora import attach_lora
 from train.lora_file import read_lora
@@ -277,6 +277,43 @@ def test_bad_input_is_one_clear_line(tiny_model, encoded, tmp_path, capsys, argu
     code = train_lora.main(flags(tiny_model, encoded, tmp_path / "run", "--max_steps", "1", *arguments(tmp_path)))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 2 and error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize("policy,code,steps", [("stop", 3, 3), ("skip", 0, 5)])
+def test_a_step_judged_on_the_device(tiny_model, encoded, tmp_path, capsys, monkeypatch, policy, code, steps):
+    """As on a GPU: a fused AdamW and bf16. Step 2 isn't finite; the host learns of it when it has launched step 3."""
+    original = module.velocity_target
+
+    class Fused(torch.optim.AdamW):
+        def __init__(self, *parameters, **options):
+            super().__init__(*parameters, **options | {"fused": True})
+
+    monkeypatch.setattr(torch.optim, "AdamW", Fused)
+    more = ["--dtype", "bfloat16", "--max_steps", "5", "--log_steps", "5", "--on_nonfinite", policy]
+    more += ["--activation_checkpointing", "full", "--gradient_accumulation_steps", "1"]  # full: no trial step before
+
+    def run(name: str) -> int:
+        calls = []
+
+        def target(latents, noise):
+            calls.append(1)
+            return original(latents, noise) * (float("nan") if len(calls) == 2 else 1.0)
+
+        monkeypatch.setattr(module, "velocity_target", target)
+        assert train_lora.main(flags(tiny_model, encoded, tmp_path / name, *more)) == code
+        assert "step 2 is not finite and was left out (1 so far): samples 0000" in capsys.readouterr().err
+        return len(calls)
+
+    assert run("device") == steps
+    monkeypatch.setattr(engine, "can_judge_on_device", lambda zero: False)
+    assert run("host") == steps
+    results = [tmp_path / name / "lora.safetensors" for name in ("device", "host")]
+    if policy == "stop":
+        assert not any(path.exists() for path in results)
+    else:
+        on_device, on_host = (load_file(path) for path in results)
+        assert all(torch.equal(on_device[name], on_host[name]) for name in on_host)
+        assert rows_of(tmp_path / "device")[-1]["loss"] == rows_of(tmp_path / "host")[-1]["loss"]
 
 
 def test_memory_that_runs_out_is_one_clear_line(tiny_model, encoded, tmp_path, capsys, monkeypatch):

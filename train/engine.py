@@ -15,6 +15,7 @@ from train.config import TrainConfig
 from train.flat import link
 from train.module import FlowMatchingModule
 from train.optimizer_state import WEIGHT, gather, trainable_shapes
+from train.zero2_step import can_judge_on_device, judge_on_device, lighten
 
 PARTITIONED = 3  # the ZeRO stage that spreads frozen weights over the ranks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,29 +116,10 @@ def initialize(module: nn.Module, config: TrainConfig, deepspeed_config: dict[st
     if together is not None:
         link(together.matrices(), parameters[0])
     if engine.zero_optimization_stage() == 2 and not offloaded:
-        _lighten(engine.optimizer)
+        lighten(engine.optimizer)
+        if can_judge_on_device(engine.optimizer):
+            judge_on_device(engine.optimizer)
     return engine
-
-
-def _lighten(zero: Any) -> None:
-    """Take per-tensor work out of ZeRO-2's step: with hundreds of LoRA matrices its launches cost a tenth of a step.
-
-    The norm of all gradients is computed by fused kernels instead of one or two a tensor. The separate search for
-    infinities goes: DeepSpeed leaves a step out whenever that norm is not finite (`check_grad_overflow`, on by default).
-    Both names were read in DeepSpeed 0.19.8, to which requirements.txt pins.
-    """
-
-    def norm(gradients: list[torch.Tensor], params: list[nn.Parameter], norm_type: float = 2) -> torch.Tensor:
-        present = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        squares = torch.zeros((), device=zero.device, dtype=torch.float64)
-        if present:
-            squares = torch.stack(torch._foreach_norm(present, 2.0)).double().square().sum()
-        dist.all_reduce(squares, group=zero.dp_process_group)
-        total = squares.sqrt().float()
-        return torch.where(torch.isfinite(total), total, -1.0)  # DeepSpeed's sign for "not finite"
-
-    zero.get_grad_norm_direct = norm
-    zero.check_overflow = lambda partition_gradients=True: None
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

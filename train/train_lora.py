@@ -201,6 +201,7 @@ def train(config: TrainConfig) -> int:
             checkpoints.save(engine, step, facts | state)
 
     batches = iter(loader)
+    written_every = config.validate_every, config.sample_every, config.save_steps, config.checkpoint_every
     watch = LossWatch(metrics.say, ranks.device, resumed.client.get("loss") if resumed is not None else None)
     peak = PeakWatch(recomputation, largest, ranks.device, metrics.say)
     if step == 0:
@@ -219,14 +220,18 @@ def train(config: TrainConfig) -> int:
             set_learning_rate(engine, learning_rate(step, config, total_steps))
             engine.step()
         step += 1
-        if not watch.took(step, engine) and config.on_nonfinite == "stop":
+        watch.stepped(step, engine)
+        leave = preemption.agreed() and step < total_steps
+        row = due(config.log_steps)
+        writes = row or leave or any(due(every) for every in written_every)
+        if not watch.took(all_steps=writes) and config.on_nonfinite == "stop":
             export.finish()
             metrics.close()
             return NOT_FINITE
         loader.stepped()
         metrics.advance()
 
-        if step % config.log_steps == 0 or step == total_steps:
+        if row:
             norm = float(engine.get_global_grad_norm())
             metrics.log(
                 step,
@@ -245,7 +250,6 @@ def train(config: TrainConfig) -> int:
         if due(config.save_steps) and step < total_steps:
             with metrics.paused():
                 export.write(engine, step)
-        leave = preemption.agreed() and step < total_steps
         if leave or due(config.checkpoint_every):
             save_checkpoint()
         if leave:
