@@ -282,13 +282,8 @@ def test_bad_input_is_one_clear_line(tiny_model, encoded, tmp_path, capsys, argu
 @pytest.mark.parametrize("policy,code,steps", [("stop", 3, 3), ("skip", 0, 5)])
 def test_a_step_judged_on_the_device(tiny_model, encoded, tmp_path, capsys, monkeypatch, policy, code, steps):
     """As on a GPU: a fused AdamW and bf16. Step 2 isn't finite; the host learns of it when it has launched step 3."""
-    original = module.velocity_target
-
-    class Fused(torch.optim.AdamW):
-        def __init__(self, *parameters, **options):
-            super().__init__(*parameters, **options | {"fused": True})
-
-    monkeypatch.setattr(torch.optim, "AdamW", Fused)
+    original, adamw = module.velocity_target, torch.optim.AdamW.__init__
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda *all, **more: adamw(*all, **more | {"fused": True}))
     more = ["--dtype", "bfloat16", "--max_steps", "5", "--log_steps", "5", "--on_nonfinite", policy]
     more += ["--activation_checkpointing", "full", "--gradient_accumulation_steps", "1"]  # full: no trial step before
 
