@@ -46,7 +46,9 @@ class ModulationTable:
             rows = rows.pin_memory().to(self.device, non_blocking=True)
         width = rows.shape[1] // (12 * self.blocks + 2)
         blocks = rows[:, : 12 * self.blocks * width].view(len(times), self.blocks, 2, 1, 6 * width)
-        return Modulation(blocks.permute(1, 2, 0, 3, 4), rows[:, None, 12 * self.blocks * width :])
+        final = rows[:, None, 12 * self.blocks * width :]
+        # A CUDA graph's copies are contiguous: with strides of their own the compiler would take them for another case.
+        return Modulation(blocks.permute(1, 2, 0, 3, 4).contiguous(), final.contiguous())
 
 
 class TableBuilder:
