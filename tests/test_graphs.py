@@ -137,3 +137,18 @@ def test_shapes_share_memory(module: FlowMatchingModule) -> None:
     assert len(module.graphs.pairs) == 13
     allocated, reserved = torch.cuda.memory_allocated() - first[0], torch.cuda.memory_reserved() - first[1]
     assert allocated < 16 << 20 and reserved < 32 << 20  # inputs and positions; workspaces would be 64 MiB each
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU to wait for")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_pass_waits_for_nothing(module: FlowMatchingModule, graphs: bool) -> None:
+    """From a batch on the device and σ on the host to the gradients: else the device would wait for the host in turn."""
+    if graphs:
+        module.use_graphs()
+    arguments = batch(4, 8, 7, 3, 1)
+    gradients_of(module, arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(module(*arguments).mean(), module.matrices())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
