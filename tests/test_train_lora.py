@@ -285,7 +285,7 @@ def test_a_step_judged_on_the_device(tiny_model, encoded, tmp_path, capsys, monk
     original, adamw = module.velocity_target, torch.optim.AdamW.__init__
     monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda *all, **more: adamw(*all, **more | {"fused": True}))
     more = ["--dtype", "bfloat16", "--max_steps", "5", "--log_steps", "5", "--on_nonfinite", policy]
-    more += ["--activation_checkpointing", "full", "--gradient_accumulation_steps", "1"]  # full: no trial step before
+    more += ["--gradient_accumulation_steps", "1", *NO_TRIALS]
 
     def run(name: str) -> int:
         calls = []
@@ -369,7 +369,7 @@ def test_a_step_that_is_not_finite(tiny_model, encoded, tmp_path, capsys, monkey
 
     monkeypatch.setattr("train.module.velocity_target", target)
     output = tmp_path / "run"
-    more = ["--max_steps", "3", "--on_nonfinite", policy, "--activation_checkpointing", "full"]  # no trial step before
+    more = ["--max_steps", "3", "--on_nonfinite", policy, *NO_TRIALS]
     assert train_lora.main(flags(tiny_model, encoded, output, *more)) == code
     said = capsys.readouterr().err
     assert "step 1 is not finite and was left out (1 so far): samples 0000" in said and "at σ 0." in said

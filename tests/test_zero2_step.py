@@ -101,11 +101,11 @@ def engine_that(applied: bool) -> Any:
 def test_verdicts_come_one_step_later_and_all_before_something_is_written() -> None:
     join_process_group()
     said: list[str] = []
-    watch = LossWatch(said.append, torch.device("cpu"))
+    watch = LossWatch(said.append, DEVICE)
 
     def step(number: int, loss: float, applied: bool = True) -> None:
         batch: Any = SimpleNamespace(keys=[f"sample {number}"], sigma=torch.tensor([0.25]))
-        watch.saw(batch, torch.tensor([loss]))
+        watch.saw(batch, torch.tensor([loss], device=DEVICE))
         watch.stepped(number, engine_that(applied))
 
     step(1, 1.0)
@@ -122,5 +122,5 @@ def test_verdicts_come_one_step_later_and_all_before_something_is_written() -> N
     ]
     assert watch.state() == {"steps": 2, "sums": [3.0]} and watch.mean() == 1.5
     assert watch.mean() != watch.mean()  # no step since: NaN
-    resumed = LossWatch(said.append, torch.device("cpu"), {"steps": 2, "sums": [3.0]})
+    resumed = LossWatch(said.append, DEVICE, {"steps": 2, "sums": [3.0]})
     assert resumed.mean() == 1.5
