@@ -4,6 +4,9 @@ Compiled from PyTorch's operations this cost 26 ms of a training step on an H100
 what reading and writing each byte once takes; qwen_image/joint_kernels.py does that where Triton is. It also frees the
 projections: the backward pass gets their normed values back from attention's own operands, since a rotation can be
 undone and the norm's weight divided out.
+
+LoRA updates of the projections may be left to it: added on the way by qwen_image/low_rank_kernels.py they cost no pass over
+the projections of their own, 9 ms of a step.
 """
 
 from importlib.util import find_spec
@@ -16,7 +19,8 @@ from qwen_image.rotary import Rotary, apply_rotary
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
-    from qwen_image import joint_operators  # noqa: F401  (registers them)
+    from qwen_image import joint_operators, low_rank_operators  # noqa: F401  (registers them)
+HAS_LOW_RANK_KERNEL = HAS_TRITON
 
 # Neighbouring channels are rotated and rounded together, so dividing by the smaller of their two weights magnifies the
 # larger one's rounding error by their ratio. Up to this root mean square of the ratios the gradients in bf16 are nearer to
@@ -33,6 +37,14 @@ class Norms(NamedTuple):
     added_k: RMSNorm
 
 
+class Updates(NamedTuple):
+    """What the q, k and v of a stream still lack: scale · factors · upᵀ, part by part."""
+
+    factors: torch.Tensor  # [B, L, n·r] for the n parts that there are, one after the other
+    ups: tuple[torch.Tensor, ...]  # n matrices [D, r]
+    scale: float
+
+
 def joint_layout(
     image: torch.Tensor,
     text: torch.Tensor,
@@ -40,13 +52,31 @@ def joint_layout(
     rotary: Rotary,
     keep: torch.Tensor | None,
     invertible: bool,
+    updates: tuple[Updates, Updates] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Projections of both streams → query, key and value of the joint sequence [text, image], each [B, T + S, heads, dim].
 
     image [B, S, 3·D] holds q, k and v side by side, text [B, T, 3·D] too, or [B, T, 2·D] only k and v: then the query is
     the image's alone, [B, S, heads, dim]. Where `keep` (bool [B, T + S], or None) is False, text keys and values are 0.
     `invertible`: the norms' weights allow the backward pass to undo them (see `can_invert`).
+    `updates`: of image and text, where `takes_updates` says that they may be left to this function.
     """
+    if updates is not None:
+        of_image, of_text = updates
+        ups = [*of_image.ups, *[of_image.ups[0]] * (3 - len(of_text.ups)), *of_text.ups]
+        query, key, value, _ = torch.ops.qwen_image.low_rank_layout(
+            image.contiguous(),
+            text.contiguous(),
+            of_image.factors.contiguous(),
+            of_text.factors.contiguous(),
+            ups,
+            [norm.weight for norm in norms],
+            rotary.cos,
+            rotary.sin,
+            keep,
+            of_image.scale,
+        )
+        return query, key, value
     if has_kernel(image, text, norms):
         weights = (norm.weight for norm in norms)
         query, key, value, _ = torch.ops.qwen_image.joint_layout(
@@ -72,6 +102,17 @@ def has_kernel(image: torch.Tensor, text: torch.Tensor, norms: Norms) -> bool:
         and dim >= 16
         and dim & (dim - 1) == 0
         and all(weight.shape[0] == dim for weight in weights)
+    )
+
+
+def takes_updates(image: torch.Tensor, text: torch.Tensor, norms: Norms, invertible: bool, rank: int) -> bool:
+    """Whether LoRA updates of `rank` may be left to `joint_layout`; image and text of the projections' dtype and device."""
+    return (
+        HAS_LOW_RANK_KERNEL
+        and invertible
+        and rank <= low_rank_operators.HIGHEST_RANK
+        and has_kernel(image, text, norms)
+        and norms.q.weight.shape[0] >= low_rank_operators.SMALLEST_PRODUCT
     )
 
 

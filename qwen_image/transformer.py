@@ -6,6 +6,7 @@ the blocks (so that a table can replace it), and the last block skips the text h
 """
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen_image.attention import joint_attention
-from qwen_image.joint_layout import Norms, can_invert, joint_layout
+from qwen_image.attention_layer import JointAttention
+from qwen_image.joint_layout import can_invert
 from qwen_image.layers import NORM_EPS, FeedForward, Linear, RMSNorm, TimestepEmbedder
 from qwen_image.rotary import Rotary, rotary_table
 
@@ -72,67 +73,6 @@ class Modulation(NamedTuple):
 
     blocks: torch.Tensor  # [blocks, 2 (image, text), B, 1, 6·D]
     final: torch.Tensor  # scale and shift before the output layer, [B, 1, 2·D]
-
-
-class JointAttention(nn.Module):
-    """One attention over [text, image]; each stream has its own projections and norms."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
-        self.norm_q, self.norm_k = RMSNorm(dim // heads), RMSNorm(dim // heads)
-        self.norm_added_q, self.norm_added_k = RMSNorm(dim // heads), RMSNorm(dim // heads)
-        self.to_out = nn.ModuleList([Linear(dim, dim)])
-        self.to_add_out = Linear(dim, dim)
-        # Called with (input, layers), these may do the work of the layers (train/fused_projection.py).
-        self.image_projection: nn.Module | None = None
-        self.text_projection: nn.Module | None = None
-        self.invertible_norms = False
-
-    def norms(self) -> Norms:
-        return Norms(self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k)
-
-    def image_layers(self) -> tuple[nn.Module, ...]:
-        """What makes the image's q, k and v."""
-        return self.to_q, self.to_k, self.to_v
-
-    def text_layers(self, with_query: bool) -> tuple[nn.Module, ...]:
-        """What makes the text's q, k and v; the last block's query is never used."""
-        return (self.add_q_proj, self.add_k_proj, self.add_v_proj)[0 if with_query else 1 :]
-
-    @staticmethod
-    def _project(fused: nn.Module | None, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> torch.Tensor:
-        """The layers' outputs side by side."""
-        return fused(x, layers) if fused is not None else torch.cat([layer(x) for layer in layers], -1)
-
-    def forward(
-        self,
-        image: torch.Tensor,
-        text: torch.Tensor,
-        rotary: Rotary,
-        keep: torch.Tensor | None,
-        dense_padding: bool,
-        image_only: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """image [B,S,D], text [B,T,D], keep bool [B,T+S] or None → attended image and text (None if image_only)."""
-        query, key, value = joint_layout(
-            self._project(self.image_projection, image, self.image_layers()),
-            self._project(self.text_projection, text, self.text_layers(with_query=not image_only)),
-            self.norms(),
-            rotary,
-            keep if dense_padding else None,
-            self.invertible_norms,
-        )
-        attended = joint_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), keep, dense_padding, zeroed=True
-        )
-        attended = attended.transpose(1, 2).flatten(2)
-        if image_only:
-            return self.to_out[0](attended), None
-        text_tokens = text.shape[1]
-        return self.to_out[0](attended[:, text_tokens:]), self.to_add_out(attended[:, :text_tokens])
 
 
 class Block(nn.Module):
@@ -271,10 +211,15 @@ class QwenImageTransformer(nn.Module):
         """
         self.dynamic_lengths = dynamic
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Norms over 3,072 channels in one pass where that is faster: left to itself the compiler reads such rows twice.
+        # It finds out by timing, so not where every bit must be the same in another process. torch 2.11 fails when it
+        # looks for what another process found out about a kernel that it has from a cache.
+        os.environ.setdefault("TORCHINDUCTOR_DISABLE_MULTI_KERNEL_CACHE", "1")
+        options = {"triton.multi_kernel": int(not torch.are_deterministic_algorithms_enabled())}
         for block in self.transformer_blocks:
             assert isinstance(block, Block)
             block.attn.invertible_norms = can_invert(block.attn.norms())
-            block.compile(dynamic=None if dynamic else False)
+            block.compile(dynamic=None if dynamic else False, options=options)
 
 
 def mark_lengths(image: torch.Tensor, text: torch.Tensor, rotary: Rotary, keep: torch.Tensor | None) -> None:

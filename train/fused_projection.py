@@ -4,19 +4,21 @@ A block then launches fewer products: on an H100 the host could not launch the s
 The frozen weights are laid side by side once and the layers keep views of them, so nothing is stored twice and every
 parameter keeps its name. A float8 base (qwen_image/float8.py) quantises its input once for all of them.
 
-Left to autograd and its compiler, the updates cost 7 ms of a step in small kernels and copies: a block-diagonal matrix put
-together and taken apart in every block, and a whole product copied before another was added to it. `add_products_` adds
-in the product's own epilogue.
+Where the joint layout's kernel adds the updates (qwen_image/joint_layout.py), only their factors x·Aᵀ are computed here.
+Elsewhere, left to autograd and its compiler, they cost 7 ms of a step in small kernels and copies: a block-diagonal matrix
+put together and taken apart in every block, and a whole product copied before another was added to it. `add_products_`
+adds in the product's own epilogue.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from qwen_image.float8 import Float8Linear, Float8Weight, float8_linear
+from qwen_image.joint_layout import Updates
 from qwen_image.transformer import Block, QwenImageTransformer
 from train.lora import ADAPTER, LoraSpec
 
@@ -40,6 +42,55 @@ def scaled(values: torch.Tensor, scale: float) -> torch.Tensor:
     return values if scale == 1 else values * scale
 
 
+class _Base(NamedTuple):
+    """The frozen weights of all layers, side by side; in float8 with what qwen_image/float8_weight.py wants to know."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    ones: torch.Tensor | None
+    transposed: torch.Tensor | None
+
+    def output(self, flat: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """flat [M, K] → [M, rows]."""
+        if self.scale is None or self.ones is None:
+            return F.linear(flat, self.weight, bias)
+        return Float8Weight(self.weight, self.scale, self.ones, self.transposed).output(flat, bias)
+
+    def input_gradient(
+        self, gradient: torch.Tensor, of_factors: torch.Tensor, downs: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """The output's gradient [M, rows] and the factors' [M, Σr] → the input's [M, K]."""
+        if self.scale is None or self.ones is None:
+            of_x = gradient @ self.weight
+        else:
+            of_x = Float8Weight(self.weight, self.scale, self.ones, self.transposed).input_gradient(gradient)
+        add_products_(of_x, of_factors, [torch.cat(list(downs)).t()], [1.0], [0])
+        return of_x
+
+
+class _Unfinished(torch.autograd.Function):
+    """Base product, and the factors of the LoRA updates that somebody else adds. `downs`: lora_A [r, K] of each layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        base, downs = _Base(*rest[:4]), rest[4:]
+        flat = x.flatten(0, -2)
+        ctx.save_for_backward(x, *rest)
+        factors = F.linear(flat, torch.cat(downs))
+        return tuple(each.unflatten(0, x.shape[:-1]) for each in (base.output(flat, bias), factors))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, *rest = ctx.saved_tensors
+        base, downs = _Base(*rest[:4]), rest[4:]
+        gradient, of_factors = (each.flatten(0, -2) for each in gradients)
+        of_downs = (of_factors.t() @ x.flatten(0, -2)).split([down.shape[0] for down in downs])
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = base.input_gradient(gradient, of_factors, downs).unflatten(0, x.shape[:-1])
+        return of_x, None, None, None, None, None, *of_downs
+
+
 class _Projection(torch.autograd.Function):
     """Base product and LoRA updates. `adapters`: lora_A [r, K] of each adapted layer, then lora_B [n, r] of each.
 
@@ -48,31 +99,22 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        bias: torch.Tensor,
-        scales: list[float],
-        columns: list[int],
-        weight: torch.Tensor,
-        *rest: Any,
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor, scales: list[float], columns: list[int], *rest: Any
     ) -> torch.Tensor:
-        quantised, adapters = rest[:3], rest[3:]
+        base, adapters = _Base(*rest[:4]), rest[4:]
         flat = x.flatten(0, -2)
-        if quantised[0] is not None:
-            output = Float8Weight(weight, *quantised).output(flat, bias)
-        else:
-            output = F.linear(flat, weight, bias)
+        output = base.output(flat, bias)
         downs, ups = adapters[: len(scales)], adapters[len(scales) :]
         factors = F.linear(flat, torch.cat(downs))
         add_products_(output, factors, list(ups), scales, columns)
         ctx.scales, ctx.columns = scales, columns
-        ctx.save_for_backward(x, factors, weight, *rest)
+        ctx.save_for_backward(x, factors, *rest)
         return output.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        x, factors, weight, *rest = ctx.saved_tensors
-        quantised, adapters = rest[:3], rest[3:]
+        x, factors, *rest = ctx.saved_tensors
+        base, adapters = _Base(*rest[:4]), rest[4:]
         scales, columns = ctx.scales, ctx.columns
         downs, ups = adapters[: len(scales)], adapters[len(scales) :]
         ranks = [down.shape[0] for down in downs]
@@ -88,17 +130,16 @@ class _Projection(torch.autograd.Function):
         of_downs = (of_factors.t() @ x.flatten(0, -2)).split(ranks)
         of_x = None
         if ctx.needs_input_grad[0]:
-            if quantised[0] is not None:
-                of_x = Float8Weight(weight, *quantised).input_gradient(gradient)
-            else:
-                of_x = gradient @ weight
-            add_products_(of_x, of_factors, [torch.cat(downs).t()], [1.0], [0])
-            of_x = of_x.unflatten(0, x.shape[:-1])
+            of_x = base.input_gradient(gradient, of_factors, downs).unflatten(0, x.shape[:-1])
         return of_x, None, None, None, None, None, None, None, *of_downs, *of_ups
 
 
 class FusedProjection(nn.Module):
-    """Several linear layers over the same input, of which any may carry a LoRA of PEFT's (without dropout or DoRA)."""
+    """Several linear layers over the same input, of which any may carry a LoRA of PEFT's (without dropout or DoRA).
+
+    Attributes:
+        uniform: rank and scale of the LoRA, if all of the layers have one and the same; else None.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -113,6 +154,8 @@ class FusedProjection(nn.Module):
         adapted = [(layer, sum(rows[:i])) for i, layer in enumerate(layers) if hasattr(layer, "scaling")]
         self.scales = [float(layer.scaling[ADAPTER]) for layer, _ in adapted]
         self.columns = [column for _, column in adapted]
+        kinds = {(layer.r[ADAPTER], float(layer.scaling[ADAPTER])) for layer, _ in adapted}
+        self.uniform = kinds.pop() if len(adapted) == len(layers) and len(kinds) == 1 else None
         # Buffers, not parameters: to optimizer and checkpoint the layers' own views are the weights.
         self.register_buffer("weight", side_by_side([base.weight.detach() for base in bases]), persistent=False)
         self.register_buffer("bias", torch.cat([base.bias.detach() for base in bases]), persistent=False)
@@ -137,12 +180,20 @@ class FusedProjection(nn.Module):
         adapted = [layer for layer in layers if hasattr(layer, "scaling")]
         adapters = [layer.lora_A[ADAPTER].weight for layer in adapted]
         adapters += [layer.lora_B[ADAPTER].weight for layer in adapted]
-        base = self.weight, self.scale, self.ones, self.transposed
         if adapters:
-            return _Projection.apply(x, self.bias, self.scales, self.columns, *base, *adapters)
+            return _Projection.apply(x, self.bias, self.scales, self.columns, *self.base(), *adapters)
         if self.scale is not None and self.ones is not None:
             return float8_linear(x, Float8Weight(self.weight, self.scale, self.ones, self.transposed), self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def unfinished(self, x: torch.Tensor, layers: Sequence[Any]) -> tuple[torch.Tensor, Updates]:
+        """The same without the updates of a `uniform` LoRA, and these: the joint layout's kernel adds them."""
+        downs = [layer.lora_A[ADAPTER].weight for layer in layers]
+        output, factors = _Unfinished.apply(x, self.bias, *self.base(), *downs)
+        return output, Updates(factors, tuple(layer.lora_B[ADAPTER].weight for layer in layers), self.scales[0])
+
+    def base(self) -> _Base:
+        return _Base(self.weight, self.scale, self.ones, self.transposed)
 
 
 def side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor:
