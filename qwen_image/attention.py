@@ -10,19 +10,18 @@ are the output and log-sum-exp over the real keys alone. Backward takes (o', lse
 exp(s − lse') is then the right probability for every real key, zero keys pass nothing on to q, and what reaches the
 padded rows of K and V is dropped with `keep`.
 
-It needs a kernel that returns and takes the log-sum-exp: cuDNN's on CUDA, flash attention's on the CPU. On CUDA one Triton
-kernel then corrects in place (qwen_image/padding_kernel.py): PyTorch's operations move three times the bytes.
+It needs a kernel that returns and takes the log-sum-exp: cuDNN's on CUDA, flash attention's on the CPU. On Hopper GPUs
+FlashAttention 4, where it is installed, takes cuDNN's place, without padding too (qwen_image/flash_attention.py).
+qwen_image/padding.py makes (o', lse') of (o, lse).
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-HAS_TRITON = find_spec("triton") is not None
-if HAS_TRITON:
-    from qwen_image import padding_kernel
+from qwen_image.flash_attention import can_flash
+from qwen_image.padding import without_padding
 
 aten = torch.ops.aten
 
@@ -42,6 +41,8 @@ def joint_attention(
     On CUDA float32 and float64 always take the mask: cuDNN's attention knows neither, and returns NaN for float32.
     """
     if keep is None:
+        if can_flash(query, key, value):
+            return torch.ops.qwen_image.flash_attention(query, key, value, None)[0].transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value)
     if not dense or (query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep[:, None, None])
@@ -49,6 +50,8 @@ def joint_attention(
         kept = keep[:, None, :, None].to(key.dtype)
         key, value = key * kept, value * kept
     padding = (~keep).sum(1, dtype=torch.float32)
+    if can_flash(query, key, value):
+        return torch.ops.qwen_image.flash_attention(query, key, value, padding)[0].transpose(1, 2)
     return torch.ops.qwen_image.padded_attention(query, key, value, padding)[0].transpose(1, 2)
 
 
@@ -67,11 +70,7 @@ def padded_attention(
         lse = lse.view(query.shape[:3])
     else:
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-    if HAS_TRITON and query.is_cuda and padding_kernel.can_correct(output, lse):
-        return output.transpose(1, 2), padding_kernel.correct(output, lse, padding)
-    share = padding.view(-1, 1, 1) * torch.exp(-lse)
-    output = (output / (1 - share).unsqueeze(-1)).to(query.dtype)
-    return output.transpose(1, 2).contiguous(), (lse + torch.log1p(-share)).contiguous()
+    return without_padding(output, lse, padding)
 
 
 @padded_attention.register_fake

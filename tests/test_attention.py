@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from qwen_image import attention
+from qwen_image import flash_attention, padding
 from qwen_image.attention import joint_attention
+
+
+@pytest.fixture(autouse=True)
+def without_flash_attention(monkeypatch):
+    """It has tests of its own."""
+    monkeypatch.setattr(flash_attention, "HAS_FLASH", False)
 
 
 def reference(query, key, value, keep):
@@ -71,10 +77,10 @@ def test_on_a_gpu_every_dtype_is_right(dtype):
 
 def test_the_operator_is_registered_as_the_compiler_wants_it():
     query, key, value = (torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(3))
-    padding = torch.tensor([0.0, 3.0])
+    zeros = torch.tensor([0.0, 3.0])
     torch.library.opcheck(
         torch.ops.qwen_image.padded_attention,
-        (query, key, value, padding),
+        (query, key, value, zeros),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
@@ -84,13 +90,13 @@ def test_the_operator_is_registered_as_the_compiler_wants_it():
 @pytest.mark.parametrize("image_only", [False, True])
 def test_on_a_gpu_it_is_as_exact_as_the_masked_kernel(image_only, kernel, monkeypatch):
     """bf16, against float64; cuDNN leaves its output as the kernel wants it, else `corrections` would stay empty."""
-    if kernel and not attention.HAS_TRITON:
+    if kernel and not padding.HAS_TRITON:
         pytest.skip("Triton is not installed")
     corrections = []
-    if attention.HAS_TRITON:
-        correct = attention.padding_kernel.correct
-        monkeypatch.setattr(attention.padding_kernel, "correct", lambda *x: corrections.append(1) or correct(*x))
-    monkeypatch.setattr(attention, "HAS_TRITON", kernel)
+    if padding.HAS_TRITON:
+        correct = padding.padding_kernel.correct
+        monkeypatch.setattr(padding.padding_kernel, "correct", lambda *x: corrections.append(1) or correct(*x))
+    monkeypatch.setattr(padding, "HAS_TRITON", kernel)
     text, tokens = 64, 64 + 301
     keep = keep_mask([64, 3], text, tokens).cuda()
     generator = torch.Generator("cuda").manual_seed(0)
