@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen_image import attention, float8_mlp, joint_layout, trusted_kernels
+from qwen_image import flash_attention, float8_mlp, gelu_products, joint_layout, padding, trusted_kernels
 from qwen_image.transformer import TransformerConfig
 from qwen_image.trusted_kernels import difference, distrust_kernels
 
 CONFIG = TransformerConfig(num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
 CPU = torch.device("cpu")
-CHECKS = ("_joint_layout", "_padded_attention", "_quantised_gelu")
+CHECKS = ("_joint_layout", "_low_rank_layout", "_padded_attention", "_flash_attention", "_quantised_gelu", "_gelu")
 
 
 def fail(error: Exception) -> tuple[torch.Tensor, ...]:
@@ -30,38 +30,86 @@ def fail(error: Exception) -> tuple[torch.Tensor, ...]:
     ],
 )
 def test_a_kernel_is_trusted_when_it_gives_what_plain_operations_give(kernel, reason):
-    switch, right = SimpleNamespace(HAS_TRITON=True), torch.tensor([1.0, -2.0, 3.0])
-    assert difference(lambda: (right, kernel(right) if switch.HAS_TRITON else right), switch) == reason
-    assert switch.HAS_TRITON, "who asks decides"
+    module, right = SimpleNamespace(HAS_FLASH=False), torch.tensor([1.0, -2.0, 3.0])
+    assert difference(lambda: (right, kernel(right) if module.HAS_FLASH else right), module, "HAS_FLASH") == reason
+    assert module.HAS_FLASH, "who asks decides"
 
 
 def test_what_works_neither_way_is_no_fault_of_the_kernel():
-    switch = SimpleNamespace(HAS_TRITON=True)
-    assert difference(lambda: fail(RuntimeError("no cuDNN attention in float32")), switch) == ""
+    module = SimpleNamespace(HAS_TRITON=True)
+    assert difference(lambda: fail(RuntimeError("no cuDNN attention in float32")), module, "HAS_TRITON") == ""
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_what_is_compared_says_something(check):
+def test_what_is_compared_says_something(check, monkeypatch):
     """Results of the plain operations on the CPU: finite, and each with a length to compare with."""
+    monkeypatch.setattr(joint_layout, "HAS_LOW_RANK_KERNEL", False)  # `takes_updates` is not asked
     results = getattr(trusted_kernels, check)(CONFIG, torch.float32, CPU)
     assert len(results) >= 2 and all(each.isfinite().all() and each.double().norm() > 0.1 for each in results)
 
 
-def test_only_what_fails_is_switched_off(monkeypatch):
-    for module in (joint_layout, attention, float8_mlp):
+@pytest.fixture
+def all_on(monkeypatch):
+    """Every kernel is there, says its module, and gives what plain operations give."""
+    for module in (joint_layout, padding, float8_mlp):
         monkeypatch.setattr(module, "HAS_TRITON", True)
-    right = torch.ones(4)
+    monkeypatch.setattr(joint_layout, "HAS_LOW_RANK_KERNEL", True)
+    monkeypatch.setattr(flash_attention, "HAS_FLASH", True)
+    monkeypatch.setattr(gelu_products, "HAS_EPILOGUES", True)
     for check in CHECKS:
-        monkeypatch.setattr(trusted_kernels, check, lambda *_: (right,))
-    monkeypatch.setattr(trusted_kernels, "_padded_attention", lambda *_: (right * (1 + attention.HAS_TRITON),))
+        monkeypatch.setattr(trusted_kernels, check, lambda *_: (torch.ones(4),))
+
+
+def switches():
+    return joint_layout.HAS_TRITON, padding.HAS_TRITON, flash_attention.HAS_FLASH, float8_mlp.HAS_TRITON
+
+
+@pytest.mark.parametrize(
+    "check,name,module,switch",
+    [
+        ("_low_rank_layout", "low-rank layout", joint_layout, "HAS_LOW_RANK_KERNEL"),
+        ("_padded_attention", "padding", padding, "HAS_TRITON"),
+        ("_flash_attention", "FlashAttention", flash_attention, "HAS_FLASH"),
+    ],
+)
+def test_only_what_fails_is_switched_off(all_on, monkeypatch, check, name, module, switch):
+    monkeypatch.setattr(trusted_kernels, check, lambda *_: (torch.ones(4) * (1 + getattr(module, switch)),))
     gpu = torch.device("cuda")
     (warning,) = distrust_kernels(CONFIG, torch.float32, gpu, float8=True)
-    assert warning.startswith("warning: the padding kernel is not used") and "differs by 1" in warning
-    assert (joint_layout.HAS_TRITON, attention.HAS_TRITON, float8_mlp.HAS_TRITON) == (True, False, True)
+    assert warning.startswith(f"warning: the {name} kernel is not used") and "differs by 1" in warning
+    assert getattr(module, switch) is False
+    off = {"padding": 1, "FlashAttention": 2}.get(name)
+    assert switches() == tuple(place != off for place in range(4))
     assert distrust_kernels(CONFIG, torch.float32, gpu, float8=True) == [], "it is off already"
+
+
+@pytest.mark.parametrize("padding_works", [True, False])
+def test_attention_is_compared_one_kernel_at_a_time(all_on, monkeypatch, padding_works):
+    """FlashAttention's output is corrected by the padding kernel: first this, without that, then that with what is left."""
+    met = {"_padded_attention": [], "_flash_attention": []}
+    for check, seen in met.items():
+        monkeypatch.setattr(
+            trusted_kernels, check, lambda *_, seen=seen: seen.append(switches()[1:3]) or (torch.ones(4),)
+        )
+    if not padding_works:
+        monkeypatch.setattr(padding, "HAS_TRITON", False)
+    assert distrust_kernels(CONFIG, torch.float32, torch.device("cuda"), float8=False) == []
+    assert met["_padded_attention"] == [(False, False), (True, False)] * padding_works
+    assert met["_flash_attention"] == [(padding_works, False), (padding_works, True)]
+    assert switches() == (True, padding_works, True, True)
+
+
+@pytest.mark.parametrize("float8", [True, False])
+def test_only_what_the_base_needs_is_compared(all_on, monkeypatch, float8):
+    met = []
+    for check in CHECKS:
+        monkeypatch.setattr(trusted_kernels, check, lambda *_, check=check: met.append(check) or (torch.ones(4),))
+    assert distrust_kernels(CONFIG, torch.float32, torch.device("cuda"), float8) == []
+    assert set(CHECKS) - set(met) == {"_gelu" if float8 else "_quantised_gelu"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("config", [TransformerConfig(), CONFIG], ids=["full size", "small"])
 def test_on_this_gpu_all_kernels_can_be_trusted(config):
-    assert distrust_kernels(config, torch.bfloat16, torch.device("cuda"), float8=True) == []
+    for float8 in (True, False):
+        assert distrust_kernels(config, torch.bfloat16, torch.device("cuda"), float8) == []
