@@ -81,11 +81,12 @@ def train(config: TrainConfig) -> int:
     from train.preview import Preview
     from train.recomputation import PeakWatch, plan_recomputation
     from train.run_folder import prepare_run_folder
-    from train.speed import apply_speedups, shapes_met
+    from train.speed import apply_speedups, choose_workspaces, shapes_met
     from train.validation import Validation
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
     ranks = join_process_group()
+    choose_workspaces(ranks.device, config.deterministic)
     preemption = Preemption()
     deepspeed_config = load_deepspeed_config(config.deepspeed, config, ranks.world)
     for warning in warnings(deepspeed_config):
