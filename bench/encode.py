@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    from bench.train_step import measured_peak
+    from bench.card_limit import measured_peak
     from qwen_image.vae import VAE
 
     peak = measured_peak(device) if device.type == "cuda" else 1.0

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from train.module import FlowMatchingModule
 
-
 Size = tuple[int, int, int]  # height, width in pixels, batch
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 WORDS = {
@@ -42,6 +41,7 @@ WORDS = {
     "eager": "not compiled",
     "direct": "modulation computed, not looked up",
     "separate": "q, k and v not fused",
+    "plainmlp": "GELU by the compiler",
     "masked": "padding by an attention mask",
     "float8": "float8 base",
     "unfused": "its GELU quantised by the compiler",
@@ -63,19 +63,24 @@ def our_step(
 
     from bench.random_transformer import random_transformer
     from qwen_image.float8 import keep_transposed, quantise_blocks
+    from qwen_image.gelu_products import fuse_gelu
     from qwen_image.modulation import replace_by_table
     from qwen_image.text_encoder import Prompt
+    from qwen_image.trusted_kernels import distrust_kernels
     from train.fused_projection import fuse_projections
     from train.largest_batch import BatchShape
     from train.lora import LoraSpec, inject_lora
     from train.module import FlowMatchingModule
     from train.recomputation import plan_recomputation
+    from train.speed import choose_workspaces
 
+    choose_workspaces(device, deterministic=False)
     words = set(variant.split("-")[1:])
     assert words <= WORDS.keys() and variant.startswith("ours"), f"{variant}: choose from {WORDS}"
     height, width, batch = size
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = random_transformer(layers, device, dtype)
+    print(*distrust_kernels(transformer.config, dtype, device, "float8" in words), sep="\n", flush=True)
     if "direct" not in words:
         replace_by_table(transformer, [k / 1000 for k in range(1, 1001)])
     if "float8" in words:
@@ -86,6 +91,8 @@ def our_step(
             parameter.data.normal_(0, 0.02)
     if "separate" not in words:
         fuse_projections(transformer)
+    if "plainmlp" not in words:
+        fuse_gelu(transformer)
     transformer.checkpointed_blocks = layers if "full" in words else layers // 2 if "half" in words else 0
     keep_transposed(transformer, layers if "onelayout" in words else transformer.checkpointed_blocks)
     transformer.dense_padding = "masked" not in words
@@ -106,9 +113,8 @@ def our_step(
         shape = BatchShape(batch, height, width, text, padding > 0)
         plan = plan_recomputation("auto", module, shape, moments, 2, device)
         print("…", *plan.lines(), flush=True)
-    graphs = device.type == "cuda" and "launched" not in words
     through_engine = engine_step(module, (latents, noise, sigma, prompt), batch) if "engine" in words else None
-    if graphs:
+    if device.type == "cuda" and "launched" not in words:
         module.use_graphs()
     if through_engine is not None:
         yield through_engine
@@ -131,8 +137,7 @@ def peer_step(name: str, layers: int, size: Size, text: int, device: torch.devic
     """A peer's step, as its own training script does it (bench/peers.py)."""
     from bench.peers import PEERS, Shape, Work
 
-    height, width, batch = size
-    with PEERS[name](Shape(layers=layers), Work(height, width, batch, text), device) as peer:
+    with PEERS[name](Shape(layers=layers), Work(*size, text), device) as peer:
         yield peer.step
 
 
@@ -181,8 +186,7 @@ def measure(step: Callable[[], torch.Tensor], repeats: int, device: torch.device
         times.append(time.perf_counter() - start)
     result |= {"seconds": statistics.median(times), "all": times, "loss": loss.item()}
     if device.type == "cuda":
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        result["kernels"] = kernel_times(step)
+        result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "kernels": kernel_times(step)}
     return result
 
 
@@ -202,30 +206,6 @@ def kernel_times(step: Callable[[], torch.Tensor]) -> dict[str, Any]:
         names[event.name].append(milliseconds)
     longest = sorted(names.items(), key=lambda item: -sum(item[1]))[:20]
     return {"kinds": dict(kinds), "longest": [(name[:90], len(each), round(sum(each), 2)) for name, each in longest]}
-
-
-def measured_peak(device: torch.device) -> float:
-    """TFLOP/s of an 8192³ bf16 product on random data."""
-    import torch
-
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(5):
-        a @ b
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(20):
-        a @ b
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - start) / 1e12
-
-
-def needed_tflop(layers: int, size: Size, text: int) -> float:
-    """Arithmetic of a step that nothing can avoid: linear layers forward and input gradient, attention forward and back."""
-    height, width, batch = size
-    image = height * width // 256
-    linear = layers * 2 * (4 * 3072**2 + 2 * 4 * 3072**2) * (image + text)
-    attention = layers * 4 * (image + text) ** 2 * 3072
-    return batch * (2 * linear + 3.5 * attention) / 1e12
 
 
 def in_own_process(arguments: argparse.Namespace, name: str, size: Size, is_peer: bool) -> list[dict[str, Any]]:
@@ -260,9 +240,10 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
+    from bench.card_limit import measured_peak, needed_tflop
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = [(int(h), int(w), int(b)) for h, w, b in (size.split("x") for size in arguments.sizes.split(","))]
-    peak = measured_peak(device) if device.type == "cuda" else 1.0
     rows: list[dict[str, Any]] = []
 
     def run(name: str, size: Size, is_peer: bool) -> None:
@@ -282,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, size, is_peer in jobs:  # a process each: what one leaves on the card would count against the next
             rows += in_own_process(arguments, name, size, is_peer)
 
+    peak = measured_peak(device) if device.type == "cuda" else 1.0  # last: our step chooses cuBLAS's workspaces first
     print(
         f"\npeak {peak:.0f} TFLOP/s, torch {torch.__version__}, {arguments.layers} blocks, {arguments.text} text tokens"
     )
