@@ -24,6 +24,7 @@ from train.lora import attach_lora
 from train.lora_file import read_lora
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_TRIALS = ("--activation_checkpointing", "full", "--cuda_graphs", "off")  # on the CPU, no step before the first
 TARGETS = "to_q,to_k,to_v,to_out.0,img_mlp.net.2,proj_out"
 
 
