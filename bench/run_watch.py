@@ -176,8 +176,11 @@ class Watch:
 def device_profile(events: Iterable[Any], steps: int) -> dict[str, float]:
     """A step's share of what the device did, from a profile that began and ended with an idle device.
 
+    The first of the `steps` doesn't count: the profiler starts in it, and no step before it keeps the device busy. All
+    have as many kernels.
+
     busy: seconds with at least one kernel at work (copies from and to the host, on a stream of their own, don't count);
-    wall: from the first kernel to the last; long_gaps: seconds of gaps above LONG_GAP_US.
+    wall: to the last kernel; long_gaps: seconds of gaps above LONG_GAP_US.
     """
     import torch
 
@@ -187,15 +190,20 @@ def device_profile(events: Iterable[Any], steps: int) -> dict[str, float]:
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))
     )
-    if not spans:
+    first = -(-len(spans) // steps)
+    if first == len(spans):
         return {}
     busy = gaps = 0.0
-    reached = spans[0][0]
-    for start, end in spans:
+    began = reached = max(end for _, end in spans[:first])
+    for start, end in spans[first:]:
         gap = start - reached
         gaps += gap if gap > LONG_GAP_US else 0.0
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    scale = 1e-6 / steps
-    wall = (reached - spans[0][0]) * scale
-    return {"kernels": len(spans) / steps, "busy": busy * scale, "wall": wall, "long_gaps": gaps * scale}
+    scale = 1e-6 / (steps - 1)
+    return {
+        "kernels": len(spans[first:]) / (steps - 1),
+        "busy": busy * scale,
+        "wall": (reached - began) * scale,
+        "long_gaps": gaps * scale,
+    }

@@ -72,21 +72,27 @@ def kernel(start: float, end: float, name: str = "gemm", device: str = "CUDA") -
 
 
 def test_idle_time_is_what_no_kernel_covers():
-    events = [
-        kernel(1100, 1200),
-        kernel(1000, 1100),
+    first = [kernel(0, 50), kernel(400, 500), kernel(600, 700), kernel(900, 1000)]  # the device waits: it doesn't count
+    second = [
+        kernel(1100, 1200),  # after 100 µs
         kernel(1150, 1180),  # beside another: counts once
         kernel(1205, 1305),  # after a gap of 5 µs
         kernel(1405, 1500),  # after 100 µs
         kernel(1305, 1405, "Memcpy HtoD (Pinned -> Device)"),
         kernel(0, 5000, "cudaGraphLaunch", "CPU"),
     ]
-    profile = device_profile(events, steps=2)
-    assert profile["kernels"] == 2.5
-    assert profile["wall"] == pytest.approx(250e-6)
-    assert profile["busy"] == pytest.approx(197.5e-6)
-    assert profile["long_gaps"] == pytest.approx(50e-6)
-    assert device_profile([], 2) == {}
+    profile = device_profile([*second, *first], steps=2)
+    assert profile["kernels"] == 4
+    assert profile["wall"] == pytest.approx(500e-6)
+    assert profile["busy"] == pytest.approx(295e-6)
+    assert profile["long_gaps"] == pytest.approx(200e-6)
+    later = [
+        kernel(each.time_range.start + 500, each.time_range.end + 500, each.name)
+        for each in second
+        if each.name == "gemm"
+    ]
+    assert device_profile([*first, *second, *later], steps=3) == pytest.approx(profile), "a step's share"
+    assert device_profile([], 2) == {} and device_profile(first, 1) == {}
 
 
 def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
