@@ -15,11 +15,10 @@ FlashAttention 4, where it is installed, takes cuDNN's place, without padding to
 qwen_image/padding.py makes (o', lse') of (o, lse).
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
+from qwen_image import attention_gradients
 from qwen_image.flash_attention import can_flash
 from qwen_image.padding import without_padding
 
@@ -73,14 +72,6 @@ def padded_attention(
     return without_padding(output, lse, padding)
 
 
-@padded_attention.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.transpose(1, 2).shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
-
-
 @torch.library.custom_op("qwen_image::padded_attention_backward", mutates_args=())
 def padded_attention_backward(
     grad: torch.Tensor,
@@ -120,28 +111,4 @@ def padded_attention_backward(
     return dq, dk, dv
 
 
-@padded_attention_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, columns = query.transpose(1, 2).shape, key.transpose(1, 2).shape
-    return query.new_empty(rows), key.new_empty(columns), value.new_empty(columns)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    query, key, value, _ = inputs
-    ctx.save_for_backward(query, key, value, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    grads = torch.ops.qwen_image.padded_attention_backward(grad.contiguous(), *ctx.saved_tensors)
-    return (*(each.transpose(1, 2) for each in grads), None)
-
-
-padded_attention.register_autograd(_backward, setup_context=_save)
+attention_gradients.register(padded_attention, padded_attention_backward)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qwen_image import attention_gradients
 from qwen_image.padding import without_padding
 
 HOPPER = 9  # major compute capability: the only one on which this was measured
@@ -85,13 +86,6 @@ def flash_attention(
     return without_padding(output.transpose(1, 2), lse, padding)
 
 
-@flash_attention.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return query.new_empty(query.transpose(1, 2).shape), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
 @torch.library.custom_op("qwen_image::flash_attention_backward", mutates_args=())
 def flash_attention_backward(
     grad: torch.Tensor,
@@ -108,28 +102,4 @@ def flash_attention_backward(
     return dq, dk, dv
 
 
-@flash_attention_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, columns = query.transpose(1, 2).shape, key.transpose(1, 2).shape
-    return query.new_empty(rows), key.new_empty(columns), value.new_empty(columns)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    query, key, value, _ = inputs
-    ctx.save_for_backward(query, key, value, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    grads = torch.ops.qwen_image.flash_attention_backward(grad.contiguous(), *ctx.saved_tensors)
-    return (*(each.transpose(1, 2) for each in grads), None)
-
-
-flash_attention.register_autograd(_backward, setup_context=_save)
+attention_gradients.register(flash_attention, flash_attention_backward)

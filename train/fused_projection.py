@@ -50,20 +50,23 @@ class _Base(NamedTuple):
     ones: torch.Tensor | None
     transposed: torch.Tensor | None
 
+    def quantised(self) -> Float8Weight | None:
+        """The same as what float8 products take; None in another type."""
+        if self.scale is None or self.ones is None:
+            return None
+        return Float8Weight(self.weight, self.scale, self.ones, self.transposed)
+
     def output(self, flat: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """flat [M, K] → [M, rows]."""
-        if self.scale is None or self.ones is None:
-            return F.linear(flat, self.weight, bias)
-        return Float8Weight(self.weight, self.scale, self.ones, self.transposed).output(flat, bias)
+        quantised = self.quantised()
+        return F.linear(flat, self.weight, bias) if quantised is None else quantised.output(flat, bias)
 
     def input_gradient(
         self, gradient: torch.Tensor, of_factors: torch.Tensor, downs: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """The output's gradient [M, rows] and the factors' [M, Σr] → the input's [M, K]."""
-        if self.scale is None or self.ones is None:
-            of_x = gradient @ self.weight
-        else:
-            of_x = Float8Weight(self.weight, self.scale, self.ones, self.transposed).input_gradient(gradient)
+        quantised = self.quantised()
+        of_x = gradient @ self.weight if quantised is None else quantised.input_gradient(gradient)
         add_products_(of_x, of_factors, [torch.cat(list(downs)).t()], [1.0], [0])
         return of_x
 
@@ -182,9 +185,8 @@ class FusedProjection(nn.Module):
         adapters += [layer.lora_B[ADAPTER].weight for layer in adapted]
         if adapters:
             return _Projection.apply(x, self.bias, self.scales, self.columns, *self.base(), *adapters)
-        if self.scale is not None and self.ones is not None:
-            return float8_linear(x, Float8Weight(self.weight, self.scale, self.ones, self.transposed), self.bias)
-        return F.linear(x, self.weight, self.bias)
+        quantised = self.base().quantised()
+        return F.linear(x, self.weight, self.bias) if quantised is None else float8_linear(x, quantised, self.bias)
 
     def unfinished(self, x: torch.Tensor, layers: Sequence[Any]) -> tuple[torch.Tensor, Updates]:
         """The same without the updates of a `uniform` LoRA, and these: the joint layout's kernel adds them."""
