@@ -104,12 +104,12 @@ class LossWatch:
         cause = f"samples {', '.join(culprits)}" if culprits else "the gradient overflowed, all losses are finite"
         self.say(f"step {verdict.step} is not finite and was left out ({self.skipped} so far): {cause}")
 
-    def mean(self) -> float:
-        """Mean loss of the steps taken since the last call, over all ranks; NaN if none was. A collective."""
+    def mean(self) -> torch.Tensor:
+        """Mean loss of the steps taken since the last call, over all ranks; NaN if none was. On the device; a collective."""
         total = self._sum.double() / self._steps  # 0 / 0 is NaN
         dist.all_reduce(total)
         self._sum, self._steps = torch.zeros_like(self._sum), torch.zeros_like(self._steps)
-        return (total / dist.get_world_size()).item()
+        return total / dist.get_world_size()
 
     def state(self) -> dict[str, Any]:
         """What was added up since the last row, for a checkpoint. A collective."""

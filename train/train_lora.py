@@ -69,6 +69,7 @@ def train(config: TrainConfig) -> int:
     from train.feed import make_loader, make_order, open_data
     from train.graph_choice import start_graphs
     from train.largest_batch import largest_batch
+    from train.late_row import LateRow
     from train.lora import LoraSpec, inject_lora, start_from
     from train.lora_file import read_lora
     from train.memory import engine_bytes
@@ -205,6 +206,7 @@ def train(config: TrainConfig) -> int:
     written_every = config.validate_every, config.sample_every, config.save_steps, config.checkpoint_every
     watch = LossWatch(metrics.say, ranks.device, resumed.client.get("loss") if resumed is not None else None)
     peak = PeakWatch(recomputation, largest, ranks.device, metrics.say)
+    late: LateRow | None = None
     if step == 0:
         validate()
     engine.train()
@@ -223,8 +225,7 @@ def train(config: TrainConfig) -> int:
         step += 1
         watch.stepped(step, engine)
         leave = preemption.agreed() and step < total_steps
-        row = due(config.log_steps)
-        writes = row or leave or any(due(every) for every in written_every)
+        writes = leave or any(due(every) for every in written_every)
         if not watch.took(all_steps=writes) and config.on_nonfinite == "stop":
             export.finish()
             metrics.close()
@@ -232,15 +233,15 @@ def train(config: TrainConfig) -> int:
         loader.stepped()
         metrics.advance()
 
-        if row:
-            norm = float(engine.get_global_grad_norm())
-            metrics.log(
-                step,
-                loss=watch.mean(),
-                lr=learning_rate(step - 1, config, total_steps),
-                grad_norm=norm,
-                epoch=loader.epoch,
-            )
+        if late is not None:
+            late.write(metrics)
+            late = None
+        if due(config.log_steps):
+            rate, norm = learning_rate(step - 1, config, total_steps), engine.get_global_grad_norm()
+            late = LateRow.of(step, loss=watch.mean(), lr=rate, grad_norm=norm, epoch=loader.epoch)
+        if late is not None and writes:
+            late.write(metrics)
+            late = None
         if due(config.validate_every):
             validate()
         if due(config.sample_every):
