@@ -6,16 +6,17 @@ other, or made each time. Format: OCP 8-bit floating point, E4M3 (largest value 
 error of at most 1/16 in the normal range).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0  # torch.finfo(FLOAT8).max
 SMALLEST_SCALE = 1e-30  # for rows of zeros; gradients times weight scales reach 1e-16
-# cuBLAS 13.0 has no product of fewer rows than 43 with rows' scales, a bias, fast accumulation and K from 9216 on;
-# exact accumulation, which it has, takes no longer for so few.
-FAST_ROWS = 64
+# Of fewer rows cuBLAS 13.0 lacks some products: below 43 those with rows' scales, a bias, fast accumulation and K from 9216
+# on. Zero rows make up the number: a product of so few takes as long as reading the weight.
+FEWEST_ROWS = 128
 
 
 def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,9 +38,8 @@ def scaled_product(
     On the CPU the same sum in float32: right, but slow.
     """
     if left.is_cuda:
-        fast = True
-        if bias is not None and len(left) < FAST_ROWS:  # an `if`: to the compiler the comparison alone is no bool
-            fast = False
+        if len(left) < FEWEST_ROWS:
+            return torch.ops.qwen_image.product_of_few_rows(left, left_scale, right, right_scale, bias, dtype)
         return torch._scaled_mm(
             left,
             right.t(),
@@ -47,10 +47,32 @@ def scaled_product(
             scale_b=right_scale,
             bias=bias,
             out_dtype=dtype,
-            use_fast_accum=fast,
+            use_fast_accum=True,
         )
     product = (left.float() @ right.float().t()) * left_scale * right_scale
     return (product if bias is None else product + bias.float()).to(dtype)
+
+
+@torch.library.custom_op("qwen_image::product_of_few_rows", mutates_args=())
+def product_of_few_rows(
+    left: torch.Tensor,
+    left_scale: torch.Tensor,
+    right: torch.Tensor,
+    right_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`scaled_product` with zero rows below; an operator, because not every compiler can pad float8."""
+    more = (0, 0, 0, FEWEST_ROWS - len(left))
+    padded = F.pad(left.view(torch.uint8), more).view(left.dtype)
+    return scaled_product(padded, F.pad(left_scale, more), right, right_scale, bias, dtype)[: len(left)].clone()
+
+
+@product_of_few_rows.register_fake
+def _(
+    left: torch.Tensor, _l: torch.Tensor, right: torch.Tensor, _r: torch.Tensor, _b: Any, dtype: torch.dtype
+) -> torch.Tensor:
+    return left.new_empty((left.shape[0], right.shape[0]), dtype=dtype)
 
 
 class Float8Weight(NamedTuple):

@@ -5,6 +5,7 @@ import torch
 
 from qwen_image import float8
 from qwen_image.float8 import FLOAT8, Float8Linear, check_float8, keep_transposed, quantise_blocks, quantise_rows
+from qwen_image.float8_weight import product_of_few_rows, scaled_product
 from qwen_image.loading import ModelSource, resolve_model
 from qwen_image.pipeline import load_transformer, predict_velocity
 from qwen_image.text_encoder import Prompt
@@ -97,7 +98,7 @@ def test_product_and_input_gradient(dtype, transposed):
 @pytest.mark.parametrize("in_features", [3072, 12288])
 @pytest.mark.parametrize("tokens", [1, 16, 32, 42, 43, 63, 64, 129])
 def test_few_tokens_on_a_gpu(tokens, in_features):
-    """cuBLAS lacks some of these products in its fastest way; compiled without a length in mind they are the same."""
+    """cuBLAS lacks some of these products; compiled without a length in mind they are the same."""
     generator = torch.Generator().manual_seed(2)
     made = Float8Linear(in_features, 3072)
     made.quantise(torch.randn(3072, in_features, generator=generator) * in_features**-0.5)
@@ -107,6 +108,19 @@ def test_few_tokens_on_a_gpu(tokens, in_features):
     made.cuda()
     for function in (made, torch.compile(made, fullgraph=True, dynamic=True)):
         assert relative(function(x.cuda()).cpu(), expected) < 5e-3
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_zero_rows_below_change_nothing(with_bias):
+    generator = torch.Generator().manual_seed(3)
+    left, right, bias = (torch.randn(*shape, generator=generator) for shape in ((5, 24), (7, 24), (7,)))
+    (left, left_scale), (right, right_scale) = quantise_rows(left), quantise_rows(right)
+    arguments = left, left_scale, right, right_scale.t(), bias if with_bias else None, torch.bfloat16
+    result = product_of_few_rows(*arguments)
+    torch.testing.assert_close(result, scaled_product(*arguments))
+    without_values = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in arguments]
+    promised = product_of_few_rows(*without_values)  # what the compiler is told
+    assert (promised.shape, promised.dtype, promised.stride()) == (result.shape, result.dtype, result.stride())
 
 
 def test_rows_of_their_own_cost_no_accuracy_and_protect_small_ones():
