@@ -13,7 +13,7 @@ from qwen_image.float8 import Float8Linear, keep_transposed, quantise_blocks
 from qwen_image.float8_mlp import quantised_gelu, quantised_gelu_gradient
 from qwen_image.float8_weight import FLOAT8, LARGEST, SMALLEST_SCALE, quantise_rows
 from qwen_image.layers import FeedForward
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from tests.small_transformer import small_transformer
 from train.lora import LoraSpec, inject_lora, lora_parameters
 
 HAS_TRITON = find_spec("triton") is not None
@@ -203,13 +203,7 @@ def test_only_the_inner_product_is_kept_for_the_backward_pass():
 
 
 def transformer_with(targets, fuse=True):
-    config = TransformerConfig(
-        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
-    )
-    torch.manual_seed(0)
-    transformer = QwenImageTransformer(config).requires_grad_(False)
-    for parameter in transformer.parameters():
-        parameter.normal_(0, 0.2)
+    transformer = small_transformer()
     quantise_blocks(transformer, fuse=fuse)
     inject_lora(transformer, LoraSpec(targets, 4, 8.0))
     for name, parameter in lora_parameters(transformer).items():

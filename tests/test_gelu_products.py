@@ -13,7 +13,7 @@ from qwen_image import cublaslt, gelu_products
 from qwen_image.float8 import quantise_blocks
 from qwen_image.gelu_products import fuse_gelu, gelu_mlp
 from qwen_image.layers import FeedForward
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from tests.small_transformer import small_transformer
 from train.lora import LoraSpec, inject_lora, lora_parameters
 
 needs_gpu = pytest.mark.skipif(
@@ -208,13 +208,7 @@ def test_the_heuristics_result_is_laid_out_as_in_the_header():
 
 
 def transformer_with(targets, fuse=True):
-    config = TransformerConfig(
-        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
-    )
-    torch.manual_seed(0)
-    transformer = QwenImageTransformer(config).requires_grad_(False)
-    for parameter in transformer.parameters():
-        parameter.normal_(0, 0.2)
+    transformer = small_transformer()
     inject_lora(transformer, LoraSpec(targets, 4, 8.0))
     for name, parameter in lora_parameters(transformer).items():
         if name.endswith("lora_B"):

@@ -9,7 +9,7 @@ from qwen_image import joint_layout as module
 from qwen_image.joint_layout import Norms, can_invert, has_kernel, joint_layout, plain_joint_layout
 from qwen_image.layers import NORM_EPS, RMSNorm
 from qwen_image.rotary import rotary_table
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from tests.small_transformer import small_transformer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -177,13 +177,7 @@ def test_which_weights_can_be_divided_out(weight, possible):
 
 @needs_kernel
 def test_a_transformer_computes_the_same_with_the_kernels(on_device, monkeypatch):
-    config = TransformerConfig(
-        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
-    )
-    torch.manual_seed(0)
-    transformer = QwenImageTransformer(config).to(DEVICE).requires_grad_(False)
-    for parameter in transformer.parameters():
-        parameter.normal_(0, 0.2)
+    transformer = small_transformer(DEVICE)
     trained = [
         layer.weight.requires_grad_() for block in transformer.transformer_blocks for layer in block.attn.image_layers()
     ]
