@@ -152,11 +152,11 @@ def forward_kernel(
             head = group * HEADS_HERE + number
             x = _updated(source + number * DIM, inside, factors, up, scale, head, DIM, RANK, LANES)
             rms = tl.rsqrt(tl.sum(x * x, 1) / DIM + EPS)
-            if KEEP:  # a key that must be 0, whatever its norm
-                x = tl.where(kept[:, None], x, 0.0)
             even, odd = _pairs(x * rms[:, None], BLOCK, DIM)
             even, odd = even * even_weight, odd * odd_weight
             x = _joined(even * cosine - odd * sine, odd * cosine + even * sine, BLOCK, DIM)
+            if KEEP:  # last, so that padding is 0 whatever it was
+                x = tl.where(kept[:, None], x, 0.0)
             tl.store(target + number * DIM, x.to(target.dtype.element_ty), mask=inside[:, None])
             tl.store(scales + row * (2 * HEADS) + part * HEADS + head, rms, mask=inside)
 

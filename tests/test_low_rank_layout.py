@@ -5,7 +5,7 @@ import torch
 
 from qwen_image import joint_layout as module
 from qwen_image.joint_layout import Updates, joint_layout, takes_updates
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from tests.small_transformer import small_transformer
 from tests.test_joint_layout import (
     CASES,
     DEVICE,
@@ -95,6 +95,16 @@ def test_many_tokens_and_more_than_one_group_of_heads(on_device, monkeypatch):  
     assert_near(joint_layout(image, text, norms, rotary, keep, True, updates), expected, 4e-6)
 
 
+def test_padding_is_zero_whatever_it_was(on_device):  # noqa: F811
+    image, text, norms, rotary, keep, _ = on_device(*make("padding in one sample", torch.float32))
+    updates = make_updates(image.cpu(), text.cpu(), 4, 1.0, torch.float32)
+    updates = tuple(changed(update, lambda each: each.to(DEVICE)) for update in updates)
+    text[~keep[:, : text.shape[1]]] = float("nan")
+    query, key, value = joint_layout(image, text, norms, rotary, keep, True, updates)
+    assert (key[~keep] == 0).all() and (value[~keep] == 0).all()
+    assert all(each[keep].isfinite().all() for each in (query, key, value))
+
+
 @pytest.mark.parametrize("case", ["even", "last block, padding"])
 def test_the_operators_are_registered_as_the_compiler_wants_them(case, on_device):  # noqa: F811
     image, text, norms, rotary, keep, _ = on_device(*make(case, torch.float32))
@@ -115,15 +125,9 @@ def test_the_operators_are_registered_as_the_compiler_wants_them(case, on_device
 ALL = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def small_transformer(targets):
+def transformer_with(targets):
     """A transformer with a LoRA on fused projections, and what to call it with."""
-    config = TransformerConfig(
-        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
-    )
-    torch.manual_seed(0)
-    transformer = QwenImageTransformer(config).to(DEVICE).requires_grad_(False)
-    for parameter in transformer.parameters():
-        parameter.normal_(0, 0.2)
+    transformer = small_transformer(DEVICE)
     inject_lora(transformer, LoraSpec(targets, 4, 2.0))
     for parameter in lora_parameters(transformer).values():
         parameter.data.normal_(0, 0.2)
@@ -148,7 +152,7 @@ def assert_same(results, others):
 
 @pytest.mark.parametrize(("targets", "left"), [(ALL, True), (ALL[1:], False)], ids=["all", "some"])
 def test_a_transformer_computes_the_same_with_the_updates_left_to_the_kernel(targets, left, on_device, monkeypatch):  # noqa: F811
-    transformer, arguments = small_transformer(targets)
+    transformer, arguments = transformer_with(targets)
     called, results, original = [], [], module.joint_layout
 
     def watched(*arguments):
@@ -165,7 +169,7 @@ def test_a_transformer_computes_the_same_with_the_updates_left_to_the_kernel(tar
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="compiled on a GPU")
 def test_on_a_gpu_compiled_blocks_compute_the_same():
-    transformer, arguments = small_transformer(ALL)
+    transformer, arguments = transformer_with(ALL)
     expected = velocity_and_gradients(transformer, arguments)
     transformer.compile_blocks(dynamic=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
