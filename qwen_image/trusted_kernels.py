@@ -1,8 +1,8 @@
 """Kernels that aren't PyTorch's are compared with the operations they stand for, on the GPU that will run them, before use.
 
 They were written for and timed on an H100; another card, or another version of Triton, FlashAttention or cuBLASLt, may
-refuse to compile one, or compile it wrongly. What fails here is switched off for this process, and PyTorch's own operations do
-its work.
+refuse to compile one, or compile it wrongly. What fails here is switched off for this process, and PyTorch's own
+operations do its work.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,23 +27,32 @@ Results = tuple[torch.Tensor, ...]
 
 
 class Check(NamedTuple):
-    """A kernel's name, the module's attribute that says whether to use it, and what to compare with and without it."""
+    """A kernel's name, the module's attribute that says whether to use it, and what to compare with and without it.
+
+    `samples`: it is worth its check, seconds for compiling, where images are only sampled.
+    """
 
     name: str
     module: Any
     switch: str
     results: Callable[[], Results]
+    samples: bool = False
 
 
 @torch.no_grad()
-def distrust_kernels(config: TransformerConfig, dtype: torch.dtype, device: torch.device, float8: bool) -> list[str]:
-    """Switch off the kernels that don't do what they should for a model of `config` and `dtype`; a warning for each."""
+def distrust_kernels(
+    config: TransformerConfig, dtype: torch.dtype, device: torch.device, float8: bool, trains: bool = True
+) -> list[str]:
+    """Switch off the kernels that don't do what they should for a model of `config` and `dtype`; a warning for each.
+
+    Without training (not `trains`) those that gain nothing are switched off untried.
+    """
     if device.type != "cuda":
         return []
     checks = [
-        Check("joint layout", joint_layout, "HAS_TRITON", lambda: _joint_layout(config, dtype, device)),
+        Check("joint layout", joint_layout, "HAS_TRITON", lambda: _joint_layout(config, dtype, device), samples=True),
         Check("low-rank layout", joint_layout, "HAS_LOW_RANK_KERNEL", lambda: _low_rank_layout(config, dtype, device)),
-        Check("padding", padding, "HAS_TRITON", lambda: _padded_attention(config, dtype, device)),
+        Check("padding", padding, "HAS_TRITON", lambda: _padded_attention(config, dtype, device), samples=True),
         Check("FlashAttention", flash_attention, "HAS_FLASH", lambda: _flash_attention(config, dtype, device)),
     ]
     if float8:
@@ -54,7 +63,9 @@ def distrust_kernels(config: TransformerConfig, dtype: torch.dtype, device: torc
     for check in checks:  # each is off until it has passed, so that only one at a time is in doubt
         setattr(check.module, check.switch, False)
     warnings = []
-    for name, module, switch, results in checks:
+    for name, module, switch, results, samples in checks:
+        if not (trains or samples):
+            continue
         why = difference(results, module, switch)
         setattr(module, switch, not why)
         if why:
@@ -82,8 +93,9 @@ def difference(results: Callable[[], Results], module: Any, switch: str) -> str:
     return ""
 
 
-def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
+def _random(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
+    """The same for the same shape and seed: what must differ from another of its shape wants a seed of its own."""
+    generator = torch.Generator().manual_seed(sum(shape) + (seed << 32))
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
@@ -121,7 +133,7 @@ def _low_rank_layout(config: TransformerConfig, dtype: torch.dtype, device: torc
             (2, tokens, 3 * width) for tokens in (ROWS * COLUMNS, TEXT) for width in (inner, RANK)
         ]
         shapes += [(inner, RANK)] * 6
-        leaves = [_random(device, dtype, *shape).requires_grad_() for shape in shapes]
+        leaves = [_random(device, dtype, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
         image, of_image, text, of_text, *ups = leaves
         updates = (
             joint_layout.Updates(of_image, tuple(ups[:3]), SCALE),
@@ -140,7 +152,7 @@ def _added(projection: torch.Tensor, update: joint_layout.Updates) -> torch.Tens
 
 def _differentiated(made: Results, leaves: Sequence[torch.Tensor]) -> Results:
     """What was made, and the leaves' gradients from random ones of it."""
-    upstream = [_random(each.device, each.dtype, *each.shape) for each in made]
+    upstream = [_random(each.device, each.dtype, *each.shape, seed=seed) for seed, each in enumerate(made)]
     return *(each.detach() for each in made), *torch.autograd.grad(made, leaves, upstream)
 
 

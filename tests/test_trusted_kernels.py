@@ -108,6 +108,16 @@ def test_only_what_the_base_needs_is_compared(all_on, monkeypatch, float8):
     assert set(CHECKS) - set(met) == {"_gelu" if float8 else "_quantised_gelu"}
 
 
+def test_where_images_are_only_sampled_few_kernels_are_compared_and_the_others_not_used(all_on, monkeypatch):
+    met = set()
+    for check in CHECKS:
+        monkeypatch.setattr(trusted_kernels, check, lambda *_, check=check: met.add(check) or (torch.ones(4),))
+    assert distrust_kernels(CONFIG, torch.float32, torch.device("cuda"), float8=False, trains=False) == []
+    assert met == {"_joint_layout", "_padded_attention"}
+    assert switches() == (True, True, False, True)
+    assert not joint_layout.HAS_LOW_RANK_KERNEL and not gelu_products.HAS_EPILOGUES
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("config", [TransformerConfig(), CONFIG], ids=["full size", "small"])
 def test_on_this_gpu_all_kernels_can_be_trusted(config):

@@ -83,7 +83,7 @@ def sample(arguments: argparse.Namespace) -> int:
     )
     assert pipeline.transformer is not None
     config, dtype = pipeline.transformer.config, getattr(torch, arguments.dtype)
-    for line in distrust_kernels(config, dtype, torch.device(device), float8=False):
+    for line in distrust_kernels(config, dtype, torch.device(device), float8=False, trains=False):
         print(line, file=sys.stderr)
     if arguments.lora is not None:
         attach_lora(pipeline.transformer, read_lora(arguments.lora, pipeline.transformer), arguments.lora_strength)
