@@ -180,7 +180,7 @@ def device_profile(events: Iterable[Any], steps: int) -> dict[str, float]:
     have as many kernels.
 
     busy: seconds with at least one kernel at work (copies from and to the host, on a stream of their own, don't count);
-    wall: to the last kernel; long_gaps: seconds of gaps above LONG_GAP_US.
+    wall: from its end to the last kernel; long_gaps: seconds of gaps above LONG_GAP_US.
     """
     import torch
 

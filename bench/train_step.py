@@ -80,7 +80,8 @@ def our_step(
     height, width, batch = size
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = random_transformer(layers, device, dtype)
-    print(*distrust_kernels(transformer.config, dtype, device, "float8" in words), sep="\n", flush=True)
+    for warning in distrust_kernels(transformer.config, dtype, device, "float8" in words):
+        print("…", warning, flush=True)
     if "direct" not in words:
         replace_by_table(transformer, [k / 1000 for k in range(1, 1001)])
     if "float8" in words:

@@ -20,10 +20,8 @@ COMPUTE_32F, REAL_32F, REAL_16BF = 68, 0, 14  # cublasComputeType_t, cudaDataTyp
 # cublasLtMatmulDescAttributes_t
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER = 3, 4, 7, 8
 AUX_POINTER, AUX_LEADING_DIMENSION, AUX_TYPE, BIAS_TYPE = 11, 12, 22, 26
-GELU_AUX_BIAS, DGELU = (
-    164,
-    192,
-)  # cublasLtEpilogue_t; "aux" is the product before GELU: written by one, read by the other
+# cublasLtEpilogue_t; "aux" is the product before GELU: written by one, read by the other
+GELU_AUX_BIAS, DGELU = 164, 192
 MAX_WORKSPACE, MIN_ALIGNMENTS = 1, (5, 6, 7, 8)  # cublasLtMatmulPreferenceAttributes_t; of A, B, C and D
 
 WORKSPACE_LIMIT = 32 << 20  # bytes: what NVIDIA advises for Hopper, and as much as PyTorch gives cuBLAS there

@@ -65,7 +65,7 @@ def product_of_few_rows(
     """`scaled_product` with zero rows below; an operator, because not every compiler can pad float8."""
     more = (0, 0, 0, FEWEST_ROWS - len(left))
     padded = F.pad(left.view(torch.uint8), more).view(left.dtype)
-    return scaled_product(padded, F.pad(left_scale, more), right, right_scale, bias, dtype)[: len(left)].clone()
+    return scaled_product(padded, F.pad(left_scale, more), right, right_scale, bias, dtype)[: len(left)]
 
 
 @product_of_few_rows.register_fake

@@ -1,6 +1,7 @@
 """A row of metrics whose numbers are still on their way from the device, so that the host need not wait for them.
 
 Read in the step that made them, they kept the host from launching the next one: the GPU was idle for as long as that took.
+A run that an error ends may lack its last row; what is resumed from a checkpoint has all before it.
 """
 
 from typing import NamedTuple
