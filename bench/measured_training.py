@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         result = watched(flags, options.profiled, options.hollow, another_follows=number + 1 < len(runs))
         with options.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
+        print(f"measured: {summary(result)}", flush=True)
         if result.get("left_gib", 0.0) > LEFT_BYTES / 2**30:
             break
     return 0
@@ -71,6 +73,23 @@ def watched(
             torch.cuda.empty_cache()
             result["left_gib"] = torch.cuda.memory_allocated() / 2**30
     return result
+
+
+def settled(result: dict[str, Any] | None, after: int) -> list[dict[str, Any]]:
+    """The steps from number `after` on (from 0) that nothing was compiled, captured or profiled in."""
+    assert result is not None
+    return [
+        step
+        for step in result["steps"][max(after, 1) :]
+        if not step["profiled"] and not step["captures"] and not step["compile_seconds"]
+    ]
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A run's numbers on one line of JSON: the median of its settled steps instead of all steps."""
+    seconds = [step["seconds"] for step in settled(result, 2)]
+    short = {"step_seconds": statistics.median(seconds) if seconds else None, **result}
+    return json.dumps({name: value for name, value in short.items() if name != "steps"})
 
 
 # ── for other scripts ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,6 @@
 """What `deepspeed train/train_lora.py` gives on one GPU: full-size random model, encoded shards, ZeRO-2, W&B offline.
 
-    python bench/real_command.py --part single,mixed                      # about 4 minutes
+    python bench/real_command.py --part single,mixed                      # 4 to 7 minutes, as the host's CPU is
     python bench/real_command.py --part sizes --precisions bfloat16       # about 5 minutes; begins no size after 270 s
     python bench/real_command.py --part single,mixed,sizes --tiny         # 2 narrow blocks, 64 pixels: to try the script
 
@@ -9,7 +9,8 @@ mixed: 10 buckets of one area, prompts of 5 to 500 tokens: images a second again
 sizes: time, memory and recomputed blocks under --activation_checkpointing auto, with a bf16 and a float8 base
 
 A step's time lies between the GPU's own time stamps after two steps, so nothing waits for it; the profiler watches steps
-that do not count. Weights are drawn on the GPU instead of read from a disk. Compiler caches start empty.
+that do not count. Weights are drawn on the GPU instead of read from a disk. Compiler caches start empty. The table is printed
+after each part, and a line after each run: a script that is stopped has told what it knew.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from bench.measured_training import measure_runs, run, settled
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("single", "mixed", "sizes")
@@ -72,14 +75,10 @@ def main(argv: list[str] | None = None) -> int:
                     getattr(bench, part)()
                 except RuntimeError as error:  # what was measured before is still told
                     bench.rows.append((part, f"failed: {error}", ""))
-                print(f"… {part}: {time.perf_counter() - start:.0f} s", flush=True)
+                bench.rows.append((f"{part} took", f"{time.perf_counter() - start:.0f} s", ""))
+                bench.tell()  # all so far: who stops the script here has that
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print("\n| what | measured | wanted |\n| --- | --- | --- |")
-    for row in bench.rows:
-        print(f"| {' | '.join(row)} |")
-    if options.out:
-        options.out.write_text(json.dumps(bench.results, indent=1))
     return int(any(measured.startswith("failed") for _, measured, _ in bench.rows))
 
 
@@ -109,8 +108,6 @@ class RealCommand:
 
     def train(self, name: str, data: Path, steps: int) -> Result:
         """Measure one run of so many steps, and a few more that are profiled. Raises RuntimeError when it fails."""
-        from bench.measured_training import measure_runs
-
         flags = self.flags(name, data, steps + PROFILED)
         (result,) = measure_runs([flags], profiled=PROFILED, hollow=True, launcher=self.options.launcher)
         shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -118,6 +115,13 @@ class RealCommand:
             raise RuntimeError(f"the run {name} failed")
         self.results[name] = result
         return result
+
+    def tell(self) -> None:
+        """Print the table of all that was measured so far, and write it to --out."""
+        print("\n| what | measured | wanted |\n| --- | --- | --- |")
+        print("".join(f"| {' | '.join(row)} |\n" for row in self.rows), flush=True)
+        if self.options.out:
+            self.options.out.write_text(json.dumps(self.results, indent=1))
 
     def single(self) -> None:
         from demo.random_model import write_random_encoded
@@ -142,8 +146,6 @@ class RealCommand:
 
     def bare_step(self) -> Result:
         """bench/train_step.py's `ours`, in a process of its own."""
-        from bench.measured_training import run
-
         out = self.folder / "bare.json"
         command = [sys.executable, str(ROOT / "bench" / "train_step.py"), "--layers", str(self.options.layers)]
         run([*command, "--variants", "ours", "--text", str(TEXT), "--repeats", str(TIMED), "--out", str(out)])
@@ -180,7 +182,6 @@ class RealCommand:
         self.rows += [*idle_rows(result), *start_rows(result), *memory_rows(result)]
 
     def sizes(self) -> None:
-        from bench.measured_training import measure_runs
         from demo.random_model import write_random_encoded
 
         until = time.time() + self.options.seconds
@@ -213,16 +214,6 @@ def mixed_sizes(side: int) -> list[tuple[int, int]]:
     table = bucket_table(side * side, 32 if side > 512 else 16, Fraction(2))
     count = min(BUCKETS, len(table))
     return [table[round(place * (len(table) - 1) / (count - 1))] for place in range(count)]
-
-
-def settled(result: Result | None, after: int) -> list[dict[str, Any]]:
-    """The steps from number `after` on (from 0) that nothing was compiled, captured or profiled in."""
-    assert result is not None
-    return [
-        step
-        for step in result["steps"][max(after, 1) :]
-        if not step["profiled"] and not step["captures"] and not step["compile_seconds"]
-    ]
 
 
 def idle_rows(result: Result, seconds: float | None = None) -> Rows:

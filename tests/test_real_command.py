@@ -167,10 +167,28 @@ def test_a_failed_run_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_failed_part_does_not_cost_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(measured_training, "measure_runs", lambda runs, **_: [None] * len(runs))
+    monkeypatch.setattr(real_command, "measure_runs", lambda runs, **_: [None] * len(runs))
     assert real_command.main(["--part", "single,sizes", "--tiny", "--sizes", "512x1", "--precisions", "float8"]) == 1
-    table = capsys.readouterr().out.partition("| what | measured")[2]
+    table = capsys.readouterr().out.rpartition("| what | measured")[2]
     assert "| single | failed: " in table and "| float8 32² × 1 | not measured" in table
+
+
+def test_what_was_measured_is_told_before_the_next_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    def stopped(bench: real_command.RealCommand) -> None:
+        assert "| float8 32² × 1 | " in capsys.readouterr().out
+        raise KeyboardInterrupt
+
+    result: dict[str, object] = {"steps": [], "recomputed": 0, "blocks": 2}
+    monkeypatch.setattr(real_command, "measure_runs", lambda runs, **_: [result] * len(runs))
+    monkeypatch.setattr(real_command, "size_row", lambda *_: "0.1")
+    monkeypatch.setattr(real_command.RealCommand, "single", stopped)
+    out = tmp_path / "out.json"
+    flags = ["--part", "sizes,single", "--tiny", "--sizes", "512x1", "--precisions", "float8", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        real_command.main(flags)
+    assert json.loads(out.read_text()) == {"float8 32² × 1": result}
 
 
 def test_only_settled_steps_count():
@@ -178,8 +196,11 @@ def test_only_settled_steps_count():
     steps = [step | {"seconds": None}, step, step | {"captures": 1}, step | {"compile_seconds": 2.0}, step]
     steps += [step | {"seconds": 3.0}, step | {"profiled": True}]
     result = {"steps": steps, "recomputed": 3, "blocks": 60, "gpu_gib": 40.0, "predicted_gib": 41.0}
-    assert [step["seconds"] for step in real_command.settled(result, 0)] == [1.0, 1.0, 3.0]
-    assert [step["seconds"] for step in real_command.settled(result, 5)] == [3.0]
+    assert [step["seconds"] for step in measured_training.settled(result, 0)] == [1.0, 1.0, 3.0]
+    assert [step["seconds"] for step in measured_training.settled(result, 5)] == [3.0]
+    short = json.loads(measured_training.summary(result))
+    assert short["step_seconds"] == 2.0 and short["gpu_gib"] == 40.0 and "steps" not in short
+    assert json.loads(measured_training.summary({"code": 2, "steps": []})) == {"step_seconds": None, "code": 2}
     assert real_command.size_row(result, 4) == "2.0000, 2.00, 3/60, 40.00, 41.00"
     assert "not measured" in real_command.size_row(None, 4)
 
@@ -189,7 +210,7 @@ def test_the_whole_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out.json"
     command = ["--part", "single,mixed,sizes", "--tiny", "--sizes", "1024x1,512x2", "--folder", str(tmp_path)]
     assert real_command.main([*command, "--out", str(out)]) == 0
-    table = capsys.readouterr().out.partition("| what | measured")[2]
+    table = capsys.readouterr().out.rpartition("| what | measured")[2]
     assert "W&B" in table and "images a second" in table and "not measured: it" not in table
     measured = json.loads(out.read_text())
     assert {"single", "mixed", "bfloat16 64 × 1", "float8 32 × 2"} <= {name.replace("²", "") for name in measured}
