@@ -75,6 +75,15 @@ def watched(
     return result
 
 
+def summary(result: dict[str, Any]) -> str:
+    """A run's numbers on one line of JSON, with `step_seconds` instead of all steps."""
+    short = {"step_seconds": step_seconds(result), **result}
+    return json.dumps({name: value for name, value in short.items() if name != "steps"})
+
+
+# ── for other scripts ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def settled(result: dict[str, Any] | None, after: int) -> list[dict[str, Any]]:
     """The steps from number `after` on (from 0) that nothing was compiled, captured or profiled in."""
     assert result is not None
@@ -85,14 +94,10 @@ def settled(result: dict[str, Any] | None, after: int) -> list[dict[str, Any]]:
     ]
 
 
-def summary(result: dict[str, Any]) -> str:
-    """A run's numbers on one line of JSON: the median of its settled steps instead of all steps."""
+def step_seconds(result: dict[str, Any]) -> float | None:
+    """Median seconds of the settled steps from number 2 on; None where there is none."""
     seconds = [step["seconds"] for step in settled(result, 2)]
-    short = {"step_seconds": statistics.median(seconds) if seconds else None, **result}
-    return json.dumps({name: value for name, value in short.items() if name != "steps"})
-
-
-# ── for other scripts ────────────────────────────────────────────────────────────────────────────────────────────────
+    return statistics.median(seconds) if seconds else None
 
 
 def measure_runs(

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bench.measured_training import measure_runs, run, settled
+from bench.measured_training import measure_runs, run, settled, step_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("single", "mixed", "sizes")
@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     parts = options.part.split(",")
     if not set(parts) <= set(PARTS):
         parser.error(f"--part {options.part}: choose from {', '.join(PARTS)}")
+    if options.out and not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: there is no folder {options.out.parent}: make it first")
 
     folder = Path(tempfile.mkdtemp(prefix="real_command_", dir=options.folder))
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
@@ -254,9 +256,8 @@ def recomputed(result: Result) -> str:
 
 
 def size_row(result: Result | None, batch: int) -> str:
-    if result is None:
-        return "not measured: it failed, or time was up"
-    seconds = statistics.median(step["seconds"] for step in settled(result, 2))
+    if result is None or (seconds := step_seconds(result)) is None:
+        return "not measured: it failed, no step settled, or time was up"
     text = f"{seconds:.4f}, {batch / seconds:.2f}, {result['recomputed']}/{result['blocks']}"
     if "gpu_gib" in result and result["predicted_gib"]:
         text += f", {result['gpu_gib']:.2f}, {result['predicted_gib']:.2f}"

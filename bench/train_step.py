@@ -238,6 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", default="", help="comma list of names in bench/peers.py")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     arguments = parser.parse_args(argv)
+    if arguments.out and not arguments.out.parent.is_dir():
+        parser.error(f"--out {arguments.out}: there is no folder {arguments.out.parent}: make it first")
 
     import torch
 
@@ -246,6 +248,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = [(int(h), int(w), int(b)) for h, w, b in (size.split("x") for size in arguments.sizes.split(","))]
     rows: list[dict[str, Any]] = []
+
+    def save(peak: float | None = None) -> None:
+        if arguments.out:
+            arguments.out.write_text(json.dumps({"peak_tflops": peak, "rows": rows}, indent=1))
 
     def run(name: str, size: Size, is_peer: bool) -> None:
         print(f"… {name} {size}", flush=True)
@@ -263,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         for name, size, is_peer in jobs:  # a process each: what one leaves on the card would count against the next
             rows += in_own_process(arguments, name, size, is_peer)
+            save()  # who stops the script here has the rows so far
 
     peak = measured_peak(device) if device.type == "cuda" else 1.0  # last: our step chooses cuBLAS's workspaces first
     print(
@@ -274,8 +281,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['name']:>22} {'×'.join(map(str, row['size'])):>14}  {row['seconds']:.4f} s  "
             f"{row['seconds'] / rows[0]['seconds']:.2f} ×  {share:.0%} of peak  {row.get('peak_gib', 0):.2f} GiB"
         )
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"peak_tflops": peak, "rows": rows}, indent=1))
+    save(peak)
     return 0
 
 

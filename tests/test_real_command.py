@@ -1,16 +1,17 @@
-"""The benchmark of the real command, on the CPU with a tiny model: what it measures is what happened."""
+"""The benchmark of the real command, on the CPU with a tiny model: what it measures is what happened, and is kept."""
 
 from __future__ import annotations
 
 import gc
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from bench import measured_training, real_command
+from bench import measured_training, real_command, train_step
 from bench.random_transformer import drawn_instead_of_read
 from bench.run_watch import device_profile
 from data_prep.shards import read_index, read_manifest
@@ -203,6 +204,31 @@ def test_only_settled_steps_count():
     assert json.loads(measured_training.summary({"code": 2, "steps": []})) == {"step_seconds": None, "code": 2}
     assert real_command.size_row(result, 4) == "2.0000, 2.00, 3/60, 40.00, 41.00"
     assert "not measured" in real_command.size_row(None, 4)
+    assert "not measured" in real_command.size_row(result | {"steps": steps[:2]}, 4)
+
+
+@pytest.mark.parametrize("bench", [real_command, train_step])
+def test_a_wrong_out_is_refused_before_anything_is_measured(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--out", str(tmp_path / "none such" / "out.json")])
+    assert ended.value.code == 2 and "there is no folder" in capsys.readouterr().err
+
+
+def test_a_stopped_train_step_keeps_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Processes are stood in for: the second one is stopped."""
+
+    def measured(_: Any, name: str, *__: Any) -> list[dict[str, Any]]:
+        if name == "ours-full":
+            raise KeyboardInterrupt
+        return [{"name": name, "seconds": 0.3}]
+
+    monkeypatch.setattr(train_step, "in_own_process", measured)
+    out = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        train_step.main(["--variants", "ours,ours-full", "--out", str(out)])
+    assert json.loads(out.read_text()) == {"peak_tflops": None, "rows": [{"name": "ours", "seconds": 0.3}]}
 
 
 @pytest.mark.slow
