@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("single", "mixed", "sizes")
 SIZES = "1024x1,512x4,1328x1,1024x2,512x8,512x1"
 WARM_UP, TIMED, PROFILED = 10, 30, 6  # steps
+NOT_MEASURED = "not measured: it failed, no step settled, or time was up"
 BUCKETS, SHORTEST, LONGEST, TEXT = 10, 5, 500, 128
 
 Rows = list[tuple[str, str, str]]  # what, measured, wanted
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
                 bench.tell()  # all so far: who stops the script here has that
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return int(any(measured.startswith("failed") for _, measured, _ in bench.rows))
+    return int(any(measured.startswith(("failed", NOT_MEASURED)) for _, measured, _ in bench.rows))
 
 
 class RealCommand:
@@ -144,7 +145,7 @@ class RealCommand:
             self.results["bare"] = bare
             ratio = f"{middle / bare['seconds']:.3f} × the bare step of {bare['seconds']:.4f} s"
             say(("against the bare step", ratio, "≤ 1.03"))
-        self.rows += [*idle_rows(result, middle), *start_rows(result), *memory_rows(result)]
+        self.rows += [*idle_rows(result), *start_rows(result), *memory_rows(result)]
 
     def bare_step(self) -> Result:
         """bench/train_step.py's `ours`, in a process of its own."""
@@ -218,14 +219,12 @@ def mixed_sizes(side: int) -> list[tuple[int, int]]:
     return [table[round(place * (len(table) - 1) / (count - 1))] for place in range(count)]
 
 
-def idle_rows(result: Result, seconds: float | None = None) -> Rows:
-    """`seconds`: of a step like the profiled ones that was not profiled."""
+def idle_rows(result: Result) -> Rows:
     profile = result.get("profile")
     if not profile:
         return [("GPU idle", "not measured: no kernels were seen", "≤ 1 %")]
-    text = f"{profile['long_gaps'] / profile['wall']:.2%} of a profiled step in gaps above 20 µs"
-    if seconds is not None:
-        text += f"; {1 - profile['busy'] / seconds:.2%} of a step that is not profiled no kernel runs"
+    text = f"{profile['long_gaps'] / profile['wall']:.2%} of a profiled step in gaps above 20 µs; "
+    text += f"no kernel runs for {1 - profile['busy'] / profile['wall']:.2%} of it"
     note = f"{profile['kernels']:.0f} kernels, {profile['busy']:.4f} s; the profiled step {profile['wall']:.4f} s"
     return [("GPU idle", text, "≤ 1 %"), ("a step's kernels", note, "")]
 
@@ -257,7 +256,7 @@ def recomputed(result: Result) -> str:
 
 def size_row(result: Result | None, batch: int) -> str:
     if result is None or (seconds := step_seconds(result)) is None:
-        return "not measured: it failed, no step settled, or time was up"
+        return NOT_MEASURED
     text = f"{seconds:.4f}, {batch / seconds:.2f}, {result['recomputed']}/{result['blocks']}"
     if "gpu_gib" in result and result["predicted_gib"]:
         text += f", {result['gpu_gib']:.2f}, {result['predicted_gib']:.2f}"

@@ -48,8 +48,10 @@ WORDS = {
     "onelayout": "its weights transposed at each step",
 }
 KINDS = (  # first match names a kernel's kind
+    # What the compiler fuses is named after all operations it came from, products and attention among them.
+    ("everything else", ("triton_poi_", "triton_red_", "triton_per_")),
     ("attention", ("fmha", "flash", "attention", "cudnn_generated_fort", "sdpa")),
-    ("matrix products", ("gemm", "nvjet", "cutlass", "matmul", "cublas", "_mm", "xmma")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "matmul", "cublas", "_mm", "addmm", "xmma")),
     ("copies", ("memcpy", "memset")),
 )
 
@@ -201,12 +203,17 @@ def kernel_times(step: Callable[[], torch.Tensor]) -> dict[str, Any]:
     kinds: dict[str, float] = defaultdict(float)
     names: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
-        name, milliseconds = event.name.lower(), event.device_time / 1000
-        kind = next((kind for kind, words in KINDS if any(word in name for word in words)), "everything else")
-        kinds[kind] += milliseconds
+        milliseconds = event.device_time / 1000
+        kinds[kind_of(event.name)] += milliseconds
         names[event.name].append(milliseconds)
     longest = sorted(names.items(), key=lambda item: -sum(item[1]))[:20]
     return {"kinds": dict(kinds), "longest": [(name[:90], len(each), round(sum(each), 2)) for name, each in longest]}
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel of this name does, by KINDS."""
+    name = kernel.lower()
+    return next((kind for kind, words in KINDS if any(word in name for word in words)), "everything else")
 
 
 def in_own_process(arguments: argparse.Namespace, name: str, size: Size, is_peer: bool) -> list[dict[str, Any]]:
@@ -282,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['seconds'] / rows[0]['seconds']:.2f} ×  {share:.0%} of peak  {row.get('peak_gib', 0):.2f} GiB"
         )
     save(peak)
-    return 0
+    return int(len(rows) < len(jobs))
 
 
 if __name__ == "__main__":

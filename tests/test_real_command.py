@@ -172,6 +172,7 @@ def test_a_failed_part_does_not_cost_the_table(monkeypatch: pytest.MonkeyPatch, 
     assert real_command.main(["--part", "single,sizes", "--tiny", "--sizes", "512x1", "--precisions", "float8"]) == 1
     table = capsys.readouterr().out.rpartition("| what | measured")[2]
     assert "| single | failed: " in table and "| float8 32² × 1 | not measured" in table
+    assert real_command.main(["--part", "sizes", "--tiny", "--sizes", "512x1", "--precisions", "float8"]) == 1
 
 
 def test_what_was_measured_is_told_before_the_next_part(
@@ -229,6 +230,35 @@ def test_a_stopped_train_step_keeps_its_rows(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(KeyboardInterrupt):
         train_step.main(["--variants", "ours,ours-full", "--out", str(out)])
     assert json.loads(out.read_text()) == {"peak_tflops": None, "rows": [{"name": "ours", "seconds": 0.3}]}
+
+
+def test_a_row_of_train_step_that_fails_shows_in_its_exit_code(monkeypatch: pytest.MonkeyPatch):
+    """Processes are stood in for."""
+
+    def measured(_: Any, name: str, size: Any, *__: Any) -> list[dict[str, Any]]:
+        return [] if name == failing else [{"name": name, "size": size, "seconds": 0.3}]
+
+    monkeypatch.setattr(train_step, "in_own_process", measured)
+    codes = {}
+    for failing in ("ours-full", "none of them"):
+        codes[failing] = train_step.main(["--variants", "ours,ours-full"])
+    assert codes == {"ours-full": 1, "none of them": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_ssched_bz_coopA_NNT", "matrix products"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90", "attention"),
+        ("triton_red_fused__scaled_mm__to_copy_abs_amax_clamp_div_mul_reciprocal_t_view_16", "everything else"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_mul_3", "everything else"),
+        ("triton_tem_fused_addmm_2", "matrix products"),
+        ("gelu_gradient_kernel", "everything else"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name: str, kind: str):
+    assert train_step.kind_of(name) == kind
 
 
 @pytest.mark.slow
