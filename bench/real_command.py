@@ -1,7 +1,7 @@
 """What `deepspeed train/train_lora.py` gives on one GPU: full-size random model, encoded shards, ZeRO-2, W&B offline.
 
     python bench/real_command.py --part single,mixed                      # 4 to 7 minutes, as the host's CPU is
-    python bench/real_command.py --part sizes --precisions bfloat16       # about 5 minutes; begins no size after 270 s
+    python bench/real_command.py --part sizes --precisions bfloat16 --seconds 600   # 6 minutes for six sizes, 9 with float8
     python bench/real_command.py --part single,mixed,sizes --tiny         # 2 narrow blocks, 64 pixels: to try the script
 
 single: one bucket, prompts of 128 tokens: a step against the bare one of bench/train_step.py, and how long the GPU is idle
@@ -29,6 +29,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.measured_training import measure_runs, run, settled, step_seconds
+from bench.out_file import out_file, write_numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("single", "mixed", "sizes")
@@ -59,13 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, help="for data and run folders, 3 GB; removed (default: a temporary one)"
     )
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
+    parser.add_argument("--out", type=out_file, help="JSON file for all numbers")
     options = parser.parse_args(argv)
     parts = options.part.split(",")
     if not set(parts) <= set(PARTS):
         parser.error(f"--part {options.part}: choose from {', '.join(PARTS)}")
-    if options.out and not options.out.parent.is_dir():
-        parser.error(f"--out {options.out}: there is no folder {options.out.parent}: make it first")
 
     folder = Path(tempfile.mkdtemp(prefix="real_command_", dir=options.folder))
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
@@ -124,7 +123,7 @@ class RealCommand:
         print("\n| what | measured | wanted |\n| --- | --- | --- |")
         print("".join(f"| {' | '.join(row)} |\n" for row in self.rows), flush=True)
         if self.options.out:
-            self.options.out.write_text(json.dumps(self.results, indent=1))
+            write_numbers(self.options.out, self.results)
 
     def single(self) -> None:
         from demo.random_model import write_random_encoded

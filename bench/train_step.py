@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.out_file import out_file, write_numbers
+
 if TYPE_CHECKING:
     import torch
 
@@ -243,10 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--padding", type=int, default=0, help="of which padding in the first sample (default 0)")
     parser.add_argument("--repeats", type=int, default=4, help="warm steps to take the median of (default 4)")
     parser.add_argument("--peers", default="", help="comma list of names in bench/peers.py")
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
+    parser.add_argument("--out", type=out_file, help="JSON file for all numbers")
     arguments = parser.parse_args(argv)
-    if arguments.out and not arguments.out.parent.is_dir():
-        parser.error(f"--out {arguments.out}: there is no folder {arguments.out.parent}: make it first")
 
     import torch
 
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def save(peak: float | None = None) -> None:
         if arguments.out:
-            arguments.out.write_text(json.dumps({"peak_tflops": peak, "rows": rows}, indent=1))
+            write_numbers(arguments.out, {"peak_tflops": peak, "rows": rows})
 
     def run(name: str, size: Size, is_peer: bool) -> None:
         print(f"… {name} {size}", flush=True)

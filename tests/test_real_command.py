@@ -215,6 +215,9 @@ def test_a_wrong_out_is_refused_before_anything_is_measured(
     with pytest.raises(SystemExit) as ended:
         bench.main(["--out", str(tmp_path / "none such" / "out.json")])
     assert ended.value.code == 2 and "there is no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--out", str(tmp_path)])
+    assert ended.value.code == 2 and "is a folder: name a file in it" in capsys.readouterr().err
 
 
 def test_a_stopped_train_step_keeps_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
