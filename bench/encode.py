@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     from bench.card_limit import measured_peak
-    from qwen_image.vae import VAE
+    from qwen_image.encoders.vae import VAE
 
     peak = measured_peak(device) if device.type == "cuda" else 1.0
     print(f"peak {peak:.0f} TFLOP/s, torch {torch.__version__}, {dtype}")

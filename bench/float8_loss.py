@@ -133,7 +133,7 @@ def base_alone(output: Path, recipe: Recipe, options: argparse.Namespace) -> lis
     """The losses of the same batches, noise and σ without a LoRA."""
     import torch
 
-    from qwen_image.loading import ModelSource, resolve_model
+    from qwen_image.loading.model_files import ModelSource, resolve_model
     from qwen_image.pipeline import load_transformer
     from train.module import FlowMatchingModule
 

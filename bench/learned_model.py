@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from qwen_image.transformer import QwenImageTransformer
+    from qwen_image.model.transformer import QwenImageTransformer
     from train.batches import Batches
     from train.module import FlowMatchingModule
 
@@ -122,7 +122,7 @@ def fresh_transformer(recipe: Recipe, device: torch.device) -> QwenImageTransfor
     """Initialised for learning: blocks begin as the identity (adaLN-Zero, Peebles & Xie 2022), all others 1 / fan-in."""
     import torch
 
-    from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+    from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
 
     config = TransformerConfig(num_layers=recipe.layers, num_attention_heads=recipe.heads, joint_attention_dim=TEXT_DIM)
     with torch.device(device):
@@ -155,7 +155,7 @@ def batches(encoded: Path, batch_size: int, seed: int, device: torch.device) -> 
 
 def losses(module: FlowMatchingModule, loader: Batches) -> Iterator[torch.Tensor]:
     """The mean loss of one batch after the other, endlessly."""
-    from qwen_image.text_encoder import Prompt
+    from qwen_image.encoders.text_encoder import Prompt
 
     for batch in loader:
         assert batch.latents is not None and batch.prompt_embeds is not None

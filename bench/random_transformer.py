@@ -8,9 +8,9 @@ from unittest.mock import patch
 
 import torch
 
-from qwen_image import staged_loading
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
-from qwen_image.weight_files import RangeReader
+from qwen_image.loading import staged as staged_loading
+from qwen_image.loading.safetensors_ranges import RangeReader
+from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
 
 
 def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) -> QwenImageTransformer:

@@ -66,11 +66,11 @@ def our_step(
     import torch
 
     from bench.random_transformer import random_transformer
-    from qwen_image.float8 import keep_transposed, quantise_blocks
-    from qwen_image.gelu_products import fuse_gelu
-    from qwen_image.modulation import replace_by_table
-    from qwen_image.text_encoder import Prompt
-    from qwen_image.trusted_kernels import distrust_kernels
+    from qwen_image.encoders.text_encoder import Prompt
+    from qwen_image.float8.linear import keep_transposed, quantise_blocks
+    from qwen_image.kernel_check import distrust_kernels
+    from qwen_image.model.gelu_products import fuse_gelu
+    from qwen_image.model.modulation import replace_by_table
     from train.fused_projection import fuse_projections
     from train.largest_batch import BatchShape
     from train.lora import LoraSpec, inject_lora

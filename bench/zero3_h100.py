@@ -126,7 +126,7 @@ def load(model: Path) -> dict[str, float]:
     """In a process of its own: load as stage 2 does."""
     import torch
 
-    from qwen_image.loading import ModelSource, resolve_model
+    from qwen_image.loading.model_files import ModelSource, resolve_model
     from qwen_image.pipeline import load_transformer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -86,7 +86,7 @@ def measure(way: str, model: Path) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from qwen_image.loading import ModelSource, resolve_model
+    from qwen_image.loading.model_files import ModelSource, resolve_model
     from qwen_image.pipeline import load_transformer
     from train.engine import join_process_group
     from train.zero3 import load_partitioned
@@ -120,8 +120,8 @@ def load_as_deepspeed_says(files: Any, config: dict[str, Any]) -> Any:
     import torch
     import torch.distributed as dist
 
-    from qwen_image.loading import stream_tensors, transformer_config
-    from qwen_image.transformer import QwenImageTransformer
+    from qwen_image.loading.model_files import stream_tensors, transformer_config
+    from qwen_image.model.transformer import QwenImageTransformer
 
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
         transformer = QwenImageTransformer(transformer_config(files))

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import torch
 
     from data_prep.encoded_samples import Sample
-    from qwen_image.loading import ModelFiles
-    from qwen_image.text_encoder import TextEncoder
-    from qwen_image.vae import VAE
+    from qwen_image.encoders.text_encoder import TextEncoder
+    from qwen_image.encoders.vae import VAE
+    from qwen_image.loading.model_files import ModelFiles
 
 CACHE_BYTES = 1 << 30  # embeddings of the latest captions on a rank: about 1,000 captions of 150 tokens
 
@@ -145,7 +145,7 @@ def encoder_dtype(arguments: argparse.Namespace) -> str:
 
 
 def model_files(arguments: argparse.Namespace) -> ModelFiles:
-    from qwen_image.loading import ModelSource, resolve_model
+    from qwen_image.loading.model_files import ModelSource, resolve_model
 
     names = ("model", "revision", "text_encoder_path", "vae_path", "tokenizer_path")
     source = ModelSource(**{name: getattr(arguments, name) for name in names})
@@ -157,7 +157,7 @@ def describe(files: ModelFiles, arguments: argparse.Namespace) -> dict[str, Any]
     from transformers import AutoTokenizer
 
     from data_prep.encoding import describe_encoding
-    from qwen_image.text_encoder import TEMPLATE
+    from qwen_image.encoders.text_encoder import TEMPLATE
 
     tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"].folder)
     return describe_encoding(
@@ -187,8 +187,8 @@ class Encoders:
     def load(cls, files: ModelFiles, arguments: argparse.Namespace) -> Encoders:
         import torch
 
-        from qwen_image.text_encoder import TextEncoder
-        from qwen_image.vae import VAE
+        from qwen_image.encoders.text_encoder import TextEncoder
+        from qwen_image.encoders.vae import VAE
 
         device, dtype = device_of_rank(), getattr(torch, encoder_dtype(arguments))
         text_encoder = TextEncoder.from_files(files["text_encoder"], files["tokenizer"], dtype, device)
@@ -198,7 +198,7 @@ class Encoders:
         """Per uint8 [H, W, 3] image: latent bf16 [16, H/8, W/8], and latent_std of that shape if asked."""
         import torch
 
-        from qwen_image.vae import pixels_from_uint8
+        from qwen_image.encoders.vae import pixels_from_uint8
 
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.vae.device, non_blocking=True)
         mode, std = self.vae.encode_moments(pixels_from_uint8(pixels))

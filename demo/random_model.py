@@ -46,7 +46,7 @@ def write_random_model(
     import torch
 
     from demo.tiny_model import SCHEDULER_CONFIG
-    from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+    from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
 
     config = TransformerConfig(num_layers=layers, num_attention_heads=heads, joint_attention_dim=text_dim)
     with torch.device("meta"):

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qwen_image.loading import ModelFiles, ModelSource, empty_transformer, load_weights, resolve_model
-from qwen_image.scheduler import SigmaSchedule, euler_step
-from qwen_image.text_encoder import Prompt, TextEncoder
-from qwen_image.transformer import Modulation, QwenImageTransformer
-from qwen_image.vae import SPATIAL_FACTOR, VAE, check_image_size, uint8_from_pixels
+from qwen_image.encoders.text_encoder import Prompt, TextEncoder
+from qwen_image.encoders.vae import SPATIAL_FACTOR, VAE, check_image_size, uint8_from_pixels
+from qwen_image.loading.model_files import ModelFiles, ModelSource, empty_transformer, load_weights, resolve_model
+from qwen_image.model.transformer import Modulation, QwenImageTransformer
+from qwen_image.noise_schedule import SigmaSchedule, euler_step
 
 DEFAULT_NEGATIVE_PROMPT = " "
 DEFAULT_MAX_TOKENS = 512

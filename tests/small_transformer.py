@@ -2,7 +2,7 @@
 
 import torch
 
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
 
 
 def small_transformer(device: str = "cpu") -> QwenImageTransformer:

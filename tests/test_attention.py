@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qwen_image import flash_attention, padding
-from qwen_image.attention import joint_attention
+from qwen_image.kernels import flash_attention, padding
+from qwen_image.model.attention import joint_attention
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from demo.random_model import write_random_encoded, write_random_model
-from qwen_image.float8 import FLOAT8, Float8Linear
-from qwen_image.loading import ModelSource, empty_transformer, resolve_model
+from qwen_image.float8.linear import FLOAT8, Float8Linear
+from qwen_image.loading.model_files import ModelSource, empty_transformer, resolve_model
+from qwen_image.noise_schedule import SigmaSchedule
 from qwen_image.pipeline import load_transformer
-from qwen_image.scheduler import SigmaSchedule
 from train import train_lora
 from train.base import base_bytes, check_base, load_base, read_presets
 from train.config import TrainConfig

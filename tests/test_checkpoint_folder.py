@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_image.loading import weights_fingerprint
+from qwen_image.loading.model_files import weights_fingerprint
 from train import checkpoint_folder
 from train.checkpoint import Checkpoints, check_same
 from train.checkpoint_folder import FACTS, LATEST, TENSORS, step_folders

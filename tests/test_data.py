@@ -20,7 +20,7 @@ from data_prep.shards import (
     sample_key,
     write_manifest,
 )
-from qwen_image.text_encoder import Prompt
+from qwen_image.encoders.text_encoder import Prompt
 from train.batches import Reading
 from train.data import Batch, BrokenSample, ShardDataset, collate, make_batch
 from train.flow import Draws, SigmaSampling, sample_draws

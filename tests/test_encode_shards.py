@@ -15,8 +15,8 @@ from data_prep import check_shards, encode_shards, make_shards
 from data_prep.pixels import decode_stored
 from data_prep.scan import build_index
 from data_prep.shards import ShardReader, read_index, read_manifest
+from qwen_image.encoders.vae import pixels_from_uint8
 from qwen_image.pipeline import QwenImagePipeline
-from qwen_image.vae import pixels_from_uint8
 
 CAPTIONS = ["one caption", "another one", "one caption", ""]
 
@@ -109,7 +109,7 @@ def test_ranks_and_restarts_write_the_same_bytes(images, encoded, tiny_model, tm
 
 
 def test_each_caption_is_encoded_once(images, tiny_model, tmp_path, monkeypatch):
-    from qwen_image.text_encoder import TextEncoder
+    from qwen_image.encoders.text_encoder import TextEncoder
 
     seen = []
     original = TextEncoder.encode_list

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_attention import keep_mask, reference
 
-from qwen_image import flash_attention, padding
-from qwen_image.attention import joint_attention
-from qwen_image.flash_attention import can_flash, is_hopper, is_installed
+from qwen_image.kernels import flash_attention, padding
+from qwen_image.kernels.flash_attention import can_flash, is_hopper, is_installed
+from qwen_image.model.attention import joint_attention
 
 ON_HOPPER = torch.cuda.is_available() and is_installed() and is_hopper(torch.device("cuda"))
 needs_library = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU and flash-attn-4")

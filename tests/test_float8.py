@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from qwen_image import float8
-from qwen_image.float8 import FLOAT8, Float8Linear, check_float8, keep_transposed, quantise_blocks, quantise_rows
-from qwen_image.float8_weight import product_of_few_rows, scaled_product
-from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.float8 import linear as float8
+from qwen_image.float8.linear import FLOAT8, Float8Linear, check_float8, keep_transposed, quantise_blocks, quantise_rows
+from qwen_image.float8.weight import product_of_few_rows, scaled_product
+from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.pipeline import load_transformer, predict_velocity
-from qwen_image.text_encoder import Prompt
 from train.fused_projection import FusedProjection, fuse_projections
 from train.lora import LoraSpec, inject_lora, lora_parameters
 

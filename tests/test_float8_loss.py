@@ -63,7 +63,7 @@ def test_an_impossible_recipe_is_refused(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_fresh_transformer_predicts_nothing_and_learns_everything():
     import torch
 
-    from qwen_image.text_encoder import Prompt
+    from qwen_image.encoders.text_encoder import Prompt
     from train.module import FlowMatchingModule
 
     transformer = fresh_transformer(Recipe(2, 1, 32, 20, 2, "float32"), torch.device("cpu"))

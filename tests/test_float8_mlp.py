@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qwen_image import float8, float8_mlp
-from qwen_image.float8 import Float8Linear, keep_transposed, quantise_blocks
-from qwen_image.float8_mlp import quantised_gelu, quantised_gelu_gradient
-from qwen_image.float8_weight import FLOAT8, LARGEST, SMALLEST_SCALE, quantise_rows
-from qwen_image.layers import FeedForward
+from qwen_image.float8 import linear as float8
+from qwen_image.float8 import mlp as float8_mlp
+from qwen_image.float8.linear import Float8Linear, keep_transposed, quantise_blocks
+from qwen_image.float8.mlp import quantised_gelu, quantised_gelu_gradient
+from qwen_image.float8.weight import FLOAT8, LARGEST, SMALLEST_SCALE, quantise_rows
+from qwen_image.model.layers import FeedForward
 from tests.small_transformer import small_transformer
 from train.lora import LoraSpec, inject_lora, lora_parameters
 
@@ -37,7 +38,8 @@ def rows(count, width, seed=0, spread=3.0):
 
 def unrounded(name, *inputs):
     """What a kernel stores before rounding to float8 (which the interpreter gets wrong), and the scales."""
-    from qwen_image import gelu_kernels, gelu_operators
+    from qwen_image.float8 import gelu_operators
+    from qwen_image.kernels import gelu_kernels
 
     count, width = inputs[0].shape
     values, scales = torch.empty(count, width, device=DEVICE), torch.empty(count, 1, device=DEVICE)

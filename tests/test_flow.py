@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qwen_image.scheduler import SigmaSchedule
+from qwen_image.noise_schedule import SigmaSchedule
 from train.flow import (
     SigmaSampling,
     add_noise,

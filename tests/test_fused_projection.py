@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
-from qwen_image.text_encoder import Prompt
 from train.fused_projection import can_fuse, fuse_projections
 from train.lora import LoraSpec, inject_lora, lora_parameters
 

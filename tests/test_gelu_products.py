@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qwen_image import cublaslt, gelu_products
-from qwen_image.float8 import quantise_blocks
-from qwen_image.gelu_products import fuse_gelu, gelu_mlp
-from qwen_image.layers import FeedForward
+from qwen_image.float8.linear import quantise_blocks
+from qwen_image.kernels import cublaslt
+from qwen_image.model import gelu_products
+from qwen_image.model.gelu_products import fuse_gelu, gelu_mlp
+from qwen_image.model.layers import FeedForward
 from tests.small_transformer import small_transformer
 from train.lora import LoraSpec, inject_lora, lora_parameters
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qwen_image.modulation import replace_by_table
-from qwen_image.text_encoder import Prompt
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.model.modulation import replace_by_table
+from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
 from train.graphs import few_blocks, fresh_leaves
 from train.lora import LoraSpec, inject_lora
 from train.module import FlowMatchingModule

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from qwen_image import joint_layout as module
-from qwen_image.joint_layout import Norms, can_invert, has_kernel, joint_layout, plain_joint_layout
-from qwen_image.layers import NORM_EPS, RMSNorm
-from qwen_image.rotary import rotary_table
+from qwen_image.model import joint_layout as module
+from qwen_image.model.joint_layout import Norms, can_invert, has_kernel, joint_layout, plain_joint_layout
+from qwen_image.model.layers import NORM_EPS, RMSNorm
+from qwen_image.model.rotary import rotary_table
 from tests.small_transformer import small_transformer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

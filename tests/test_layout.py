@@ -81,8 +81,8 @@ def test_imports_follow_the_arrows():
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("qwen_image/vae.py", "def f():\n    from train.flow import sigma"),
-        ("qwen_image/vae.py", "import data_prep.shards"),
+        ("qwen_image/encoders/vae.py", "def f():\n    from train.flow import sigma"),
+        ("qwen_image/encoders/vae.py", "import data_prep.shards"),
         ("data_prep/images.py", "from qwen_image import vae"),
         ("train/data.py", "from data_prep.images import decode"),
         ("train/data.py", "from data_prep import images"),
@@ -97,7 +97,7 @@ def test_a_forbidden_import_is_found(file: str, source: str):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("data_prep/encode_shards.py", "from qwen_image.vae import encode"),
+        ("data_prep/encode_shards.py", "from qwen_image.encoders.vae import encode"),
         ("train/data.py", "from data_prep.shards import ShardReader\nfrom data_prep import shards\nimport torch"),
         ("demo/run.py", "import train.config, data_prep.images"),
     ],

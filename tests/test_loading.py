@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.pipeline import QwenImagePipeline, load_transformer
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qwen_image import joint_layout as module
-from qwen_image.joint_layout import Updates, joint_layout, takes_updates
+from qwen_image.model import joint_layout as module
+from qwen_image.model.joint_layout import Updates, joint_layout, takes_updates
 from tests.small_transformer import small_transformer
 from tests.test_joint_layout import (
     CASES,
@@ -159,7 +159,7 @@ def test_a_transformer_computes_the_same_with_the_updates_left_to_the_kernel(tar
         called.append(arguments[6] is not None)
         return original(*arguments)
 
-    monkeypatch.setattr("qwen_image.attention_layer.joint_layout", watched)
+    monkeypatch.setattr("qwen_image.model.joint_attention.joint_layout", watched)
     for kernel in (False, True):
         monkeypatch.setattr(module, "HAS_LOW_RANK_KERNEL", kernel)
         results.append(velocity_and_gradients(transformer, arguments))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_image.transformer import TransformerConfig
+from qwen_image.model.transformer import TransformerConfig
 from train import memory
 from train.config import TrainConfig
 from train.memory import GIB, EncoderSizes, MemoryPlan, engine_bytes, plan_memory

@@ -45,7 +45,7 @@ def make(case, dtype):
 )
 @pytest.mark.parametrize("case", CASES, ids=list(CASES))
 def test_it_equals_the_formulas(case, dtype):
-    from qwen_image.padding_kernel import can_correct, correct
+    from qwen_image.kernels.padding_kernel import can_correct, correct
 
     output, lse, padding = make(case, dtype)
     share = padding.double()[:, None, None] * torch.exp(-lse.double())
@@ -67,7 +67,7 @@ def test_it_equals_the_formulas(case, dtype):
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_without_padding_every_bit_stays(dtype):
-    from qwen_image.padding_kernel import correct
+    from qwen_image.kernels.padding_kernel import correct
 
     output, lse, padding = make("one sample padded", dtype)
     before = output.clone()
@@ -82,7 +82,7 @@ def test_without_padding_every_bit_stays(dtype):
 
 @needs_kernel
 def test_dense_attention_over_zero_keys_becomes_masked_attention():
-    from qwen_image.padding_kernel import correct
+    from qwen_image.kernels.padding_kernel import correct
 
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 2, 21, 6, 16, generator=generator).transpose(2, 3).to(DEVICE).unbind()
@@ -103,7 +103,7 @@ def test_dense_attention_over_zero_keys_becomes_masked_attention():
 
 @needs_kernel
 def test_what_the_kernel_cannot_do():
-    from qwen_image.padding_kernel import can_correct
+    from qwen_image.kernels.padding_kernel import can_correct
 
     output, lse, _ = make("one sample padded", torch.float16)
     assert not can_correct(output.contiguous(), lse)

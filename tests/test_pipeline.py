@@ -6,6 +6,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import QwenImagePipeline as DiffusersPipeline
 
+from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.encoders.vae import pixels_from_uint8
+from qwen_image.noise_schedule import SigmaSchedule
 from qwen_image.pipeline import (
     QwenImagePipeline,
     draw_noise,
@@ -14,9 +17,6 @@ from qwen_image.pipeline import (
     predict_velocity,
     unpack_latents,
 )
-from qwen_image.scheduler import SigmaSchedule
-from qwen_image.text_encoder import Prompt
-from qwen_image.vae import pixels_from_uint8
 
 CAPTIONS = ["a red fox in the snow", "", "three pears and a jug of water on a wooden table, late light"]
 

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from demo.random_model import write_random_encoded, write_random_model
-from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.pipeline import load_transformer, predict_velocity
-from qwen_image.text_encoder import Prompt
 from train import merge_lora, train_lora
 from train.lora import attach_lora, set_lora_enabled
 from train.lora_file import read_lora

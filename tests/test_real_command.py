@@ -16,8 +16,8 @@ from bench.random_transformer import drawn_instead_of_read
 from bench.run_watch import device_profile
 from data_prep.shards import read_index, read_manifest
 from demo.random_model import write_random_encoded, write_random_model
-from qwen_image.loading import ModelSource, resolve_model
-from qwen_image.staged_loading import load_staged
+from qwen_image.loading.model_files import ModelSource, resolve_model
+from qwen_image.loading.staged import load_staged
 
 ROOT = Path(__file__).resolve().parent.parent
 

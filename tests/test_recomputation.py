@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen_image.rotary import rotary_table
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.model.rotary import rotary_table
+from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
 from train import activation_offload, recomputation
 from train.activation_offload import ActivationOffload
 from train.largest_batch import BatchShape, largest_batch, random_arguments

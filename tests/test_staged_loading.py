@@ -5,13 +5,13 @@ import weakref
 import pytest
 import torch
 
-from qwen_image import staged_loading
-from qwen_image.float8 import FLOAT8, quantise_blocks
-from qwen_image.loading import ModelSource, resolve_model
-from qwen_image.modulation import replace_by_table
+from qwen_image.float8.linear import FLOAT8, quantise_blocks
+from qwen_image.loading import staged as staged_loading
+from qwen_image.loading.model_files import ModelSource, resolve_model
+from qwen_image.loading.safetensors_ranges import RangeReader
+from qwen_image.loading.staged import load_staged
+from qwen_image.model.modulation import replace_by_table
 from qwen_image.pipeline import load_transformer
-from qwen_image.staged_loading import load_staged
-from qwen_image.weight_files import RangeReader
 
 GRID = [k / 1000 for k in range(1, 1001, 7)]
 

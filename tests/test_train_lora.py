@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from data_prep import encode_shards, make_shards
+from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
-from qwen_image.text_encoder import Prompt
 from train import engine, module, train_lora
 from train.command_line import parse
 from train.lora import attach_lora

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen_image import flash_attention, float8_mlp, gelu_products, joint_layout, padding, trusted_kernels
-from qwen_image.transformer import TransformerConfig
-from qwen_image.trusted_kernels import difference, distrust_kernels
+from qwen_image import kernel_check as trusted_kernels
+from qwen_image.float8 import mlp as float8_mlp
+from qwen_image.kernel_check import difference, distrust_kernels
+from qwen_image.kernels import flash_attention, padding
+from qwen_image.model import gelu_products, joint_layout
+from qwen_image.model.transformer import TransformerConfig
 
 CONFIG = TransformerConfig(num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
 CPU = torch.device("cpu")

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from demo.random_model import write_random_encoded, write_random_model
-from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.pipeline import load_transformer
-from qwen_image.text_encoder import Prompt
 from train import train_lora
 from train.command_line import parse
 from train.data import ShardDataset, make_batch
@@ -30,7 +30,9 @@ from train.loader import draw_sample
 from train.lora import LoraSpec, inject_lora, lora_parameters
 from train.module import FlowMatchingModule
 
-_MODULES = "deepspeed.runtime.engine peft functorch.compile pyarrow.dataset qwen_image.modulation train.checkpoint"
+_MODULES = (
+    "deepspeed.runtime.engine peft functorch.compile pyarrow.dataset qwen_image.model.modulation train.checkpoint"
+)
 _MODULES += " train.export train.frozen train.metrics train.preview train.speed"
 for _module in _MODULES.split():
     importlib.import_module(_module)  # before the ranks are forked, or each of them imports it

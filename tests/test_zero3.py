@@ -11,7 +11,7 @@ from forked_ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from demo.random_model import write_random_model
-from qwen_image.loading import ModelSource, resolve_model
+from qwen_image.loading.model_files import ModelSource, resolve_model
 from train.zero3 import Home, load_partitioned
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,7 +4,7 @@
     presets = read_presets(config)
     transformer = load_base(config, deepspeed_config, files, schedule, spec, presets, ranks)
 
-Except under ZeRO-3, weights are read tensor by tensor into what they become (qwen_image/staged_loading.py), so that loading
+Except under ZeRO-3, weights are read tensor by tensor into what they become (qwen_image/loading/staged.py), so that loading
 needs no more memory than training does.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from qwen_image.float8 import check_float8, float8_bytes
-from qwen_image.loading import ModelFiles, ModelSource, empty_transformer, resolve_model
-from qwen_image.modulation import modulation_layers
-from qwen_image.scheduler import SigmaSchedule
-from qwen_image.staged_loading import load_staged
-from qwen_image.transformer import QwenImageTransformer
-from qwen_image.vae import PIXEL_MULTIPLE
+from qwen_image.encoders.vae import PIXEL_MULTIPLE
+from qwen_image.float8.linear import check_float8, float8_bytes
+from qwen_image.loading.model_files import ModelFiles, ModelSource, empty_transformer, resolve_model
+from qwen_image.loading.staged import load_staged
+from qwen_image.model.modulation import modulation_layers
+from qwen_image.model.transformer import QwenImageTransformer
+from qwen_image.noise_schedule import SigmaSchedule
 from train.config import TrainConfig
 from train.engine import DTYPES, PARTITIONED, Ranks
 from train.flow import SIGMA_STEPS

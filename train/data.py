@@ -22,7 +22,7 @@ import torch
 
 from data_prep.pixels import decode_stored
 from data_prep.shards import EMPTY_PROMPT, ShardReader
-from qwen_image.text_encoder import Prompt
+from qwen_image.encoders.text_encoder import Prompt
 from train.data_folder import held_out, open_folder
 from train.flow import Draws
 from train.order import WINDOW, Order, Tail

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from qwen_image.scheduler import SigmaSchedule, shift_sigma
+from qwen_image.noise_schedule import SigmaSchedule, shift_sigma
 
 SamplingName = Literal["qwen_shift", "logit_normal", "uniform", "shift", "diffsynth"]
 WeightingName = Literal["none", "bsmntw", "sigma_sqrt", "cosmap"]

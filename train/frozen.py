@@ -7,10 +7,16 @@ from typing import Any
 import torch
 
 from data_prep.encoding import LATENTS, PROMPTS, check_encoding
-from qwen_image.loading import ModelSource, empty_transformer, match_weights, resolve_model, transformer_config
-from qwen_image.modulation import modulation_layers
+from qwen_image.loading.model_files import (
+    ModelSource,
+    empty_transformer,
+    match_weights,
+    resolve_model,
+    transformer_config,
+)
+from qwen_image.model.modulation import modulation_layers
+from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
 from qwen_image.pipeline import QwenImagePipeline
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
 from train.base import base_bytes, load_base, tabulates
 from train.config import TrainConfig
 from train.data import ShardDataset

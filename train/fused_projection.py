@@ -2,9 +2,9 @@
 
 A block then launches fewer products: on an H100 the host could not launch the separate ones as fast as the card ran them.
 The frozen weights are laid side by side once and the layers keep views of them, so nothing is stored twice and every
-parameter keeps its name. A float8 base (qwen_image/float8.py) quantises its input once for all of them.
+parameter keeps its name. A float8 base (qwen_image/float8/linear.py) quantises its input once for all of them.
 
-Where the joint layout's kernel adds the updates (qwen_image/joint_layout.py), only their factors x·Aᵀ are computed here.
+Where the joint layout's kernel adds the updates (qwen_image/model/joint_layout.py), only their factors x·Aᵀ are computed here.
 Elsewhere, left to autograd and its compiler, they cost 7 ms of a step in small kernels and copies: a block-diagonal matrix
 put together and taken apart in every block, and a whole product copied before another was added to it. `add_products_`
 adds in the product's own epilogue.
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwen_image.float8 import Float8Linear, Float8Weight, float8_linear
-from qwen_image.joint_layout import Updates
-from qwen_image.transformer import Block, QwenImageTransformer
+from qwen_image.float8.linear import Float8Linear, Float8Weight, float8_linear
+from qwen_image.model.joint_layout import Updates
+from qwen_image.model.transformer import Block, QwenImageTransformer
 from train.lora import ADAPTER, LoraSpec
 
 
@@ -43,7 +43,7 @@ def scaled(values: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 class _Base(NamedTuple):
-    """The frozen weights of all layers, side by side; in float8 with what qwen_image/float8_weight.py wants to know."""
+    """The frozen weights of all layers, side by side; in float8 with what qwen_image/float8/weight.py wants to know."""
 
     weight: torch.Tensor
     scale: torch.Tensor | None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_image.transformer import QwenImageTransformer
+from qwen_image.model.transformer import QwenImageTransformer
 from train.out_of_memory import memory_ran_out
 
 Inputs = tuple[torch.Tensor | None, ...]

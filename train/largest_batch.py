@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from qwen_image.text_encoder import Prompt
-from qwen_image.vae import PIXEL_MULTIPLE
+from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.encoders.vae import PIXEL_MULTIPLE
 from train.batch_shapes import batch_shapes
 from train.config import TrainConfig
 from train.data import LATENT_CHANNELS, VAE_FACTOR, ShardDataset

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qwen_image.transformer import DEAD_IN_LAST_BLOCK, QwenImageTransformer
+from qwen_image.model.transformer import DEAD_IN_LAST_BLOCK, QwenImageTransformer
 from train.config import TrainConfig
 
 if TYPE_CHECKING:

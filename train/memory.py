@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from qwen_image.loading import ModelFiles
-from qwen_image.transformer import TransformerConfig
-from qwen_image.weight_files import read_headers
+from qwen_image.loading.model_files import ModelFiles
+from qwen_image.loading.safetensors_ranges import read_headers
+from qwen_image.model.transformer import TransformerConfig
 from train.config import TrainConfig
 
 GIB = 2**30

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from qwen_image.weight_files import StoredTensor
+    from qwen_image.loading.safetensors_ranges import StoredTensor
     from train.preset import Preset
 
 FILE_BYTES = 5_000_000_000  # of one weight file, as diffusers splits them
@@ -60,7 +60,7 @@ def merge(
     The folder appears when it is complete. Raises ValueError for a LoRA of another model, FileNotFoundError for what is
     missing, FileExistsError, and OSError when the disk has too little room.
     """
-    from qwen_image.loading import ModelSource, empty_transformer, match_weights, resolve_model
+    from qwen_image.loading.model_files import ModelSource, empty_transformer, match_weights, resolve_model
     from train.preset import Preset
 
     if output_path.exists():
@@ -125,7 +125,7 @@ def write_merged(
     """Write one safetensors file, tensor by tensor; those without a LoRA byte by byte as they are."""
     import torch
 
-    from qwen_image.weight_files import DTYPES
+    from qwen_image.loading.safetensors_ranges import DTYPES
     from train.preset import merged
 
     names = {dtype: name for name, dtype in DTYPES.items()}

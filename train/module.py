@@ -7,11 +7,11 @@ from typing import cast
 import torch
 from torch import nn
 
+from qwen_image.encoders.text_encoder import Prompt, TextEncoder
+from qwen_image.encoders.vae import VAE, pixels_from_uint8
+from qwen_image.model.rotary import Rotary, rotary_table
+from qwen_image.model.transformer import Modulation, QwenImageTransformer
 from qwen_image.pipeline import pack_latents, predict_velocity, time_input
-from qwen_image.rotary import Rotary, rotary_table
-from qwen_image.text_encoder import Prompt, TextEncoder
-from qwen_image.transformer import Modulation, QwenImageTransformer
-from qwen_image.vae import VAE, pixels_from_uint8
 from train.data import Batch
 from train.flat import FlatGradient, flatten
 from train.flow import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_image.loading import weights_fingerprint
+from qwen_image.loading.model_files import weights_fingerprint
 from train.lora import base_layer
 from train.lora_file import LoraFile, read_lora
 from train.paths import split_weight

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwen_image.loading import ModelSource
+from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.loading.model_files import ModelSource
 from qwen_image.pipeline import DEFAULT_NEGATIVE_PROMPT, QwenImagePipeline
-from qwen_image.text_encoder import Prompt
 from train.checkpoint import settle
 from train.config import TrainConfig
 from train.engine import DTYPES, Ranks

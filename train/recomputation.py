@@ -17,9 +17,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from qwen_image.float8 import keep_transposed
-from qwen_image.text_encoder import Prompt
-from qwen_image.transformer import QwenImageTransformer
+from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.float8.linear import keep_transposed
+from qwen_image.model.transformer import QwenImageTransformer
 from train.engine import PARTITIONED
 from train.largest_batch import BatchShape, random_arguments
 from train.memory import GIB, host_bytes, ranks_here

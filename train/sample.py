@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sample(arguments: argparse.Namespace) -> int:
     """Generate the images that the arguments describe and write them with a grid."""
-    from qwen_image.vae import check_image_size
+    from qwen_image.encoders.vae import check_image_size
 
     check_image_size(arguments.height, arguments.width)
     if arguments.num_images < 1 or arguments.num_inference_steps < 1:
@@ -67,9 +67,9 @@ def sample(arguments: argparse.Namespace) -> int:
     from PIL import Image
     from tqdm import tqdm
 
-    from qwen_image.loading import ModelSource
+    from qwen_image.kernel_check import distrust_kernels
+    from qwen_image.loading.model_files import ModelSource
     from qwen_image.pipeline import QwenImagePipeline
-    from qwen_image.trusted_kernels import distrust_kernels
     from train.grid import make_grid, save_png
     from train.lora import attach_lora, set_lora_enabled
     from train.lora_file import read_lora

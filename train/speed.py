@@ -5,10 +5,10 @@ import os
 import torch
 import torch._dynamo.utils
 
-from qwen_image.flash_attention import HOPPER
-from qwen_image.gelu_products import fuse_gelu
+from qwen_image.kernel_check import distrust_kernels
+from qwen_image.kernels.flash_attention import HOPPER
+from qwen_image.model.gelu_products import fuse_gelu
 from qwen_image.pipeline import QwenImagePipeline
-from qwen_image.trusted_kernels import distrust_kernels
 from train.config import TrainConfig
 from train.engine import DTYPES, PARTITIONED
 from train.fused_projection import can_fuse, fuse_projections

@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
     import torch
 
-    from qwen_image.float8 import keep_transposed
+    from qwen_image.float8.linear import keep_transposed
     from train import frozen
     from train.activation_offload import ActivationOffload
     from train.base import check_base, read_presets

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qwen_image.loading import ModelFiles, empty_transformer, match_weights, replace_parameter
-from qwen_image.transformer import QwenImageTransformer
-from qwen_image.weight_files import RangeReader, StoredTensor
+from qwen_image.loading.model_files import ModelFiles, empty_transformer, match_weights, replace_parameter
+from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor
+from qwen_image.model.transformer import QwenImageTransformer
 from train.host_memory import pinned_memory
 
 ARENA_ALIGNMENT = 256  # bytes; for copies by DMA and vector loads

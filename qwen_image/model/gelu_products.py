@@ -1,7 +1,7 @@
 """The MLP of a frozen bf16 base as one function, in which matrix products apply GELU and its gradient themselves.
 
 As kernels of their own, which the compiler makes of PyTorch's operations, these took 70 µs forward and 97 backward a block
-on an H100 at 1024²; in the epilogues of cuBLASLt's products (qwen_image/cublaslt.py) they take 42 and 33 beside the plain
+on an H100 at 1024²; in the epilogues of cuBLASLt's products (qwen_image/kernels/cublaslt.py) they take 42 and 33 beside the plain
 products. The up projection's output is all that is kept, as before; GELU is computed before that is rounded.
 """
 
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwen_image import cublaslt
-from qwen_image.layers import Linear
-from qwen_image.transformer import Block, QwenImageTransformer
+from qwen_image.kernels import cublaslt
+from qwen_image.model.layers import Linear
+from qwen_image.model.transformer import Block, QwenImageTransformer
 
-# False, too, where they proved wrong (qwen_image/trusted_kernels.py): then nothing here uses them.
+# False, too, where they proved wrong (qwen_image/kernel_check.py): then nothing here uses them.
 HAS_EPILOGUES = cublaslt.library() is not None
 SMALLEST_ALIGNMENT = 16  # bytes of a tensor's address, and of a row: what the fast kernels read at once
 

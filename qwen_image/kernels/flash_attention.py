@@ -2,7 +2,7 @@
 
 On an H100 (bf16, 24 heads of 128) its backward pass takes 850 µs for 4,224 tokens where cuDNN's takes 966, and 1,695 where
 cuDNN's takes 1,927 for two such samples; forward they are alike, and so are their errors. It returns the same log-sum-exp,
-so padding needs no mask here either (qwen_image/attention.py).
+so padding needs no mask here either (qwen_image/model/attention.py).
 """
 
 import functools
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from qwen_image import attention_gradients
-from qwen_image.padding import without_padding
+from qwen_image.kernels import attention_gradients
+from qwen_image.kernels.padding import without_padding
 
 HOPPER = 9  # major compute capability: the only one on which this was measured
 DTYPES = (torch.bfloat16, torch.float16)

@@ -1,13 +1,13 @@
 """Frozen linear layers in float8 (e4m3): half of bf16's memory, and up to twice its speed on a GPU that multiplies float8.
 
-    use_float8(transformer, torch.bfloat16)  # on the meta device; qwen_image/staged_loading.py fills it
+    use_float8(transformer, torch.bfloat16)  # on the meta device; qwen_image/loading/staged.py fills it
     quantise_blocks(transformer)             # or layer by layer when the weights are there already
     keep_transposed(transformer, 12)         # the first 12 blocks are recomputed: they do with one layout
 
 Weights have one float32 scale an output row, set once. Inputs and output gradients get one a token, at each product: a row is
 then read once where the kernel that made it (AdaLN, GELU) is still at it, which one scale a tensor would not allow, and
 an outlier costs its own token precision, not all. Nothing but the input gradient is computed backwards: no trained weight
-is in here, and float8 inputs are not kept. The numbers themselves: qwen_image/float8_weight.py.
+is in here, and float8 inputs are not kept. The numbers themselves: qwen_image/float8/weight.py.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_image.float8_mlp import float8_mlp, has_kernel
-from qwen_image.float8_weight import FLOAT8, Float8Weight, quantise_rows
-from qwen_image.layers import Linear
-from qwen_image.transformer import Block, QwenImageTransformer
+from qwen_image.float8.mlp import float8_mlp, has_kernel
+from qwen_image.float8.weight import FLOAT8, Float8Weight, quantise_rows
+from qwen_image.model.layers import Linear
+from qwen_image.model.transformer import Block, QwenImageTransformer
 
 ROWS_AT_ONCE = 2048  # of a weight while it is quantised: its float32 copy stays below 100 MB
 FIRST_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply float8

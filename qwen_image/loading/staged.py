@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qwen_image.float8 import Float8Linear, use_float8
-from qwen_image.loading import ModelFiles, empty_transformer, match_weights, replace_parameter
-from qwen_image.modulation import TableBuilder
-from qwen_image.transformer import QwenImageTransformer
-from qwen_image.weight_files import RangeReader
+from qwen_image.float8.linear import Float8Linear, use_float8
+from qwen_image.loading.model_files import ModelFiles, empty_transformer, match_weights, replace_parameter
+from qwen_image.loading.safetensors_ranges import RangeReader
+from qwen_image.model.modulation import TableBuilder
+from qwen_image.model.transformer import QwenImageTransformer
 
 STAGED_BYTES = 512 << 20  # read ahead: a second of a fast disk, and more than the largest tensor (113 MB)
 TABULATED = ("img_mod", "txt_mod")
@@ -40,7 +40,7 @@ def load_staged(
     """The frozen transformer on `device`, in evaluation mode.
 
     Args:
-        base_float8: quantise the blocks' projections and MLPs (qwen_image/float8.py).
+        base_float8: quantise the blocks' projections and MLPs (qwen_image/float8/linear.py).
         sigmas: put a modulation table for them in the place of the modulation layers; None: keep the layers.
         change: applied to each linear layer's weight, in `dtype`, before anything else is made of it.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen_image.loading import Component, load_weights
+from qwen_image.loading.model_files import Component, load_weights
 
 SPATIAL_FACTOR = 8  # pixels a latent
 PIXEL_MULTIPLE = 16  # pixels a transformer token: 8 for the VAE, 2 for packing

@@ -1,4 +1,4 @@
-"""Triton kernel that takes the padding's share out of dense attention (qwen_image/attention.py has the formulas).
+"""Triton kernel that takes the padding's share out of dense attention (qwen_image/model/attention.py has the formulas).
 
 One program corrects ROWS tokens of one head: each byte of the output is read and written once; PyTorch's operations also
 write and read it in float32, three times the bytes. Heads run fastest, so neighbours work on neighbouring memory. A sample

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen_image.loading import Component, stream_tensors
+from qwen_image.loading.model_files import Component, stream_tensors
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "

@@ -1,4 +1,4 @@
-"""The padding's share taken out of dense attention over zero keys (qwen_image/attention.py has the formulas)."""
+"""The padding's share taken out of dense attention over zero keys (qwen_image/model/attention.py has the formulas)."""
 
 from importlib.util import find_spec
 
@@ -6,7 +6,7 @@ import torch
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
-    from qwen_image import padding_kernel
+    from qwen_image.kernels import padding_kernel
 
 
 def without_padding(

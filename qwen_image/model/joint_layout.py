@@ -1,11 +1,11 @@
 """From the q, k and v projections of text and image to attention's operands over both: normed, rotated, side by side.
 
 Compiled from PyTorch's operations this cost 26 ms of a training step on an H100 (60 blocks, 4,224 tokens), three times
-what reading and writing each byte once takes; qwen_image/joint_kernels.py does that where Triton is. It also frees the
+what reading and writing each byte once takes; qwen_image/kernels/joint_kernels.py does that where Triton is. It also frees the
 projections: the backward pass gets their normed values back from attention's own operands, since a rotation can be
 undone and the norm's weight divided out.
 
-LoRA updates of the projections may be left to it: added on the way by qwen_image/low_rank_kernels.py they cost no pass over
+LoRA updates of the projections may be left to it: added on the way by qwen_image/kernels/low_rank_kernels.py they cost no pass over
 the projections of their own, 8 ms of a step.
 """
 
@@ -14,12 +14,15 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_image.layers import RMSNorm
-from qwen_image.rotary import Rotary, apply_rotary
+from qwen_image.model.layers import RMSNorm
+from qwen_image.model.rotary import Rotary, apply_rotary
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
-    from qwen_image import joint_operators, low_rank_operators  # noqa: F401  (registers them)
+    from qwen_image.model import (
+        joint_operators,  # noqa: F401  (registers them)
+        low_rank_operators,
+    )
 HAS_LOW_RANK_KERNEL = HAS_TRITON
 
 # Neighbouring channels are rotated and rounded together, so dividing by the smaller of their two weights magnifies the

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_image.transformer import QwenImageTransformer, TransformerConfig
-from qwen_image.weight_files import RangeReader, StoredTensor, read_headers, single_file_prefix
+from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor, read_headers, single_file_prefix
+from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
 
 FINGERPRINT_PIECES = 64
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")

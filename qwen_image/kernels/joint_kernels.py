@@ -1,4 +1,4 @@
-"""Triton kernels of the joint layout (qwen_image/joint_layout.py), forward and backward.
+"""Triton kernels of the joint layout (qwen_image/model/joint_layout.py), forward and backward.
 
 One program handles one token and GROUP heads of q, k and v: each byte is read and written once. Arithmetic is float32
 throughout, rounded once at the end. Both take the projections of B samples with `text_tokens` + `image_tokens` tokens,

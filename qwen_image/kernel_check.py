@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from qwen_image import attention, flash_attention, float8_mlp, gelu_products, joint_layout, padding
-from qwen_image.layers import RMSNorm
-from qwen_image.rotary import Rotary, rotary_table
-from qwen_image.transformer import TransformerConfig
+from qwen_image.float8 import mlp as float8_mlp
+from qwen_image.kernels import flash_attention, padding
+from qwen_image.model import attention, gelu_products, joint_layout
+from qwen_image.model.layers import RMSNorm
+from qwen_image.model.rotary import Rotary, rotary_table
+from qwen_image.model.transformer import TransformerConfig
 
 TEXT, ROWS, COLUMNS = 37, 6, 8  # of the samples that are compared
 PADDING = 5  # tokens of the second of two samples

@@ -2,7 +2,7 @@
 
 At 1024² an H100's compiler took 143 µs a block for GELU and quantising it, and 176 µs for the gradients, because a row's
 scale is known only at its end: it wrote what it had and read it again. Reading and writing each byte once takes 52 and
-86 µs; qwen_image/gelu_kernels.py does that where Triton is. As before, the up projection's output is all that is kept.
+86 µs; qwen_image/kernels/gelu_kernels.py does that where Triton is. As before, the up projection's output is all that is kept.
 """
 
 from importlib.util import find_spec
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen_image.float8_weight import Float8Weight, quantise_rows
+from qwen_image.float8.weight import Float8Weight, quantise_rows
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
-    from qwen_image import gelu_operators  # registers them
+    from qwen_image.float8 import gelu_operators  # registers them
 
 
 def has_kernel(x: torch.Tensor, width: int) -> bool:

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen_image.attention_layer import JointAttention
-from qwen_image.joint_layout import can_invert
-from qwen_image.layers import NORM_EPS, FeedForward, Linear, RMSNorm, TimestepEmbedder
-from qwen_image.rotary import Rotary, rotary_table
+from qwen_image.model.joint_attention import JointAttention
+from qwen_image.model.joint_layout import can_invert
+from qwen_image.model.layers import NORM_EPS, FeedForward, Linear, RMSNorm, TimestepEmbedder
+from qwen_image.model.rotary import Rotary, rotary_table
 
 if TYPE_CHECKING:
-    from qwen_image.modulation import ModulationTable
+    from qwen_image.model.modulation import ModulationTable
 
 # Modules of the last block that only feed its unused text output: they get no gradient, so LoRA must not target them.
 DEAD_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
@@ -128,8 +128,8 @@ class QwenImageTransformer(nn.Module):
         checkpointed_blocks: so many leading blocks recompute their activations in the backward pass.
         saved_inputs: a context around each of these that decides where their inputs wait for the backward pass.
         draws_random_numbers: in its blocks (a LoRA's dropout), which recomputing must draw again.
-        dense_padding: padded text costs no attention mask (qwen_image/attention.py); off, it costs a masked kernel.
-        modulation_table: stands in for the modulation layers (qwen_image/modulation.py); None: they are computed.
+        dense_padding: padded text costs no attention mask (qwen_image/model/attention.py); off, it costs a masked kernel.
+        modulation_table: stands in for the modulation layers (qwen_image/model/modulation.py); None: they are computed.
     """
 
     def __init__(self, config: TransformerConfig):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from qwen_image.transformer import Block, Modulation, QwenImageTransformer
+from qwen_image.model.transformer import Block, Modulation, QwenImageTransformer
 
 
 def time_inputs(sigmas: Iterable[float], dtype: torch.dtype) -> list[float]:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch.library import triton_op, wrap_triton
 
-from qwen_image.joint_kernels import backward_kernel, forward_kernel
-from qwen_image.layers import NORM_EPS
+from qwen_image.kernels.joint_kernels import backward_kernel, forward_kernel
+from qwen_image.model.layers import NORM_EPS
 
 GROUP = 8  # heads a program
 WARPS = 4

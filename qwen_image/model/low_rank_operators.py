@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import triton_op, wrap_triton
 
-from qwen_image.layers import NORM_EPS
-from qwen_image.low_rank_kernels import backward_kernel, forward_kernel
+from qwen_image.kernels.low_rank_kernels import backward_kernel, forward_kernel
+from qwen_image.model.layers import NORM_EPS
 
 
 class Tiles(NamedTuple):

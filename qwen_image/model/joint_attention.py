@@ -6,10 +6,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from qwen_image.attention import joint_attention
-from qwen_image.joint_layout import Norms, Updates, joint_layout, takes_updates
-from qwen_image.layers import Linear, RMSNorm
-from qwen_image.rotary import Rotary
+from qwen_image.model.attention import joint_attention
+from qwen_image.model.joint_layout import Norms, Updates, joint_layout, takes_updates
+from qwen_image.model.layers import Linear, RMSNorm
+from qwen_image.model.rotary import Rotary
 
 
 class Projection(Protocol):

@@ -1,4 +1,4 @@
-"""Triton kernels of GELU with float8 quantisation (qwen_image/float8_mlp.py): a row a program, each byte moved once.
+"""Triton kernels of GELU with float8 quantisation (qwen_image/float8/mlp.py): a row a program, each byte moved once.
 
 A row stays in registers between finding its largest value and dividing by it, as two tiles of powers of two: 12288 is
 8192 + 4096, and masked lanes (a quarter of 16384) would cost as much arithmetic as others. Arithmetic is float32

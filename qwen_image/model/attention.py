@@ -11,16 +11,16 @@ exp(s − lse') is then the right probability for every real key, zero keys pass
 padded rows of K and V is dropped with `keep`.
 
 It needs a kernel that returns and takes the log-sum-exp: cuDNN's on CUDA, flash attention's on the CPU. On Hopper GPUs
-FlashAttention 4, where it is installed, takes cuDNN's place, without padding too (qwen_image/flash_attention.py).
-qwen_image/padding.py makes (o', lse') of (o, lse).
+FlashAttention 4, where it is installed, takes cuDNN's place, without padding too (qwen_image/kernels/flash_attention.py).
+qwen_image/kernels/padding.py makes (o', lse') of (o, lse).
 """
 
 import torch
 import torch.nn.functional as F
 
-from qwen_image import attention_gradients
-from qwen_image.flash_attention import can_flash
-from qwen_image.padding import without_padding
+from qwen_image.kernels import attention_gradients
+from qwen_image.kernels.flash_attention import can_flash
+from qwen_image.kernels.padding import without_padding
 
 aten = torch.ops.aten
 

@@ -1,0 +1,1 @@
+"""Frozen encoders: captions to prompt embeddings, pixels to latents and back."""

@@ -1,0 +1,1 @@
+"""Triton kernels and the operators around them; torch and Triton alone."""

@@ -1,0 +1,1 @@
+"""From a hub id, folder or file to weights in memory."""

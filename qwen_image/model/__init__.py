@@ -1,0 +1,1 @@
+"""The MMDiT: blocks, joint attention, rotary positions, modulation."""
