@@ -179,7 +179,7 @@ def write_set(
     import safetensors.torch
     import torch
 
-    from data_prep import shards as form
+    from data_prep.shard_format import shards as form
 
     folder.mkdir(parents=True)
     columns: dict[str, list[Any]] = {name: [] for name in form.INDEX_ROWS.names}

@@ -90,9 +90,10 @@ def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
 
 def candidates() -> dict[str, Callable[[bytes, bool], bytes]]:
     """name -> function(source bytes, lossless); where a package is missing, its name is printed and left out."""
-    from data_prep import images, resizing
-    from data_prep.buckets import BucketOptions, place
-    from data_prep.images import ImageOptions
+    from data_prep.images import convert as images
+    from data_prep.images import resizing
+    from data_prep.images.buckets import BucketOptions, place
+    from data_prep.images.convert import ImageOptions
 
     images.one_thread()
     found: dict[str, Callable[[bytes, bool], bytes]] = {}
@@ -155,7 +156,7 @@ def psnr(source: bytes, result: bytes) -> float:
     import simplejpeg
     from PIL import Image
 
-    from data_prep.buckets import BucketOptions, place
+    from data_prep.images.buckets import BucketOptions, place
 
     pixels = simplejpeg.decode_jpeg(source, "RGB")
     image = np.asarray(Image.open(io.BytesIO(result)).convert("RGB")).astype(np.float64)

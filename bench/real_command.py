@@ -211,7 +211,7 @@ def split(sizes: str) -> list[list[str]]:
 
 def mixed_sizes(side: int) -> list[tuple[int, int]]:
     """Up to BUCKETS of the packer's buckets around side² pixels, (width, height), evenly from narrow to wide."""
-    from data_prep.buckets import bucket_table
+    from data_prep.images.buckets import bucket_table
 
     table = bucket_table(side * side, 32 if side > 512 else 16, Fraction(2))
     count = min(BUCKETS, len(table))

@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace) -> list[str]:
     """Check all shards, print the totals, write the report; return what is wrong."""
-    from data_prep import verify
-    from data_prep.progress import Progress
-    from data_prep.shards import read_manifest
-    from data_prep.workers import usable_cores
+    from data_prep.checking import verify
+    from data_prep.packing.progress import Progress
+    from data_prep.packing.workers import usable_cores
+    from data_prep.shard_format.shards import read_manifest
 
     manifest = read_manifest(args.shards)
     if args.report and not args.report.absolute().parent.is_dir():
@@ -74,7 +74,7 @@ def check(args: argparse.Namespace) -> list[str]:
         print(f"  {bucket.width:>5} x {bucket.height:<5} {bucket.count:>9}")
     print("everything agrees" if not problems else f"{len(problems)} problem{'s' * (len(problems) > 1)}")
     if args.report:
-        from data_prep.report import write_report
+        from data_prep.checking.report import write_report
 
         write_report(args.report, args.shards, manifest, problems[:SHOWN], len(problems), args.pictures)
         print(f"report: {args.report}")

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.shards import ShardReader, read_index, read_manifest
+from data_prep.shard_format.shards import ShardReader, read_index, read_manifest
 
 if TYPE_CHECKING:
     import torch
 
-    from data_prep.encoded_samples import Sample
+    from data_prep.encoding.encoded_samples import Sample
     from qwen_image.encoders.text_encoder import TextEncoder
     from qwen_image.encoders.vae import VAE
     from qwen_image.loading.model_files import ModelFiles
@@ -76,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def encode(arguments: argparse.Namespace) -> int:
     """Encode this rank's share of the shards; the last rank to finish writes index and manifest."""
-    from data_prep.encoded_samples import EncodedSamples
-    from data_prep.encoded_set import EncodedSet
+    from data_prep.encoding.encoded_samples import EncodedSamples
+    from data_prep.encoding.encoded_set import EncodedSet
 
     if arguments.batch_size < 1 or arguments.num_workers < 1:
         raise ValueError(
@@ -156,7 +156,7 @@ def describe(files: ModelFiles, arguments: argparse.Namespace) -> dict[str, Any]
     """`Manifest.encoding` of these encoders, from their files: no weights are loaded."""
     from transformers import AutoTokenizer
 
-    from data_prep.encoding import describe_encoding
+    from data_prep.encoding.encoder_facts import describe_encoding
     from qwen_image.encoders.text_encoder import TEMPLATE
 
     tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"].folder)

@@ -20,12 +20,12 @@ from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep import pack_flags
+from data_prep.packing import pack_flags
 
 if TYPE_CHECKING:
-    from data_prep.plan import Plan, PlanOptions
-    from data_prep.sources import Sources
-    from data_prep.workers import Job, Workers
+    from data_prep.packing.plan import Plan, PlanOptions
+    from data_prep.packing.workers import Job, Workers
+    from data_prep.sources.find_inputs import Sources
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,12 +55,12 @@ def fail(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Plan, pack, finalise. Raises ValueError or OSError with a line for the user."""
-    from data_prep import workers
-    from data_prep.differences import check_edits
-    from data_prep.finalise import finalise
-    from data_prep.pack import pack_shard, read_stats
-    from data_prep.plan import PlanRows
-    from data_prep.progress import Progress
+    from data_prep.packing import workers
+    from data_prep.packing.differences import check_edits
+    from data_prep.packing.finalize import finalise
+    from data_prep.packing.pack import pack_shard, read_stats
+    from data_prep.packing.plan import PlanRows
+    from data_prep.packing.progress import Progress
 
     # Everything that can be wrong with the command, before any work.
     if args.num_workers is None:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         options = pack_flags.manifest_options(images, planning)
         job = workers.Job(str(source.base).encode("utf-8", "surrogateescape"), images, planning.remove_duplicates)
         if args.dry_run:
-            from data_prep.dry_run import dry_run
+            from data_prep.packing.dry_run import dry_run
 
             with tempfile.TemporaryDirectory() as folder:
                 plan, _ = plan_for(source, Path(folder), pool, job, planning, options)
@@ -141,9 +141,9 @@ def plan_for(
 
     With it come the row numbers of inputs whose files changed in some way since, by their times.
     """
-    from data_prep import plan as plans
-    from data_prep.differences import check_inputs
-    from data_prep.progress import Progress
+    from data_prep.packing import plan as plans
+    from data_prep.packing.differences import check_inputs
+    from data_prep.packing.progress import Progress
 
     plan = plans.read_plan(folder)
     if plan is not None:
@@ -167,9 +167,9 @@ def check_failures(failed: int, inputs: int, ratio: float, examples: list[str]) 
 
 def prepare_output(folder: Path) -> None:
     """Make the output folder and see that files can be written there. Raises ValueError or OSError."""
-    from data_prep.files import remove_abandoned, write_file
-    from data_prep.plan import PLAN_FOLDER, read_plan
-    from data_prep.shards import MANIFEST
+    from data_prep.packing.plan import PLAN_FOLDER, read_plan
+    from data_prep.shard_format.atomic_files import remove_abandoned, write_file
+    from data_prep.shard_format.shards import MANIFEST
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_path {folder}: is a file, not a folder")
@@ -194,7 +194,7 @@ def prepare_output(folder: Path) -> None:
 
 
 def nothing_found(source: Sources) -> str:
-    from data_prep.sources import IMAGE_EXTENSIONS
+    from data_prep.sources.find_inputs import IMAGE_EXTENSIONS
 
     if source.empty_listings:
         return f"{source.empty_listings[0]} lists no images"

@@ -99,8 +99,8 @@ def write_random_encoded(
     import safetensors.torch
     import torch
 
-    from data_prep import shards as form
-    from data_prep.encoding import LATENTS, PROMPTS
+    from data_prep.encoding.encoder_facts import LATENTS, PROMPTS
+    from data_prep.shard_format import shards as form
 
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)

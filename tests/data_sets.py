@@ -9,7 +9,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from data_prep.shards import (
+from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     Bucket,
     Manifest,

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 from PIL import Image
 
-from data_prep.inputs import Input
+from data_prep.sources.found_input import Input
 
 
 def photo(width: int, height: int, seed: int = 0) -> np.ndarray:

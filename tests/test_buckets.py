@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_prep.buckets import BucketOptions, bucket_table, cover_box, nearest_bucket, place, upscale
+from data_prep.images.buckets import BucketOptions, bucket_table, cover_box, nearest_bucket, place, upscale
 
 SIDES = st.integers(1, 12000)
 OPTIONS = st.builds(

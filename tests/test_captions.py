@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from data_prep import captions
+from data_prep.sources import captions
 
 
 @pytest.mark.parametrize(

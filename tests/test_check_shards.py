@@ -15,9 +15,10 @@ import pytest
 from photos import encoded, photo
 from PIL import Image
 
-from data_prep import check_shards, make_shards, shards
-from data_prep.scan import build_index
-from data_prep.shards import Bucket, TarShardWriter, read_index, read_manifest, write_index, write_manifest
+from data_prep import check_shards, make_shards
+from data_prep.shard_format import shards
+from data_prep.shard_format.scan_tars import build_index
+from data_prep.shard_format.shards import Bucket, TarShardWriter, read_index, read_manifest, write_index, write_manifest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

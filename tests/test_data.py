@@ -14,7 +14,7 @@ import pytest
 import torch
 from data_sets import SIZES, assert_equal, embeds_of, latent_of, pixels_of, write_set
 
-from data_prep.shards import (
+from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     read_manifest,
     sample_key,

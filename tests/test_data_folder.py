@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from data_sets import SIZES, write_set
 
-from data_prep.scan import build_index
-from data_prep.shards import INDEX, MANIFEST
+from data_prep.shard_format.scan_tars import build_index
+from data_prep.shard_format.shards import INDEX, MANIFEST
 from train import data_folder
 from train.data import ShardDataset
 

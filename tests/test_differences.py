@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from photos import encoded, photo
 
-from data_prep import make_shards, workers
-from data_prep.shards import ShardReader, read_index
+from data_prep import make_shards
+from data_prep.packing import workers
+from data_prep.shard_format.shards import ShardReader, read_index
 
 SMALL = ["--max_pixels", "4096", "--num_workers", "0", "--resize", "pillow", "--samples_per_shard", "2"]
 

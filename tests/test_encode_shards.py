@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load, load_file
 
 from data_prep import check_shards, encode_shards, make_shards
-from data_prep.pixels import decode_stored
-from data_prep.scan import build_index
-from data_prep.shards import ShardReader, read_index, read_manifest
+from data_prep.images.stored_pixels import decode_stored
+from data_prep.shard_format.scan_tars import build_index
+from data_prep.shard_format.shards import ShardReader, read_index, read_manifest
 from qwen_image.encoders.vae import pixels_from_uint8
 from qwen_image.pipeline import QwenImagePipeline
 

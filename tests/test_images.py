@@ -12,9 +12,10 @@ import pytest
 from photos import encoded, opened, photo, psnr
 from PIL import Image, ImageCms, ImageOps
 
-from data_prep import images, resizing
-from data_prep.buckets import BucketOptions
-from data_prep.images import BadImage, ImageOptions
+from data_prep.images import convert as images
+from data_prep.images import resizing
+from data_prep.images.buckets import BucketOptions
+from data_prep.images.convert import BadImage, ImageOptions
 
 FIXED = ImageOptions(buckets=BucketOptions(fixed=(64, 48)), format="png", resize="pillow")
 

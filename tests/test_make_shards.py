@@ -21,8 +21,9 @@ import pytest
 from photos import encoded, opened, photo
 from PIL import Image
 
-from data_prep import make_shards, shards
-from data_prep.shards import ShardReader, read_index, read_manifest
+from data_prep import make_shards
+from data_prep.shard_format import shards
+from data_prep.shard_format.shards import ShardReader, read_index, read_manifest
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--max_pixels", "4096", "--num_workers", "0", "--resize", "pillow"]

@@ -14,7 +14,7 @@ import torch
 from bench import measured_training, real_command, train_step
 from bench.random_transformer import drawn_instead_of_read
 from bench.run_watch import device_profile
-from data_prep.shards import read_index, read_manifest
+from data_prep.shard_format.shards import read_index, read_manifest
 from demo.random_model import write_random_encoded, write_random_model
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.loading.staged import load_staged

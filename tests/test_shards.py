@@ -13,9 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import shards
-from data_prep.files import PARTIAL, remove_abandoned, write_file
-from data_prep.shards import Bucket, Manifest, Shard, ShardReader, TarShardWriter, read_index, read_manifest
+from data_prep.shard_format import shards
+from data_prep.shard_format.atomic_files import PARTIAL, remove_abandoned, write_file
+from data_prep.shard_format.shards import (
+    Bucket,
+    Manifest,
+    Shard,
+    ShardReader,
+    TarShardWriter,
+    read_index,
+    read_manifest,
+)
 
 MEMBERS = [("jpg", b"picture" * 100), ("json", b"{}"), ("txt", "Käfer".encode())]
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from photos import encoded, photo
 
-from data_prep.inputs import Input
-from data_prep.sources import Sources
+from data_prep.sources.find_inputs import Sources
+from data_prep.sources.found_input import Input
 
 JPEG = encoded(photo(32, 32))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from photos import die_if_deadly, encoded, photo
 
-from data_prep import workers
-from data_prep.images import BadImage, ImageOptions
-from data_prep.inputs import Input
+from data_prep.images.convert import BadImage, ImageOptions
+from data_prep.packing import workers
+from data_prep.sources.found_input import Input
 
 ROOT = Path(__file__).parents[1]
 PICTURE = encoded(photo(300, 200))

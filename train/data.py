@@ -20,8 +20,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from data_prep.pixels import decode_stored
-from data_prep.shards import EMPTY_PROMPT, ShardReader
+from data_prep.images.stored_pixels import decode_stored
+from data_prep.shard_format.shards import EMPTY_PROMPT, ShardReader
 from qwen_image.encoders.text_encoder import Prompt
 from train.data_folder import held_out, open_folder
 from train.flow import Draws

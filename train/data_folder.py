@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from data_prep.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, ShardIndex, read_index, read_manifest
+from data_prep.shard_format.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, ShardIndex, read_index, read_manifest
 
 
 def open_folder(folder: Path, say: Callable[[str], None], local: bool = True) -> tuple[Manifest, ShardIndex]:
@@ -33,7 +33,7 @@ def open_folder(folder: Path, say: Callable[[str], None], local: bool = True) ->
 
 def scan(folder: Path, say: Callable[[str], None]) -> None:
     """Index plain shards; one rank does it, the others wait."""
-    from data_prep.scan import build_index
+    from data_prep.shard_format.scan_tars import build_index
 
     if (folder / EMPTY_PROMPT).is_file():  # of encode_shards.py, whose manifest tells what a scan can't know
         raise lost(folder, MANIFEST, EMPTY_PROMPT)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from data_prep.encoding import LATENTS, PROMPTS, check_encoding
+from data_prep.encoding.encoder_facts import LATENTS, PROMPTS, check_encoding
 from qwen_image.loading.model_files import (
     ModelSource,
     empty_transformer,

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, read_manifest
+from data_prep.shard_format.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, read_manifest
 
 WAITS = (0.5, 2, 8, 30, 60, 60)  # seconds between tries of one remote read: networks have moments, servers restart
 SAID_FROM = 8  # a wait that long is told
@@ -124,7 +124,7 @@ _filesystems: dict[tuple[int, str], Any] = {}
 
 
 class RemoteReader:
-    """Reads members like data_prep.shards.ShardReader does: locally where the shard has been copied, else remotely."""
+    """Reads members like data_prep.shard_format.shards.ShardReader does: locally where the shard has been copied, else remotely."""
 
     def __init__(self, url: str, folder: Path, manifest: Manifest) -> None:
         self.remote, self.folder, self.manifest = Remote(url), folder, manifest

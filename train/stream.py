@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data_prep.pixels import decode_stored
+from data_prep.images.stored_pixels import decode_stored
 from train.batches import DEFAULTS, Batches, Reading
 from train.data import LATENT_CHANNELS, VAE_FACTOR, Batch, BrokenSample, Sample, collate
 from train.flow import SigmaSampling, sample_draws

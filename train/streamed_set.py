@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 
-from data_prep.shards import EMPTY_PROMPT, MANIFEST, Bucket, Manifest, read_manifest
+from data_prep.shard_format.shards import EMPTY_PROMPT, MANIFEST, Bucket, Manifest, read_manifest
 from train.data import ShardDataset
 from train.remote import Remote, is_remote, write_whole
 from train.stream import image_size

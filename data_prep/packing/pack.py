@@ -8,10 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import json_bytes, write_file
-from data_prep.images import BadImage
-from data_prep.plan import Row
-from data_prep.shards import (
+from data_prep.images.convert import BadImage
+from data_prep.packing.plan import Row
+from data_prep.packing.workers import Job, Workers, store
+from data_prep.shard_format.atomic_files import json_bytes, write_file
+from data_prep.shard_format.shards import (
     SHARD_ROWS,
     TarShardWriter,
     bucket_name,
@@ -21,7 +22,6 @@ from data_prep.shards import (
     tar_name,
     write_rows,
 )
-from data_prep.workers import Job, Workers, store
 
 STORE_CHUNK = 4  # images a task: small, because a shard ends when its last task does
 _MEMBERS = ("payload", "json", "txt")

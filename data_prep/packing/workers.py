@@ -19,10 +19,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Self
 
-from data_prep import images, resizing
-from data_prep.buckets import Placement
-from data_prep.images import BadImage, ImageOptions, Stored
-from data_prep.inputs import Input
+from data_prep.images import convert as images
+from data_prep.images import resizing
+from data_prep.images.buckets import Placement
+from data_prep.images.convert import BadImage, ImageOptions, Stored
+from data_prep.sources.found_input import Input
 
 
 @dataclass(frozen=True)

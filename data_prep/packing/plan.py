@@ -18,12 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.duplicates import Duplicates
-from data_prep.files import json_bytes, write_file, write_row_groups
-from data_prep.images import BadImage
-from data_prep.inputs import Input
-from data_prep.shards import bucket_name
-from data_prep.workers import Job, Probe, Workers, probe
+from data_prep.images.convert import BadImage
+from data_prep.packing.duplicates import Duplicates
+from data_prep.packing.workers import Job, Probe, Workers, probe
+from data_prep.shard_format.atomic_files import json_bytes, write_file, write_row_groups
+from data_prep.shard_format.shards import bucket_name
+from data_prep.sources.found_input import Input
 
 PLAN_FOLDER = "plan"
 MAX_EXAMPLES = 10  # failures that are shown

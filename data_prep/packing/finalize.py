@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_prep.files import PARTIAL, json_bytes, write_file, write_row_groups
-from data_prep.shards import (
+from data_prep.shard_format.atomic_files import PARTIAL, json_bytes, write_file, write_row_groups
+from data_prep.shard_format.shards import (
     INDEX,
     INDEX_ROWS,
     SIZES,

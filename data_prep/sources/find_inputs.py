@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep import captions, metadata, tar_source
-from data_prep.inputs import Input
+from data_prep.sources import captions
+from data_prep.sources import metadata_files as metadata
+from data_prep.sources import tar_files as tar_source
+from data_prep.sources.found_input import Input
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
 CAPTION_EXTENSIONS = ("txt", "caption")  # the first that exists is taken

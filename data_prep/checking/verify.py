@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.pixels import decode_stored
-from data_prep.scan import Member, tar_samples
-from data_prep.shards import EMPTY_PROMPT, INDEX, SIZES, Manifest, ShardIndex, ShardReader, read_index
+from data_prep.images.stored_pixels import decode_stored
+from data_prep.shard_format.scan_tars import Member, tar_samples
+from data_prep.shard_format.shards import EMPTY_PROMPT, INDEX, SIZES, Manifest, ShardIndex, ShardReader, read_index
 
 
 def check_folder(folder: Path, manifest: Manifest) -> list[str]:

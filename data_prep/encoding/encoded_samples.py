@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.shards import Manifest, ShardIndex, ShardReader
+from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class EncodedSamples:
         return {int(row): pool.submit(self._image, int(row)) for row in batch}
 
     def _image(self, row: int) -> np.ndarray | ValueError:
-        from data_prep.pixels import decode_stored
+        from data_prep.images.stored_pixels import decode_stored
 
         bucket, index = self.manifest.buckets[self.index.bucket[row]], self.index
         place = int(index.shard[row]), int(index.payload_offset[row]), int(index.payload_size[row])

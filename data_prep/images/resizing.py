@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from data_prep.buckets import Placement
+from data_prep.images.buckets import Placement
 
 
 def resize(pixels: np.ndarray, placement: Placement, backend: str) -> np.ndarray:

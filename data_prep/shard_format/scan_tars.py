@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import json_bytes, write_file
-from data_prep.shards import (
+from data_prep.shard_format.atomic_files import json_bytes, write_file
+from data_prep.shard_format.shards import (
     INDEX_ROWS,
     SIZES,
     Bucket,
@@ -141,7 +141,7 @@ def _record(reader: ShardReader, shard: int, member: Member | None, path: Path, 
 
 
 def _size(data: bytes, path: Path, key: str) -> tuple[int, int]:
-    from data_prep.images import BadImage, ImageOptions, read_size
+    from data_prep.images.convert import BadImage, ImageOptions, read_size
 
     try:
         width, height = read_size(data, ImageOptions())

@@ -16,11 +16,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.images import BadImage
-from data_prep.inputs import Input
-from data_prep.plan import HashedInputs, Plan, PlanRows, fingerprint, plan_file
-from data_prep.shards import rows_name
-from data_prep.workers import Job, Workers, digest
+from data_prep.images.convert import BadImage
+from data_prep.packing.plan import HashedInputs, Plan, PlanRows, fingerprint, plan_file
+from data_prep.packing.workers import Job, Workers, digest
+from data_prep.shard_format.shards import rows_name
+from data_prep.sources.found_input import Input
 
 
 def check_inputs(plan: Plan, options: dict[str, Any], folder: Path, source: Iterable[Input]) -> array[int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 
-from data_prep.images import BadImage
-from data_prep.inputs import Input
-from data_prep.plan import BYTES_PER_PIXEL, Plan, PlanRows
-from data_prep.workers import Job, Workers, store
+from data_prep.images.convert import BadImage
+from data_prep.packing.plan import BYTES_PER_PIXEL, Plan, PlanRows
+from data_prep.packing.workers import Job, Workers, store
+from data_prep.sources.found_input import Input
 
 TRIED = 32  # images that are converted for the estimate, evenly spread over the plan
 

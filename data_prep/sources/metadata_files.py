@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep import captions
+from data_prep.sources import captions
 
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 # DiffSynth: image, prompt; Hugging Face imagefolder: file_name, text or caption; musubi-tuner: image_path, caption.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_prep.images import ImageOptions
-    from data_prep.plan import PlanOptions
-    from data_prep.sources import Sources
+    from data_prep.images.convert import ImageOptions
+    from data_prep.packing.plan import PlanOptions
+    from data_prep.sources.find_inputs import Sources
 
 TOOLS = ("pillow", "simplejpeg", "torch", "numpy", "pyarrow")  # that the bytes of a set may depend on
 
@@ -68,8 +68,8 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 
 def image_options(args: argparse.Namespace) -> ImageOptions:
     """How images are judged and stored; `resize` is still to be set. Raises ValueError."""
-    from data_prep.buckets import BucketOptions
-    from data_prep.images import ImageOptions
+    from data_prep.images.buckets import BucketOptions
+    from data_prep.images.convert import ImageOptions
 
     chosen = [flag for flag in ("max_pixels", "resolutions") if getattr(args, flag) is not None]
     if (args.height is None) != (args.width is None):
@@ -98,7 +98,7 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
 
 def plan_options(args: argparse.Namespace) -> PlanOptions:
     """What the plan decides beyond single images. Raises ValueError."""
-    from data_prep.plan import PlanOptions
+    from data_prep.packing.plan import PlanOptions
 
     if args.remove_duplicates == "perceptual" and importlib.util.find_spec("imagehash") is None:
         raise ValueError("--remove_duplicates perceptual needs ImageHash: pip install ImageHash")
@@ -113,7 +113,7 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
 
 def sources(args: argparse.Namespace) -> Sources:
     """Where the images come from. Raises FileNotFoundError or ValueError."""
-    from data_prep.sources import Sources
+    from data_prep.sources.find_inputs import Sources
 
     return Sources(
         args.dataset_base_path,

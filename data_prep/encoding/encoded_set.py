@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.encoding import IDENTITY
-from data_prep.files import json_bytes, remove_abandoned, write_file
-from data_prep.finalise import finalise
-from data_prep.pack import read_stats
-from data_prep.shards import (
+from data_prep.encoding.encoder_facts import IDENTITY
+from data_prep.packing.finalize import finalise
+from data_prep.packing.pack import read_stats
+from data_prep.shard_format.atomic_files import json_bytes, remove_abandoned, write_file
+from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     MANIFEST,
     SHARD_ROWS,

@@ -6,9 +6,9 @@ import json
 import tarfile
 from collections.abc import Iterator
 
-from data_prep import captions
-from data_prep.inputs import Input
-from data_prep.metadata import CAPTION_COLUMNS
+from data_prep.sources import captions
+from data_prep.sources.found_input import Input
+from data_prep.sources.metadata_files import CAPTION_COLUMNS
 
 MAX_TEXT_BYTES = 1 << 24  # captions and json members; anything larger isn't a caption
 

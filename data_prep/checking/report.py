@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep import report_page as html
-from data_prep.files import write_file
-from data_prep.pixels import decode_stored
-from data_prep.shards import Manifest, ShardIndex, ShardReader, read_index
+from data_prep.checking import report_page as html
+from data_prep.images.stored_pixels import decode_stored
+from data_prep.shard_format.atomic_files import write_file
+from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, read_index
 
 THUMBNAIL = 400  # pixels of the longer side, enough for screens of two pixels a point
 BUCKETS_SHOWN = 24

@@ -17,9 +17,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data_prep import colour
-from data_prep.buckets import BucketOptions, Placement, place
-from data_prep.resizing import resize
+from data_prep.images import color as colour
+from data_prep.images.buckets import BucketOptions, Placement, place
+from data_prep.images.resizing import resize
 
 Image.MAX_IMAGE_PIXELS = None  # read_header refuses large images, from --max_image_pixels, before anything is decoded
 

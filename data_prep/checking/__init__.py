@@ -1,0 +1,1 @@
+"""Whether a data set is whole, and a report of it."""

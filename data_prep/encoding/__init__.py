@@ -1,0 +1,1 @@
+"""Image shards to latents and prompt embeddings."""

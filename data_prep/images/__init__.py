@@ -1,0 +1,1 @@
+"""One image: decoded, upright, sRGB, resized into its bucket, encoded."""

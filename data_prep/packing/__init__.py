@@ -1,0 +1,1 @@
+"""Plan, pack, finalize: from found inputs to committed shards."""
