@@ -135,7 +135,7 @@ def base_alone(output: Path, recipe: Recipe, options: argparse.Namespace) -> lis
 
     from qwen_image.loading.model_files import ModelSource, resolve_model
     from qwen_image.pipeline import load_transformer
-    from train.module import FlowMatchingModule
+    from train.step.flow_matching_module import FlowMatchingModule
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, recipe.dtype)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from qwen_image.model.transformer import QwenImageTransformer
-    from train.batches import Batches
-    from train.module import FlowMatchingModule
+    from train.data.worker_loader import Batches
+    from train.step.flow_matching_module import FlowMatchingModule
 
 LEFT_OUT = ("skimage/chelsea.png", "skimage/coffee.png", "sklearn/flower.jpg", "skimage/rocket.jpg")
 CROPS = 16  # of each photograph
@@ -141,10 +141,10 @@ def fresh_transformer(recipe: Recipe, device: torch.device) -> QwenImageTransfor
 
 def batches(encoded: Path, batch_size: int, seed: int, device: torch.device) -> Batches:
     """The micro-batches that train_lora.py draws with these options and its defaults, on one rank."""
-    from train.batches import Reading
-    from train.data import ShardDataset
-    from train.flow import SigmaSampling
-    from train.loader import BatchLoader
+    from train.data.indexed_loader import BatchLoader
+    from train.data.shard_dataset import ShardDataset
+    from train.data.worker_loader import Reading
+    from train.flow.objective import SigmaSampling
 
     dataset = ShardDataset(encoded)
     text_multiple = 32 if device.type == "cuda" else 1
@@ -169,7 +169,7 @@ def learn(recipe: Recipe, encoded: Path, device: torch.device) -> tuple[QwenImag
     """
     import torch
 
-    from train.module import FlowMatchingModule
+    from train.step.flow_matching_module import FlowMatchingModule
 
     dtype = getattr(torch, recipe.dtype)
     transformer = fresh_transformer(recipe, device)

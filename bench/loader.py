@@ -68,10 +68,10 @@ def print_throughput(folder: Path, options: argparse.Namespace) -> None:
 
 
 def ours(folder: Path, batch_size: int, workers: int) -> Any:
-    from train.batches import Reading
-    from train.data import ShardDataset
-    from train.flow import SigmaSampling
-    from train.loader import BatchLoader
+    from train.data.indexed_loader import BatchLoader
+    from train.data.shard_dataset import ShardDataset
+    from train.data.worker_loader import Reading
+    from train.flow.objective import SigmaSampling
 
     dataset = ShardDataset(folder)
     return BatchLoader(dataset, dataset.order(batch_size), SigmaSampling(), Reading(num_workers=workers))
@@ -80,10 +80,10 @@ def ours(folder: Path, batch_size: int, workers: int) -> Any:
 def webdatasets(folder: Path, batch_size: int, workers: int) -> Any:
     import torch
 
-    from train.batches import Reading
-    from train.data import ShardDataset
-    from train.flow import SigmaSampling
-    from train.stream import StreamLoader
+    from train.data.shard_dataset import ShardDataset
+    from train.data.webdataset_stream import StreamLoader
+    from train.data.worker_loader import Reading
+    from train.flow.objective import SigmaSampling
 
     torch.manual_seed(0)
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
@@ -110,7 +110,7 @@ def rate(loader: Any, seconds: float) -> float:
 def print_seek(samples: int) -> None:
     import numpy as np
 
-    from train.order import Order
+    from train.data.sample_order import Order
 
     words = np.random.default_rng(0)
     bucket, shard = words.integers(0, 40, samples).astype(np.int32), np.arange(samples, dtype=np.int32) // 10_000

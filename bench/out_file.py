@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.run_folder import write_text
+from train.saving.run_folder import write_text
 
 
 def out_file(text: str) -> Path:

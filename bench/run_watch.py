@@ -40,13 +40,13 @@ class Watch:
         """Inside, train_lora.main is watched."""
         import torch._dynamo.callback as dynamo
 
-        import train.engine
-        import train.recomputation
-        from train.graphs import StepGraphs
+        import train.engine.deepspeed_engine
+        import train.fit.activation_checkpointing
+        from train.step.cuda_graphs import StepGraphs
 
         initialize, plan, capture = (
-            train.engine.initialize,
-            train.recomputation.plan_recomputation,
+            train.engine.deepspeed_engine.initialize,
+            train.fit.activation_checkpointing.plan_recomputation,
             StepGraphs.capture,
         )
 
@@ -72,8 +72,8 @@ class Watch:
         dynamo.on_compile_end(self._compile_ends)
         try:
             with (
-                patch.object(train.engine, "initialize", watched_initialize),
-                patch.object(train.recomputation, "plan_recomputation", watched_plan),
+                patch.object(train.engine.deepspeed_engine, "initialize", watched_initialize),
+                patch.object(train.fit.activation_checkpointing, "plan_recomputation", watched_plan),
                 patch.object(StepGraphs, "capture", watched_capture),
             ):
                 yield

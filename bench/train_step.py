@@ -29,7 +29,7 @@ from bench.out_file import out_file, write_numbers
 if TYPE_CHECKING:
     import torch
 
-    from train.module import FlowMatchingModule
+    from train.step.flow_matching_module import FlowMatchingModule
 
 Size = tuple[int, int, int]  # height, width in pixels, batch
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -71,12 +71,12 @@ def our_step(
     from qwen_image.kernel_check import distrust_kernels
     from qwen_image.model.gelu_products import fuse_gelu
     from qwen_image.model.modulation import replace_by_table
-    from train.fused_projection import fuse_projections
-    from train.largest_batch import BatchShape
-    from train.lora import LoraSpec, inject_lora
-    from train.module import FlowMatchingModule
-    from train.recomputation import plan_recomputation
-    from train.speed import choose_workspaces
+    from train.data.largest_batch import BatchShape
+    from train.fit.activation_checkpointing import plan_recomputation
+    from train.lora.inject import LoraSpec, inject_lora
+    from train.step.flow_matching_module import FlowMatchingModule
+    from train.step.fused_projection import fuse_projections
+    from train.step.speedups import choose_workspaces
 
     choose_workspaces(device, deterministic=False)
     words = set(variant.split("-")[1:])
@@ -150,9 +150,9 @@ def engine_step(module: FlowMatchingModule, arguments: tuple[Any, ...], batch: i
     """The same through DeepSpeed's engine, ZeRO-2, as train_lora.py runs it."""
     import torch
 
-    from train.command_line import parse
-    from train.deepspeed_config import load_deepspeed_config
-    from train.engine import initialize, join_process_group
+    from train.config.command_line import parse
+    from train.config.deepspeed_json import load_deepspeed_config
+    from train.engine.deepspeed_engine import initialize, join_process_group
 
     settings = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"

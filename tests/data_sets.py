@@ -20,7 +20,7 @@ from data_prep.shard_format.shards import (
     write_index,
     write_manifest,
 )
-from train.data import Batch
+from train.data.shard_dataset import Batch
 
 MEMBERS = ("payload", "json", "txt")
 SIZES = [(32, 16), (16, 32)]  # width, height of the buckets

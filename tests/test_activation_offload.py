@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from train import activation_offload
-from train.activation_offload import ActivationOffload
+from train.step import offload_activations as activation_offload
+from train.step.offload_activations import ActivationOffload
 
 
 def gradients(offload: ActivationOffload | None) -> tuple[torch.Tensor, ...]:

@@ -13,11 +13,11 @@ from qwen_image.loading.model_files import ModelSource, empty_transformer, resol
 from qwen_image.noise_schedule import SigmaSchedule
 from qwen_image.pipeline import load_transformer
 from train import train_lora
-from train.base import base_bytes, check_base, load_base, read_presets
-from train.config import TrainConfig
-from train.engine import Ranks
-from train.lora import LoraSpec
-from train.preset import Preset, merge_presets
+from train.base_model.load_transformer import base_bytes, check_base, load_base, read_presets
+from train.config.train_config import TrainConfig
+from train.engine.deepspeed_engine import Ranks
+from train.lora.inject import LoraSpec
+from train.lora.preset_loras import Preset, merge_presets
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_trainer_with_a_float8_base(tmp_path, capsys, monkeypatch):
     write_random_model(tmp_path / "model", layers=2, heads=2, text_dim=64)
     data = write_random_encoded(tmp_path / "data", 8, 64, 64, 9, 64)
     engines = []
-    from train import engine
+    from train.engine import deepspeed_engine as engine
 
     initialize = engine.initialize
 

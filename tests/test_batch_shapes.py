@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from train.batch_shapes import BatchShapes, batch_shapes, text_padding
-from train.graph_choice import StepTimes
-from train.graphs import KEPT, StepGraphs
+from train.data.batch_shapes import BatchShapes, batch_shapes, text_padding
+from train.fit.cuda_graphs_choice import StepTimes
+from train.step.cuda_graphs import KEPT, StepGraphs
 
 BUCKETS = [SimpleNamespace(id=id, width=64, height=64 + 16 * id) for id in range(10)]
 
@@ -85,7 +85,9 @@ def test_other_shapes_make_room_when_memory_runs_out(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr("train.graphs._Replay", SimpleNamespace(apply=lambda graphs, pair, *_: pair.inputs[0].clone()))
+    monkeypatch.setattr(
+        "train.step.cuda_graphs._Replay", SimpleNamespace(apply=lambda graphs, pair, *_: pair.inputs[0].clone())
+    )
     graphs = Small(torch.nn.Linear(1, 1), None, lambda inputs: inputs[0], None, None)  # type: ignore[arg-type, return-value]
 
     def losses(size: int) -> torch.Tensor:

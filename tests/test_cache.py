@@ -10,11 +10,11 @@ import fsspec
 import pytest
 from data_sets import assert_equal, write_set
 
-from train.batches import Reading
-from train.cache import ShardsAhead, shards_in_order
-from train.data import BrokenSample, ShardDataset
-from train.flow import SigmaSampling
-from train.loader import BatchLoader
+from train.data.indexed_loader import BatchLoader
+from train.data.remote_cache import ShardsAhead, shards_in_order
+from train.data.shard_dataset import BrokenSample, ShardDataset
+from train.data.worker_loader import Reading
+from train.flow.objective import SigmaSampling
 
 SHARDS = 6
 
@@ -122,7 +122,7 @@ def test_what_is_missing_remotely_is_named(remote, tmp_path):
 
 def test_one_run_at_a_time_fills_a_folder(remote, tmp_path, monkeypatch):
     """And what a killed one left half-copied goes."""
-    monkeypatch.setattr("train.cache.LOCK_SECONDS", 0.02)
+    monkeypatch.setattr("train.data.remote_cache.LOCK_SECONDS", 0.02)
     url, _ = remote
     dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
     left_over = dataset.folder / ".partial-000002.tar.12345"

@@ -13,9 +13,9 @@ import torch
 from forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
 from safetensors.torch import load_file
 
-from train import checkpoint_folder
-from train.checkpoint import Checkpoints
-from train.checkpoint_folder import FACTS, TENSORS
+from train.saving import checkpoint_folder
+from train.saving.checkpoint_folder import FACTS, TENSORS
+from train.saving.checkpoints import Checkpoints
 
 GLOBAL_BATCH = 6  # micro-batches an optimizer step: divides by 1, 2 and 3 ranks
 CLIENT = {"model": "m", "lora": {"rank": 3}, "data": "d", "order": {"seed": 0}}

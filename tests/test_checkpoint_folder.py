@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_image.loading.model_files import weights_fingerprint
-from train import checkpoint_folder
-from train.checkpoint import Checkpoints, check_same
-from train.checkpoint_folder import FACTS, LATEST, TENSORS, step_folders
+from train.saving import checkpoint_folder
+from train.saving.checkpoint_folder import FACTS, LATEST, TENSORS, step_folders
+from train.saving.checkpoints import Checkpoints, check_same
 
 CLIENT = {"model": "m", "lora": {"rank": 3}, "data": "d", "order": {"seed": 0}}
 

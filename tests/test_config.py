@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.command_line import build_parser, parse
-from train.config import HEADINGS, HINTS, TrainConfig
-from train.options import convert, did_you_mean
-from train.paths import check_paths
+from train.config.check_paths import check_paths
+from train.config.command_line import build_parser, parse
+from train.config.train_config import HEADINGS, HINTS, TrainConfig
+from train.config.typed_fields import convert, did_you_mean
 
 REQUIRED = ["--model", "owner/model", "--data", "shards", "--deepspeed", "zero2.json", "--output_path", "run"]
 
@@ -184,7 +184,7 @@ def test_every_field_is_a_flag_with_a_help_text_under_a_heading() -> None:
 def test_help_needs_no_torch() -> None:
     code = """
 import sys
-from train.command_line import parse
+from train.config.command_line import parse
 try:
     parse(["--help"])
 finally:

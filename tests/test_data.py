@@ -21,10 +21,10 @@ from data_prep.shard_format.shards import (
     write_manifest,
 )
 from qwen_image.encoders.text_encoder import Prompt
-from train.batches import Reading
-from train.data import Batch, BrokenSample, ShardDataset, collate, make_batch
-from train.flow import Draws, SigmaSampling, sample_draws
-from train.loader import BatchLoader
+from train.data.indexed_loader import BatchLoader
+from train.data.shard_dataset import Batch, BrokenSample, ShardDataset, collate, make_batch
+from train.data.worker_loader import Reading
+from train.flow.objective import Draws, SigmaSampling, sample_draws
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from data_sets import SIZES, write_set
 
 from data_prep.shard_format.scan_tars import build_index
 from data_prep.shard_format.shards import INDEX, MANIFEST
-from train import data_folder
-from train.data import ShardDataset
+from train.data import data_folder
+from train.data.shard_dataset import ShardDataset
 
 
 def test_plain_webdataset_shards_are_indexed_once(tmp_path):

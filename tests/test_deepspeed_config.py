@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from train.config import TrainConfig
-from train.deepspeed_config import load_deepspeed_config, walk, warnings
+from train.config.deepspeed_json import load_deepspeed_config, walk, warnings
+from train.config.train_config import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 NAMES = ["zero2", "zero2_offload", "zero3", "zero3_offload"]
@@ -147,8 +147,8 @@ def test_slow_and_lossy_keys_are_pointed_out(tmp_path: Path) -> None:
 TRAINING = """
 import json, sys
 import torch, deepspeed
-from train.config import TrainConfig
-from train.deepspeed_config import load_deepspeed_config
+from train.config.train_config import TrainConfig
+from train.config.deepspeed_json import load_deepspeed_config
 
 torch.set_num_threads(1)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo alone: nothing to compile

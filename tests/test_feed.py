@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train import lora_file, train_lora
-from train.nonfinite import LossWatch
+from train import train_lora
+from train.lora import lora_file
+from train.watching.loss_watch import LossWatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,7 +102,7 @@ def test_a_lora_file_that_cannot_be_written(
             raise OSError(28, "No space left on device")
         original(path, *arguments)
 
-    monkeypatch.setattr("train.export.save_lora", save)
+    monkeypatch.setattr("train.saving.lora_export.save_lora", save)
     output = tmp_path / "run"
     assert train(small_model, small_data, output, "--save_steps", "1", "--on_save_error", policy) == code
     said = capsys.readouterr()
@@ -115,7 +116,7 @@ def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
     import safetensors.torch
     from safetensors import SafetensorError
 
-    from train.lora import LoraSpec
+    from train.lora.inject import LoraSpec
 
     def save_file(tensors, path, metadata) -> None:
         Path(path).write_bytes(b"half")

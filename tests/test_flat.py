@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.flat import FlatGradient, flatten, link
+from train.step.flat_parameter import FlatGradient, flatten, link
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_a_fresh_transformer_predicts_nothing_and_learns_everything():
     import torch
 
     from qwen_image.encoders.text_encoder import Prompt
-    from train.module import FlowMatchingModule
+    from train.step.flow_matching_module import FlowMatchingModule
 
     transformer = fresh_transformer(Recipe(2, 1, 32, 20, 2, "float32"), torch.device("cpu"))
     assert all(parameter.requires_grad and parameter.isfinite().all() for parameter in transformer.parameters())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen_image.noise_schedule import SigmaSchedule
-from train.flow import (
+from train.flow.objective import (
     SigmaSampling,
     add_noise,
     diffsynth_sigmas,

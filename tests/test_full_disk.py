@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from test_feed import losses, train
 
-from train import checkpoint_folder
-from train.checkpoint import Checkpoints
-from train.config import TrainConfig
-from train.metrics import Metrics
-from train.nonfinite import LossWatch
+from train.config.train_config import TrainConfig
+from train.saving import checkpoint_folder
+from train.saving.checkpoints import Checkpoints
+from train.watching.loss_watch import LossWatch
+from train.watching.metrics import Metrics
 
 STEPS = ["--max_steps", "5", "--save_steps", "1", "--keep_checkpoints", "0"]
 

@@ -8,9 +8,9 @@ import torch
 from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.model.modulation import replace_by_table
 from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
-from train.graphs import few_blocks, fresh_leaves
-from train.lora import LoraSpec, inject_lora
-from train.module import FlowMatchingModule
+from train.lora.inject import LoraSpec, inject_lora
+from train.step.cuda_graphs import few_blocks, fresh_leaves
+from train.step.flow_matching_module import FlowMatchingModule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = 6

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.host_memory import lent, pinned_memory, unforked_memory
+from qwen_image.loading.pinned_memory import lent, pinned_memory, unforked_memory
 
 
 def mapped(address: int) -> bool:

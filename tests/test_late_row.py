@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.late_row import LateRow
+from train.watching.late_row import LateRow
 
 
 class Log:

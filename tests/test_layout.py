@@ -81,13 +81,13 @@ def test_imports_follow_the_arrows():
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("qwen_image/encoders/vae.py", "def f():\n    from train.flow import sigma"),
+        ("qwen_image/encoders/vae.py", "def f():\n    from train.flow.objective import sigma"),
         ("qwen_image/encoders/vae.py", "import data_prep.shard_format.shards"),
         ("data_prep/images/convert.py", "from qwen_image import vae"),
-        ("train/data.py", "from data_prep.images.convert import decode"),
-        ("train/data.py", "from data_prep import images"),
-        ("train/data.py", "if True:\n    import demo"),
-        ("train/data.py", "from .flow import sigma"),
+        ("train/data/shard_dataset.py", "from data_prep.images.convert import decode"),
+        ("train/data/shard_dataset.py", "from data_prep import images"),
+        ("train/data/shard_dataset.py", "if True:\n    import demo"),
+        ("train/data/shard_dataset.py", "from .flow import sigma"),
     ],
 )
 def test_a_forbidden_import_is_found(file: str, source: str):
@@ -99,10 +99,10 @@ def test_a_forbidden_import_is_found(file: str, source: str):
     [
         ("data_prep/encode_shards.py", "from qwen_image.encoders.vae import encode"),
         (
-            "train/data.py",
+            "train/data/shard_dataset.py",
             "from data_prep.shard_format.shards import ShardReader\nfrom data_prep import shards\nimport torch",
         ),
-        ("demo/run.py", "import train.config, data_prep.images.convert"),
+        ("demo/run.py", "import train.config.train_config, data_prep.images.convert"),
     ],
 )
 def test_an_allowed_import_passes(file: str, source: str):
@@ -165,7 +165,7 @@ def test_every_script_answers_help_quickly_from_a_foreign_folder(help_texts):
 def test_help_mentions_every_flag(help_texts):
     from dataclasses import fields
 
-    from train.config import TrainConfig
+    from train.config.train_config import TrainConfig
 
     for script, (_, text, _) in help_texts.items():
         flags = declared_flags((ROOT / script).read_text())

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
-from train.lora import (
+from train.lora.inject import (
     LoraSpec,
     attach_lora,
     inject_lora,
@@ -18,7 +18,7 @@ from train.lora import (
     resolve_targets,
     set_lora_enabled,
 )
-from train.lora_file import read_lora, save_lora
+from train.lora.lora_file import read_lora, save_lora
 
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 

@@ -17,8 +17,8 @@ from tests.test_joint_layout import (
     on_device,  # noqa: F401  (a fixture)
     reference,
 )
-from train.fused_projection import fuse_projections
-from train.lora import LoraSpec, inject_lora, lora_parameters
+from train.lora.inject import LoraSpec, inject_lora, lora_parameters
+from train.step.fused_projection import fuse_projections
 
 pytestmark = needs_kernel
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from qwen_image.model.transformer import TransformerConfig
-from train import memory
-from train.config import TrainConfig
-from train.memory import GIB, EncoderSizes, MemoryPlan, engine_bytes, plan_memory
+from train.config.train_config import TrainConfig
+from train.fit import memory_plan as memory
+from train.fit.memory_plan import GIB, EncoderSizes, MemoryPlan, engine_bytes, plan_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN, LORA = 20_430_401_088, 23_592_960 * 2

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from train.config import TrainConfig
-from train.metrics import Metrics
-from train.run_folder import prepare_run_folder
+from train.config.train_config import TrainConfig
+from train.saving.run_folder import prepare_run_folder
+from train.watching.metrics import Metrics
 
 
 def make_config(folder: Path, **changes: Any) -> TrainConfig:
@@ -69,7 +69,7 @@ def test_a_row_a_logged_step_with_its_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("train.metrics.time.perf_counter", lambda: now)
+    monkeypatch.setattr("train.watching.metrics.time.perf_counter", lambda: now)
     metrics = Metrics(make_config(tmp_path), total_steps=20, samples_per_step=8)
     now += 3.0
     with metrics.paused():
@@ -208,7 +208,7 @@ def test_an_unreachable_or_missing_wandb_ends_nothing(
 
 
 def test_the_run_folder_says_what_made_the_run(tmp_path: Path) -> None:
-    from train.command_line import parse
+    from train.config.command_line import parse
 
     config = make_config(tmp_path / "new" / "run", lora_rank=4)
     versions = prepare_run_folder(config, {"train_batch_size": 2})

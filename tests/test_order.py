@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.order import AUTO_DROP_MICRO_BATCHES, Order, places, steps_of
+from train.data.sample_order import AUTO_DROP_MICRO_BATCHES, Order, places, steps_of
 
 
 @st.composite

@@ -12,7 +12,7 @@ from forked_ranks import run_ranks
 def leave_on_signal(root: Path) -> None:
     import torch.distributed as dist
 
-    from train.preemption import PREEMPTED, Preemption
+    from train.process.preemption import PREEMPTED, Preemption
 
     preemption, rank = Preemption(), dist.get_rank()
     for step in range(10_000):
@@ -38,7 +38,7 @@ def test_a_signal_to_one_rank_makes_all_leave_at_the_same_step(tmp_path, number)
 
 
 def sleep_after_the_first_signal(root: Path, echo_seconds: float) -> None:
-    from train import preemption as module
+    from train.process import preemption as module
 
     module.ECHO_SECONDS = echo_seconds
     preemption = module.Preemption()

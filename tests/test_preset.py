@@ -14,10 +14,10 @@ from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.pipeline import load_transformer, predict_velocity
 from train import merge_lora, train_lora
-from train.lora import attach_lora, set_lora_enabled
-from train.lora_file import read_lora
-from train.paths import split_weight
-from train.preset import Preset, merge_presets
+from train.config.check_paths import split_weight
+from train.lora.inject import attach_lora, set_lora_enabled
+from train.lora.lora_file import read_lora
+from train.lora.preset_loras import Preset, merge_presets
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.net.2", "proj_out", "img_in")

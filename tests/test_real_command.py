@@ -103,17 +103,17 @@ def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
 
 
 def test_runs_are_watched_one_after_another(hollow_model: Path, tmp_path: Path):
-    import train.engine
-    from train.graphs import StepGraphs
+    import train.engine.deepspeed_engine
+    from train.step.cuda_graphs import StepGraphs
 
     data = write_random_encoded(tmp_path / "data", 3, 0, 0, [8, 4, 6], 64, [(32, 32), (64, 32)])
-    hooked = train.engine.initialize, StepGraphs.capture
+    hooked = train.engine.deepspeed_engine.initialize, StepGraphs.capture
     runs = [flags(hollow_model, data, tmp_path / name) for name in ("one", "two")]
     (tmp_path / "runs.json").write_text(json.dumps([*runs, [*runs[0], "--resume", "none such"]]))
     results = tmp_path / "results.jsonl"
     measured_training.main(["--runs", str(tmp_path / "runs.json"), "--results", str(results), "--hollow"])
     one, two, bad = (json.loads(line) for line in results.read_text().splitlines())
-    assert (train.engine.initialize, StepGraphs.capture) == hooked
+    assert (train.engine.deepspeed_engine.initialize, StepGraphs.capture) == hooked
     for result in (one, two):
         assert result["code"] == 0 and len(result["steps"]) == 4
         assert [step["seconds"] is None for step in result["steps"]] == [True, False, False, False]

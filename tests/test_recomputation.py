@@ -15,14 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_image.model.rotary import rotary_table
 from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
-from train import activation_offload, recomputation
-from train.activation_offload import ActivationOffload
-from train.largest_batch import BatchShape, largest_batch, random_arguments
-from train.lora import LoraSpec, inject_lora
-from train.memory import GIB
-from train.module import FlowMatchingModule
-from train.recomputation import PeakWatch, RecomputationPlan, choose, plan_recomputation, set_recomputed
-from train.trial_step import Trial, try_step
+from train.data.largest_batch import BatchShape, largest_batch, random_arguments
+from train.fit import activation_checkpointing as recomputation
+from train.fit.activation_checkpointing import PeakWatch, RecomputationPlan, choose, plan_recomputation, set_recomputed
+from train.fit.memory_plan import GIB
+from train.fit.trial_step import Trial, try_step
+from train.lora.inject import LoraSpec, inject_lora
+from train.step import offload_activations as activation_offload
+from train.step.flow_matching_module import FlowMatchingModule
+from train.step.offload_activations import ActivationOffload
 
 CPU = torch.device("cpu")
 SHAPE = BatchShape(batch=2, height=96, width=64, text=12, padded=True)

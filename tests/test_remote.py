@@ -13,12 +13,12 @@ import pytest
 from data_sets import assert_equal, write_set
 from test_cache import cached, size, wait_for
 
-from train.batches import Reading
-from train.cache import ShardsAhead
-from train.data import BrokenSample, ShardDataset
-from train.flow import SigmaSampling
-from train.loader import BatchLoader
-from train.remote import WAITS, Remote, Unreachable, open_remote
+from train.data.indexed_loader import BatchLoader
+from train.data.remote_cache import ShardsAhead
+from train.data.remote_shards import WAITS, Remote, Unreachable, open_remote
+from train.data.shard_dataset import BrokenSample, ShardDataset
+from train.data.worker_loader import Reading
+from train.flow.objective import SigmaSampling
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def served(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setattr("train.remote.WAITS", (0.01,) * 8)
+    monkeypatch.setattr("train.data.remote_shards.WAITS", (0.01,) * 8)
     yield f"http://127.0.0.1:{server.server_port}/set", folder, wrong
     server.shutdown()
     thread.join()
@@ -172,7 +172,7 @@ class Flaky:
 def test_a_lost_answer_is_asked_for_again(monkeypatch):
     remote = Remote("s3://bucket/set")
     waits: list[float] = []
-    monkeypatch.setattr("train.remote.time.sleep", waits.append)
+    monkeypatch.setattr("train.data.remote_shards.time.sleep", waits.append)
     flaky = Flaky(3)
     monkeypatch.setattr("fsspec.filesystem", lambda *_, **__: flaky)
     assert remote.read("000000.tar", 10, 15) == bytes(range(10, 15)) and len(waits) == 3 and waits == sorted(waits)

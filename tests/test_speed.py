@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from train.speed import choose_workspaces
+from train.step.speedups import choose_workspaces
 
 NAMES = "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE"
 GPU = torch.device("cuda")

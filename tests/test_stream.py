@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_data import assert_equal, break_sample, embeds_of, latent_of, write_set
 
-from train.batches import Reading
-from train.data import Batch, BrokenSample, ShardDataset
-from train.flow import SigmaSampling
-from train.stream import StreamLoader
+from train.data.shard_dataset import Batch, BrokenSample, ShardDataset
+from train.data.webdataset_stream import StreamLoader
+from train.data.worker_loader import Reading
+from train.flow.objective import SigmaSampling
 
 
 def urls(folder) -> list[str]:

@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from data_prep import encode_shards, make_shards
 from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
-from train import engine, module, train_lora
-from train.command_line import parse
-from train.lora import attach_lora
-from train.lora_file import read_lora
+from train import train_lora
+from train.config.command_line import parse
+from train.engine import deepspeed_engine as engine
+from train.lora.inject import attach_lora
+from train.lora.lora_file import read_lora
+from train.step import flow_matching_module as module
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_TRIALS = ("--activation_checkpointing", "full", "--cuda_graphs", "off")  # on the CPU, no step before the first
@@ -217,13 +219,13 @@ def test_diffusers_agrees_with_the_trained_lora(reference, tiny_model):
 
 def test_only_lora_moves(tiny_model, encoded, tmp_path):
     """The engine trains: every frozen weight stays bit for bit what the file says, and has no gradient."""
-    from train.data import ShardDataset, make_batch
-    from train.deepspeed_config import load_deepspeed_config
-    from train.engine import initialize, join_process_group
-    from train.flow import SigmaSampling
-    from train.loader import draw_sample
-    from train.lora import LoraSpec, inject_lora
-    from train.module import FlowMatchingModule
+    from train.config.deepspeed_json import load_deepspeed_config
+    from train.data.indexed_loader import draw_sample
+    from train.data.shard_dataset import ShardDataset, make_batch
+    from train.engine.deepspeed_engine import initialize, join_process_group
+    from train.flow.objective import SigmaSampling
+    from train.lora.inject import LoraSpec, inject_lora
+    from train.step.flow_matching_module import FlowMatchingModule
 
     config = parse(flags(tiny_model, encoded, tmp_path))
     ranks = join_process_group()
@@ -359,7 +361,7 @@ def test_warm_start_goes_on_where_the_file_ends(reference, tiny_model, encoded, 
 
 @pytest.mark.parametrize("policy,code,taken", [("stop", 3, 0), ("skip", 0, 2)])
 def test_a_step_that_is_not_finite(tiny_model, encoded, tmp_path, capsys, monkeypatch, policy, code, taken):
-    from train import flow
+    from train.flow import objective as flow
 
     original = flow.velocity_target
     calls = []
@@ -368,7 +370,7 @@ def test_a_step_that_is_not_finite(tiny_model, encoded, tmp_path, capsys, monkey
         calls.append(1)
         return original(latents, noise) * (float("nan") if len(calls) == 1 else 1.0)
 
-    monkeypatch.setattr("train.module.velocity_target", target)
+    monkeypatch.setattr("train.step.flow_matching_module.velocity_target", target)
     output = tmp_path / "run"
     more = ["--max_steps", "3", "--on_nonfinite", policy, *NO_TRIALS]
     assert train_lora.main(flags(tiny_model, encoded, output, *more)) == code

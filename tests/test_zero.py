@@ -22,18 +22,16 @@ from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.pipeline import load_transformer
 from train import train_lora
-from train.command_line import parse
-from train.data import ShardDataset, make_batch
-from train.flow import SigmaSampling
-from train.frozen import planned_sizes
-from train.loader import draw_sample
-from train.lora import LoraSpec, inject_lora, lora_parameters
-from train.module import FlowMatchingModule
+from train.base_model.load_pipeline import planned_sizes
+from train.config.command_line import parse
+from train.data.indexed_loader import draw_sample
+from train.data.shard_dataset import ShardDataset, make_batch
+from train.flow.objective import SigmaSampling
+from train.lora.inject import LoraSpec, inject_lora, lora_parameters
+from train.step.flow_matching_module import FlowMatchingModule
 
-_MODULES = (
-    "deepspeed.runtime.engine peft functorch.compile pyarrow.dataset qwen_image.model.modulation train.checkpoint"
-)
-_MODULES += " train.export train.frozen train.metrics train.preview train.speed"
+_MODULES = "deepspeed.runtime.engine peft functorch.compile pyarrow.dataset qwen_image.model.modulation train.saving.checkpoints"
+_MODULES += " train.saving.lora_export train.base_model.load_pipeline train.watching.metrics train.watching.sample_images train.step.speedups"
 for _module in _MODULES.split():
     importlib.import_module(_module)  # before the ranks are forked, or each of them imports it
 
@@ -154,7 +152,7 @@ def test_variants_of_stage_3(
     whole_model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     """Sample images, validation, hpZ and offloaded activations change nothing; checkpoints hold LoRA alone."""
-    monkeypatch.setattr("train.activation_offload.SMALLEST_BYTES", 0)
+    monkeypatch.setattr("train.step.offload_activations.SMALLEST_BYTES", 0)
     variants = {
         "zero2": ("zero2", []),
         "offload": ("zero3_offload", ["--offload_activations", "true"]),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from qwen_image.loading.safetensors_ranges import StoredTensor
-    from train.preset import Preset
+    from train.lora.preset_loras import Preset
 
 FILE_BYTES = 5_000_000_000  # of one weight file, as diffusers splits them
 STEM = "diffusion_pytorch_model"
@@ -61,7 +61,7 @@ def merge(
     missing, FileExistsError, and OSError when the disk has too little room.
     """
     from qwen_image.loading.model_files import ModelSource, empty_transformer, match_weights, resolve_model
-    from train.preset import Preset
+    from train.lora.preset_loras import Preset
 
     if output_path.exists():
         raise FileExistsError(f"output_path: {output_path} exists already")
@@ -126,7 +126,7 @@ def write_merged(
     import torch
 
     from qwen_image.loading.safetensors_ranges import DTYPES
-    from train.preset import merged
+    from train.lora.preset_loras import merged
 
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": metadata}

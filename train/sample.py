@@ -70,9 +70,9 @@ def sample(arguments: argparse.Namespace) -> int:
     from qwen_image.kernel_check import distrust_kernels
     from qwen_image.loading.model_files import ModelSource
     from qwen_image.pipeline import QwenImagePipeline
-    from train.grid import make_grid, save_png
-    from train.lora import attach_lora, set_lora_enabled
-    from train.lora_file import read_lora
+    from train.lora.inject import attach_lora, set_lora_enabled
+    from train.lora.lora_file import read_lora
+    from train.watching.image_grid import make_grid, save_png
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = QwenImagePipeline.from_pretrained(

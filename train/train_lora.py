@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 train/train_lora.py --config run.yaml
     sbatch slurm/qwen_lora.sh run.yaml
 
-`--help` lists every option (train/config.py defines them). RUN receives config.yaml, versions.json, metrics.jsonl,
+`--help` lists every option (train/config/train_config.py defines them). RUN receives config.yaml, versions.json, metrics.jsonl,
 lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes: 0 done, 2 bad input,
 3 loss or gradient no longer finite, 4 out of GPU memory, 85 asked to leave by SIGTERM or SIGUSR1 (checkpoint saved,
 start again to go on).
@@ -16,10 +16,10 @@ import sys
 import time
 from dataclasses import replace
 
-from train.command_line import parse
-from train.config import TrainConfig
-from train.out_of_memory import memory_ran_out
-from train.paths import check_paths
+from train.config.check_paths import check_paths
+from train.config.command_line import parse
+from train.config.train_config import TrainConfig
+from train.process.out_of_memory import memory_ran_out
 
 BAD_INPUT = 2
 NOT_FINITE = 3
@@ -58,32 +58,32 @@ def train(config: TrainConfig) -> int:
     import torch
 
     from qwen_image.float8.linear import keep_transposed
-    from train import frozen
-    from train.activation_offload import ActivationOffload
-    from train.base import check_base, read_presets
-    from train.batch_shapes import batch_shapes, text_padding
-    from train.checkpoint import Checkpoints, check_same
-    from train.deepspeed_config import load_deepspeed_config, warnings
-    from train.engine import DTYPES, initialize, join_process_group, learning_rate, set_learning_rate
-    from train.export import LoraExport
-    from train.feed import make_loader, make_order, open_data
-    from train.graph_choice import start_graphs
-    from train.largest_batch import largest_batch
-    from train.late_row import LateRow
-    from train.lora import LoraSpec, inject_lora, start_from
-    from train.lora_file import read_lora
-    from train.memory import engine_bytes
-    from train.metrics import Metrics
-    from train.module import FlowMatchingModule
-    from train.nonfinite import LossWatch
-    from train.optimizer_state import trainable_shapes
-    from train.order import steps_of
-    from train.preemption import PREEMPTED, Preemption
-    from train.preview import Preview
-    from train.recomputation import PeakWatch, plan_recomputation
-    from train.run_folder import prepare_run_folder
-    from train.speed import apply_speedups, choose_workspaces, shapes_met
-    from train.validation import Validation
+    from train.base_model import load_pipeline as frozen
+    from train.base_model.load_transformer import check_base, read_presets
+    from train.config.deepspeed_json import load_deepspeed_config, warnings
+    from train.data.batch_shapes import batch_shapes, text_padding
+    from train.data.from_config import make_loader, make_order, open_data
+    from train.data.largest_batch import largest_batch
+    from train.data.sample_order import steps_of
+    from train.engine.deepspeed_engine import DTYPES, initialize, join_process_group, learning_rate, set_learning_rate
+    from train.engine.optimizer_state import trainable_shapes
+    from train.fit.activation_checkpointing import PeakWatch, plan_recomputation
+    from train.fit.cuda_graphs_choice import start_graphs
+    from train.fit.memory_plan import engine_bytes
+    from train.lora.inject import LoraSpec, inject_lora, start_from
+    from train.lora.lora_file import read_lora
+    from train.process.preemption import PREEMPTED, Preemption
+    from train.saving.checkpoints import Checkpoints, check_same
+    from train.saving.lora_export import LoraExport
+    from train.saving.run_folder import prepare_run_folder
+    from train.step.flow_matching_module import FlowMatchingModule
+    from train.step.offload_activations import ActivationOffload
+    from train.step.speedups import apply_speedups, choose_workspaces, shapes_met
+    from train.watching.late_row import LateRow
+    from train.watching.loss_watch import LossWatch
+    from train.watching.metrics import Metrics
+    from train.watching.sample_images import Preview
+    from train.watching.validation import Validation
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
     ranks = join_process_group()
@@ -271,6 +271,6 @@ def train(config: TrainConfig) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if "train.engine" in sys.modules:  # else nothing was joined
-        sys.modules["train.engine"].leave_process_group()
+    if "train.engine.deepspeed_engine" in sys.modules:  # else nothing was joined
+        sys.modules["train.engine.deepspeed_engine"].leave_process_group()
     sys.exit(code)

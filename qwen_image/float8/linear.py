@@ -49,7 +49,7 @@ class Float8Linear(Linear):
 
     Attributes:
         compute_dtype: the model's dtype, under the name by which PEFT asks for it.
-        fused: a fused projection does this layer's work (train/fused_projection.py): it never needs `transposed`.
+        fused: a fused projection does this layer's work (train/step/fused_projection.py): it never needs `transposed`.
     """
 
     scale: torch.Tensor

@@ -40,7 +40,7 @@ class JointAttention(nn.Module):
         self.norm_added_q, self.norm_added_k = RMSNorm(dim // heads), RMSNorm(dim // heads)
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.to_add_out = Linear(dim, dim)
-        # These may do the work of the layers (train/fused_projection.py).
+        # These may do the work of the layers (train/step/fused_projection.py).
         self.image_projection: Projection | None = None
         self.text_projection: Projection | None = None
         self.invertible_norms = False

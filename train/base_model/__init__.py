@@ -1,0 +1,1 @@
+"""The frozen model of a run: loaded, merged, quantized, partitioned."""

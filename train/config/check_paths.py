@@ -1,0 +1,84 @@
+"""Every path of a configuration, looked at before anything heavy is read."""
+
+import glob
+import math
+import os
+import re
+from pathlib import Path
+
+from train.config.train_config import TrainConfig
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Look at every path of `config` before anything heavy is read; creates nothing.
+
+    Raises FileNotFoundError, NotADirectoryError or PermissionError with one line that names the option and the path.
+    """
+    if not config.deepspeed.is_file():
+        raise FileNotFoundError(f"deepspeed: no file at {config.deepspeed} (ds_configs/ holds four to choose from)")
+    check_model(config)
+    if config.lora_checkpoint is not None and not config.lora_checkpoint.is_file():
+        raise FileNotFoundError(f"lora_checkpoint: no file at {config.lora_checkpoint}")
+    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
+        raise FileNotFoundError(f"resume: no checkpoint at {config.resume} (or say auto, or never)")
+    for text in config.preset_lora_path:
+        if not split_weight(text)[0].is_file():
+            raise FileNotFoundError(f"preset_lora_path: no file at {split_weight(text)[0]}")
+    check_data(config)
+    check_writable(config.output_path)
+
+
+def check_data(config: TrainConfig) -> None:
+    """`data` is a folder with shards, or something that only reading can tell about: remote, or a webdataset stream."""
+    if "://" in config.data:
+        check_writable(config.data_cache_path, "data_cache_path")
+        return
+    if config.loader == "webdataset" and (config.data.startswith("pipe:") or "{" in config.data):
+        return
+    data = Path(config.data)
+    if not data.is_dir():
+        raise FileNotFoundError(f"data: no folder at {data}")
+    if not (data / "manifest.json").is_file() and not any(data.glob("*.tar")):
+        raise FileNotFoundError(f"data: no shards in {data}; data_prep/make_shards.py makes them from an image folder")
+
+
+def split_weight(text: str) -> tuple[Path, float]:
+    """`FILE:WEIGHT` or `FILE` (weight 1) as a pair. Raises ValueError for a weight that is no finite number."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).expanduser().exists():
+        return Path(text).expanduser(), 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{text}: what follows the last colon is the LoRA's weight and must be a number, got {weight!r}"
+        )
+    return Path(path).expanduser(), number
+
+
+def check_model(config: TrainConfig) -> None:
+    """`model` is a folder or looks like a hub id, and each component path matches something."""
+    model = Path(config.model).expanduser()
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) is not None and not config.model.startswith(".")
+    if model.exists():
+        if not (model / "model_index.json").is_file() and not (config.transformer_path and config.vae_path):
+            raise FileNotFoundError(f"model: {model} holds no model_index.json, so it is no Hugging Face model folder")
+        if config.revision is not None:
+            raise ValueError(f"revision ({config.revision}) belongs to a hub id, but model is the folder {model}")
+    elif not hub_id:
+        raise FileNotFoundError(f"model: no folder at {config.model}, and it is no hub id like Qwen/Qwen-Image")
+    for name in ("transformer_path", "text_encoder_path", "vae_path", "tokenizer_path"):
+        pattern = getattr(config, name)
+        if pattern is not None and not glob.glob(os.path.expanduser(pattern)):
+            raise FileNotFoundError(f"{name}: nothing matches {pattern}")
+
+
+def check_writable(folder: Path, option: str = "output_path") -> None:
+    """`folder`, or the nearest parent that exists, is a folder we may write to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{option}: {nearest} is a file, so {folder} cannot be a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option}: no permission to write in {nearest}")

@@ -1,0 +1,292 @@
+"""The one definition of every training option: name, type, default, help text and check.
+
+    python train/train_lora.py --help
+    deepspeed train/train_lora.py --config run.yaml --learning_rate 2e-4      # flags override the file
+
+A YAML file holds the same names without the dashes; an unknown name or a wrong type is an error that names the line.
+Relative paths, in the file too, start from the working directory. No torch here: `--help` has to be quick.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from train.config.typed_fields import (
+    Count,
+    NotNegative,
+    Number,
+    Pixels,
+    Positive,
+    Precision,
+    Range,
+    Share,
+    Whole,
+    convert,
+)
+
+HEADINGS = {  # the first field of each group in --help and in config.yaml
+    "model": "model",
+    "data": "data",
+    "lora_rank": "LoRA",
+    "timestep_sampling": "flow matching",
+    "max_steps": "optimisation",
+    "deepspeed": "memory",
+    "output_path": "saving and resuming",
+    "log_steps": "logging",
+    "validation_samples": "validation",
+    "sample_prompts": "sampling",
+}
+COMMA_LISTS = ("lora_target_modules",)  # other lists are repeated flags: a prompt may hold commas
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a training run depends on, besides the DeepSpeed JSON. Values are converted and checked on creation.
+
+    Raises ValueError with one line that names the field, the value and the limit.
+    """
+
+    # ---- model
+    model: Annotated[str, "folder in the Hugging Face layout, or a hub id such as Qwen/Qwen-Image"]
+    revision: Annotated[str | None, "branch, tag or commit of a hub id"] = None
+    transformer_path: Annotated[str | None, "file, folder or glob to use for the transformer"] = None
+    text_encoder_path: Annotated[str | None, "file, folder or glob to use for the text encoder"] = None
+    vae_path: Annotated[str | None, "file, folder or glob to use for the VAE"] = None
+    tokenizer_path: Annotated[str | None, "folder to use for the tokenizer"] = None
+    dtype: Annotated[Precision, "of the frozen weights and the activations"] = "bfloat16"
+    base_precision: Annotated[
+        Literal["dtype", "float8"],
+        "float8: the blocks' frozen projections and MLPs in 8 bits, 13.6 instead of 27.2 GB, on a GPU of compute capability "
+        "8.9 or newer; LoRA and everything else stay as they are",
+    ] = "dtype"
+
+    # ---- data
+    data: Annotated[
+        str,
+        "folder of shards (make_shards.py) or of encoded shards (encode_shards.py), here or remote (s3://, hf://, …)",
+    ]
+    data_cache_path: Annotated[Path, "folder for local copies of remote shards"] = Path("~/.cache/qwen_image_lora")
+    data_cache_gb: Annotated[
+        NotNegative, "each node keeps so many GB of the remote shards that come next; 0 = none"
+    ] = 50.0
+    dataset_repeat: Annotated[Count, "how often every sample occurs in an epoch"] = 1
+    batch_size: Annotated[Count, "samples of a micro-batch on each rank"] = 1
+    num_workers: Annotated[Whole, "loader processes of each rank; 0 = load in the training process"] = 2
+    shuffle_window: Annotated[Count, "K: how many shards are shuffled together"] = 16
+    tail: Annotated[
+        Literal["auto", "wrap", "drop"],
+        "a bucket's last, incomplete batch: wrap fills it from the bucket's start, drop leaves it out of the epoch; "
+        "auto wraps small data sets",
+    ] = "auto"
+    loader: Annotated[
+        Literal["indexed", "webdataset"],
+        "indexed: random access through the shards' index, exactly resumable; webdataset: one after another, for streams "
+        "without an index (pipe:, braces), with weaker promises",
+    ] = "indexed"
+    max_prompt_tokens: Annotated[
+        Annotated[int, Range(1, 1024)], "longer captions are cut; sampling cuts at 512, the encoder allows 1024"
+    ] = 512
+    text_padding: Annotated[
+        Count | None,
+        "pad a batch's text to a multiple of this many tokens: fewer shapes; not given: on a GPU 32, or 64 or 128 where "
+        "the data set has too many shapes for CUDA graphs, else 1",
+    ] = None
+
+    # ---- LoRA
+    lora_rank: Annotated[Count, "rank of the LoRA matrices"] = 32
+    lora_alpha: Annotated[Positive | None, "the update is scaled by alpha / rank; not given: alpha = rank"] = None
+    lora_dropout: Annotated[Annotated[float, Range(0.0, 0.99)], "dropout before lora_A"] = 0.0
+    lora_target_modules: Annotated[tuple[str, ...], "comma-separated names of the linear layers to adapt"] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+    )
+    lora_rslora: Annotated[bool, "rank-stabilised LoRA: scale by alpha / sqrt(rank)"] = False
+    lora_dora: Annotated[bool, "DoRA: train the magnitude of the weights too"] = False
+    lora_dtype: Annotated[
+        Precision | None, "of the LoRA weights in the forward pass (AdamW's are float32); not given: as dtype"
+    ] = None
+    lora_checkpoint: Annotated[Path | None, "LoRA file to start from (weights only, steps count from 0)"] = None
+    preset_lora_path: Annotated[
+        tuple[str, ...], "LoRA files merged into the frozen base, each FILE or FILE:WEIGHT (repeat the flag)"
+    ] = ()
+
+    # ---- flow matching
+    timestep_sampling: Annotated[
+        Literal["qwen_shift", "logit_normal", "uniform", "shift", "diffsynth"], "how the noise level sigma is drawn"
+    ] = "qwen_shift"
+    logit_mean: Annotated[Number, "mean of the normal draw of logit_normal"] = 0.0
+    logit_std: Annotated[Positive, "standard deviation of the normal draw of logit_normal"] = 1.0
+    timestep_shift: Annotated[Positive, "constant shift of `shift`"] = 2.2
+    loss_weighting: Annotated[
+        Literal["none", "bsmntw", "sigma_sqrt", "cosmap"], "weight of the loss as a function of sigma"
+    ] = "none"
+    caption_dropout: Annotated[Share, "share of samples trained with the empty caption"] = 0.0
+
+    # ---- optimisation
+    max_steps: Annotated[Count | None, "stop after this many optimizer steps (instead of num_epochs)"] = None
+    num_epochs: Annotated[Count | None, "passes over the data; 1 when max_steps is not given either"] = None
+    gradient_accumulation_steps: Annotated[Count, "micro-batches of one optimizer step on each rank"] = 1
+    learning_rate: Annotated[Positive, "peak learning rate of AdamW"] = 1e-4
+    weight_decay: Annotated[NotNegative, "decoupled weight decay of AdamW"] = 0.01
+    adam_beta1: Annotated[Annotated[float, Range(0.0, 0.9999999)], "decay of AdamW's first moment"] = 0.9
+    adam_beta2: Annotated[Annotated[float, Range(0.0, 0.9999999)], "decay of AdamW's second moment"] = 0.999
+    adam_epsilon: Annotated[Positive, "added to the denominator of AdamW"] = 1e-8
+    max_grad_norm: Annotated[NotNegative, "clip the global gradient norm to this; 0 = no clipping"] = 1.0
+    lr_scheduler: Annotated[Literal["constant", "cosine", "linear"], "course of the learning rate after warm-up"] = (
+        "constant"
+    )
+    lr_warmup_steps: Annotated[Whole, "optimizer steps of linear warm-up from 0"] = 0
+    seed: Annotated[Whole, "of the order, the noise, sigma, caption dropout and the initial LoRA weights"] = 0
+
+    # ---- memory
+    deepspeed: Annotated[Path, "DeepSpeed JSON, such as ds_configs/zero2.json"]
+    activation_checkpointing: Annotated[
+        Whole | Literal["none", "full", "auto"],
+        "which blocks are recomputed: none, all, as few as fit (measured before step 0; under ZeRO-3 all), or a number",
+    ] = "auto"
+    offload_activations: Annotated[
+        bool, "what recomputed blocks start from waits in host memory: 1.5 GB less on a GPU at 1024x1024, batch size 1"
+    ] = False
+    encoder_device: Annotated[
+        Literal["auto", "device", "swap", "cpu"],
+        "where text encoder and VAE work when the shards hold images: device keeps 14 GB on the GPU, swap moves the text "
+        "encoder there for each batch, cpu is slow; auto: device if the memory plan has room, else swap",
+    ] = "auto"
+    deterministic: Annotated[bool, "bit-reproducible kernels, slower"] = False
+    modulation_table: Annotated[
+        Literal["auto", "on", "off"],
+        "compute the frozen modulation once and drop its weights (13.6 of 41 GB in bf16); auto: when LoRA leaves it alone "
+        "and ZeRO doesn't partition it",
+    ] = "auto"
+    compile: Annotated[
+        Literal["auto", "on", "off"], "compile the blocks (a minute at start); auto: on a GPU, not under ZeRO-3"
+    ] = "auto"
+    cuda_graphs: Annotated[
+        Literal["auto", "on", "off"],
+        "launch a step's kernels as one graph, captured once for each shape of a batch: on a GPU, but not under ZeRO-3 or "
+        "with lora_dropout or offload_activations; auto: where the run is long enough to win back the capturing",
+    ] = "auto"
+
+    # ---- saving and resuming
+    output_path: Annotated[Path, "run folder: config, metrics, LoRA files, checkpoints"]
+    save_steps: Annotated[Whole, "write lora-<step>.safetensors this often; 0 = at the end only"] = 500
+    checkpoint_steps: Annotated[
+        Whole | None, "write a resumable checkpoint (optimizer state) this often; not given: save_steps"
+    ] = None
+    keep_checkpoints: Annotated[Whole, "how many of the newest checkpoints stay; 0 = all"] = 2
+    keep_every: Annotated[Whole, "checkpoints at multiples of this many steps stay as well; 0 = none"] = 0
+    on_save_error: Annotated[
+        Literal["stop", "continue"], "what a checkpoint or LoRA file that cannot be written (a full disk) does"
+    ] = "stop"
+    save_dtype: Annotated[Literal["float32", "bfloat16"], "of the weights in LoRA files"] = "float32"
+    resume: Annotated[str, "auto (newest checkpoint in output_path, if any), never, or a checkpoint's path"] = "auto"
+    resume_ignore_data: Annotated[bool, "resume although the data set has changed; its order starts anew"] = False
+    on_nonfinite: Annotated[Literal["stop", "skip"], "what a NaN or infinite gradient does: end, or skip the step"] = (
+        "stop"
+    )
+    on_broken_sample: Annotated[Literal["skip", "stop"], "what a sample that cannot be read does"] = "skip"
+
+    # ---- logging
+    log_steps: Annotated[Count, "optimizer steps between two rows of metrics.jsonl"] = 10
+    wandb_mode: Annotated[
+        Literal["auto", "online", "offline", "disabled"], "auto = online when an API key is found, else offline"
+    ] = "auto"
+    wandb_project: Annotated[str, "W&B project"] = "qwen-image-lora"
+    wandb_run_name: Annotated[str | None, "W&B run name; not given: the name of the run folder"] = None
+
+    # ---- validation
+    validation_samples: Annotated[Whole, "samples held out of the training data; 0 = no validation"] = 0
+    validation_steps: Annotated[
+        Whole | None, "steps between validations; 0 = at the end only; not given: save_steps"
+    ] = None
+
+    # ---- sampling
+    sample_prompts: Annotated[tuple[str, ...], "prompts of the sample images (repeat the flag; a list in YAML)"] = ()
+    sample_steps: Annotated[Whole | None, "steps between sample images; 0 = at the end only; not given: save_steps"] = (
+        None
+    )
+    sample_height: Annotated[Pixels, "height of sample images in pixels"] = 1024
+    sample_width: Annotated[Pixels, "width of sample images in pixels"] = 1024
+    sample_num_inference_steps: Annotated[Count, "denoising steps of sample images"] = 30
+    sample_true_cfg_scale: Annotated[Annotated[float, Range(1.0)], "guidance; 1 = none"] = 4.0
+
+    def __post_init__(self) -> None:
+        for name, hint in HINTS.items():
+            try:
+                object.__setattr__(self, name, convert(getattr(self, name), hint, comma_list=name in COMMA_LISTS))
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+        if self.max_steps is not None and self.num_epochs is not None:
+            raise ValueError(f"give max_steps ({self.max_steps}) or num_epochs ({self.num_epochs}), not both")
+        if self.max_steps is None and self.num_epochs is None:
+            object.__setattr__(self, "num_epochs", 1)
+        if self.max_steps is not None and self.lr_warmup_steps > self.max_steps:
+            raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must not be above max_steps ({self.max_steps})")
+        if self.lora_dtype == "bfloat16" and self.dtype == "float32":
+            raise ValueError("lora_dtype bfloat16 needs dtype bfloat16, got dtype float32")
+        if self.loader == "webdataset" and (self.max_steps is None or self.validation_samples):
+            raise ValueError(
+                "loader webdataset knows no epochs and can't hold samples out: give max_steps, and no validation_samples"
+            )
+        for name in ("model", "data", "resume", "wandb_project", "lora_target_modules"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+
+    @property
+    def alpha(self) -> float:
+        """LoRA alpha: `lora_alpha`, or the rank."""
+        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def text_multiple(self) -> int:
+        """Prompts are padded to a multiple of so many tokens. On a GPU train_lora.py fills text_padding in."""
+        return self.text_padding or 1
+
+    @property
+    def trained_dtype(self) -> Literal["bfloat16", "float32"]:
+        """Type of the LoRA weights in the forward pass: `lora_dtype`, or `dtype`."""
+        return self.dtype if self.lora_dtype is None else self.lora_dtype
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Optimizer steps between two checkpoints; 0 = at the end only."""
+        return self.save_steps if self.checkpoint_steps is None else self.checkpoint_steps
+
+    @property
+    def validate_every(self) -> int:
+        """Optimizer steps between two validations; 0 = at the end only."""
+        return self.save_steps if self.validation_steps is None else self.validation_steps
+
+    @property
+    def sample_every(self) -> int:
+        """Optimizer steps between two sets of sample images; 0 = at the end only."""
+        return self.save_steps if self.sample_steps is None else self.sample_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values (str, int, float, bool, list, None), for YAML, JSON and W&B."""
+        plain: dict[str, Any] = {}
+        for name in HINTS:
+            value = getattr(self, name)
+            plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as a file for `--config`: reading it back gives an equal configuration."""
+        import yaml
+
+        lines: list[str] = []
+        for name, value in self.to_dict().items():
+            if name in HEADINGS:
+                lines.append(f"{'' if not lines else chr(10)}# {HEADINGS[name]}\n")
+            lines.append(yaml.safe_dump({name: value}, allow_unicode=True, width=10_000))
+        return "".join(lines)
+
+
+HINTS: dict[str, Any] = typing.get_type_hints(TrainConfig, include_extras=True)
+REQUIRED = [field.name for field in dataclasses.fields(TrainConfig) if field.default is dataclasses.MISSING]

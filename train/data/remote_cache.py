@@ -1,0 +1,155 @@
+"""The local cache of a remote data set: the shards that training needs next, copied ahead, in a bounded space.
+
+    with ShardsAhead(reader, order, dataset.index.shard, consumed, limit_bytes=50 * 10**9) as ahead:
+        ahead.at(place)                 # from time to time; copies the shards that come next, drops those that were used
+
+The cache only makes reading faster: whatever is in it, the same bytes come out (train/data/remote_shards.py), and nothing ever waits
+for a whole shard. What is needed next is known, because the order of training is (train/data/sample_order.py).
+"""
+
+import fcntl
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from train.data.remote_shards import PARTIAL, RemoteReader, write_whole
+from train.data.sample_order import Order
+
+BLOCK = 8 << 20  # bytes of a shard that are copied at once
+LOOK_AHEAD = 1024  # micro-batches of the plan that are looked through at once
+LOCK = ".lock"
+LOCK_SECONDS = 1.0  # between looks whether another run still fills the cache
+
+
+class ShardsAhead:
+    """A thread that keeps the shards that are needed next in the local folder, `limit_bytes` of them at most.
+
+    One process a node is enough, and while it runs no other changes this folder: a second run reads what is there. A
+    shard whose bytes don't match the manifest, or that can't be copied, is not kept, and said.
+    """
+
+    def __init__(
+        self,
+        reader: RemoteReader,
+        order: Order,
+        shard_of: np.ndarray,
+        consumed: int,
+        limit_bytes: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.reader, self.order, self.shard_of, self.limit_bytes, self.say = reader, order, shard_of, limit_bytes, say
+        self._place, self._moved, self._stop = consumed, threading.Event(), False
+        self._failed: set[int] = set()
+        self._lock = (reader.folder / LOCK).open("w")
+        self._thread = threading.Thread(target=self._run, name="shards-ahead", daemon=True)
+        self._thread.start()
+
+    def at(self, place: int) -> None:
+        """Training has come to this place of the global stream."""
+        self._place = place
+        self._moved.set()
+
+    def close(self) -> None:
+        self._stop = True
+        self._moved.set()
+        self._thread.join(2 * LOCK_SECONDS)  # it may be waiting for the network; nothing is lost with it
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # forked readers have the same file open
+        self._lock.close()
+
+    def wanted(self) -> list[int]:
+        """The shards that come next, in the order of their first use, as many as fit; at most two epochs ahead."""
+        found: dict[int, None] = {}
+        used, end = 0, self._place + 2 * self.order.length
+        for start in range(self._place, end, LOOK_AHEAD):
+            for shard in shards_in_order(self.order, self.shard_of, start, min(LOOK_AHEAD, end - start)):
+                if shard in found:
+                    continue
+                used += self.reader.manifest.shards[shard].bytes
+                if used > self.limit_bytes:
+                    return list(found)
+                found[shard] = None
+            if len(found) == len(self.reader.names):
+                break
+        return list(found)
+
+    def _run(self) -> None:
+        if not self._alone():
+            return
+        for left_over in self.reader.folder.glob(f"{PARTIAL}*.tar.*"):  # of a run that was killed while copying
+            left_over.unlink(missing_ok=True)
+        while not self._stop:
+            self._moved.clear()
+            wanted = self.wanted()
+            names = {self.reader.names[shard]: shard for shard in wanted}
+            for path in self.reader.folder.glob("*.tar"):
+                if path.name not in names:
+                    path.unlink(missing_ok=True)
+            missing = [
+                s for s in wanted if s not in self._failed and not (self.reader.folder / self.reader.names[s]).exists()
+            ]
+            if missing:
+                self._copy(missing[0])
+            else:
+                self._moved.wait()
+
+    def _alone(self) -> bool:
+        """Wait until no other run fills this folder; False when told to stop before."""
+        told = False
+        while not self._stop:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except OSError as error:
+                if not told:
+                    self.say(
+                        f"another run fills the cache {self.reader.folder}, this one only reads it ({error.strerror})"
+                    )
+                told = True
+                time.sleep(LOCK_SECONDS)
+        return False
+
+    def _copy(self, shard: int) -> None:
+        facts = self.reader.manifest.shards[shard]
+        digest = hashlib.sha256()
+
+        def blocks() -> Iterator[bytes]:
+            for start in range(0, facts.bytes, BLOCK):
+                if self._stop:
+                    raise InterruptedError
+                block = self.reader.remote.read(facts.name, start, min(start + BLOCK, facts.bytes))
+                digest.update(block)
+                yield block
+            if digest.hexdigest() != facts.sha256:
+                raise OSError(f"{facts.name} doesn't match the sha256 in the manifest")
+
+        try:
+            write_whole(self.reader.folder / facts.name, blocks())
+        except InterruptedError:
+            pass
+        except (OSError, ValueError) as error:
+            self._failed.add(shard)
+            self.say(f"{self.reader.remote.url}: shard not cached, its samples are read remotely: {error}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def shards_in_order(order: Order, shard_of: np.ndarray, start: int, count: int) -> list[int]:
+    """The distinct shards of `count` micro-batches from place `start`, in the order of their first use."""
+    epoch, place = divmod(start, order.length)
+    virtual = order.plan(epoch)[place : place + count]
+    if len(virtual) < count:
+        virtual = np.concatenate([virtual, order.plan(epoch + 1)[: count - len(virtual)]])
+    shards = shard_of[virtual.ravel() % order.samples]
+    _, first = np.unique(shards, return_index=True)
+    return [int(shard) for shard in shards[np.sort(first)]]

@@ -1,0 +1,156 @@
+"""`--loader webdataset`: batches from shards that can't be indexed (a pipe, a server without byte ranges), one after another.
+
+The weaker promise, compared with train/data/indexed_loader.py: nothing here is a function of (seed, epoch) and a position. Ranks and
+workers get whole shards, drawn at random with replacement, and shuffle within a buffer of samples. So the order depends on
+the number of ranks and workers; a sample may come twice before another comes once; a resumed run goes on with other
+samples than the uninterrupted one would have seen; and no sample can be held out for validation. What does hold: the same
+command gives the same batches, and no two ranks, workers or resumptions draw the same noise.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data_prep.images.stored_pixels import decode_stored
+from train.data.sample_order import places
+from train.data.shard_dataset import LATENT_CHANNELS, VAE_FACTOR, Batch, BrokenSample, Sample, collate
+from train.data.worker_loader import DEFAULTS, Batches, Reading
+from train.flow.objective import SigmaSampling, sample_draws
+
+BUFFER = 1000  # samples that are shuffled together
+
+
+class StreamLoader(Batches):
+    """Batches by the `webdataset` library; see the module for what it can't promise. A broken sample is left out.
+
+    Args:
+        urls: what webdataset takes: paths, http URLs, `pipe:` commands, braces.
+        reading: `consumed` micro-batches of an earlier run are counted on from, and change the shuffle, no more.
+        empty_prompt: [5, D] for caption dropout; encoded shards need it.
+        total: samples of the whole set, for `epoch`; 0 where nobody knows.
+    """
+
+    def __init__(
+        self,
+        urls: str | list[str],
+        batch_size: int,
+        sampling: SigmaSampling,
+        reading: Reading = DEFAULTS,
+        *,
+        seed: int = 0,
+        empty_prompt: torch.Tensor | None = None,
+        max_prompt_tokens: int = 512,
+        buffer: int = BUFFER,
+        total: int = 0,
+    ) -> None:
+        shuffle_seed = (seed * 1_000_003 + reading.rank) * 1_000_003 + reading.consumed
+        source = StreamedBatches(
+            urls, batch_size, buffer, shuffle_seed, seed, sampling, empty_prompt, max_prompt_tokens, reading
+        )
+        self._places = places(reading.consumed, reading.rank, reading.world, reading.accumulation)
+        super().__init__(source, None, reading, {"loader": "webdataset"}, total / batch_size, "left out")
+
+    def arrived(self, batch: Batch) -> None:
+        batch.place = next(self._places)
+
+
+class StreamedBatches(IterableDataset[Any]):
+    """What runs in the workers: webdataset's samples, sorted into batches of one size as they come."""
+
+    def __init__(
+        self,
+        urls: str | list[str],
+        batch_size: int,
+        buffer: int,
+        shuffle_seed: int,
+        seed: int,
+        sampling: SigmaSampling,
+        empty_prompt: torch.Tensor | None,
+        max_prompt_tokens: int,
+        reading: Reading,
+    ) -> None:
+        self.urls, self.batch_size, self.buffer, self.shuffle_seed = urls, batch_size, buffer, shuffle_seed
+        self.seed, self.sampling, self.caption_dropout = seed, sampling, reading.caption_dropout
+        self.empty_prompt, self.max_prompt_tokens = empty_prompt, max_prompt_tokens
+        self.text_multiple, self.attempts = reading.text_multiple, reading.attempts
+
+    def __iter__(self) -> Iterator[Batch | BrokenSample]:
+        waiting: dict[tuple[int, int], list[Sample]] = defaultdict(list)
+        came, broken, in_a_row = Counter[str](), list[str](), 0
+
+        def failed(name: str, error: Exception) -> bool:
+            """True, which webdataset takes for "go on"; after too many in a row the end of the stream."""
+            nonlocal in_a_row
+            in_a_row += 1
+            broken.append(f"{name}: {' '.join(str(error).split())}")
+            if in_a_row > self.attempts:
+                raise BrokenSample(broken[-1]) from None
+            return True
+
+        worker = get_worker_info()
+        seed = self.shuffle_seed * 1_000_003 + (worker.id if worker else 0)
+        try:
+            for raw in self.samples(seed, lambda error: failed("a shard", error)):
+                try:
+                    sample = self.decode(raw)
+                except Exception as error:  # decoders raise whatever they like
+                    failed(f"{raw['__key__']} in {raw['__url__']}", error)
+                    continue
+                in_a_row = 0
+                group = waiting[sample.width, sample.height]
+                group.append(sample)
+                if len(group) == self.batch_size:
+                    yield self.make(group, seed, came, broken)
+                    waiting.pop((sample.width, sample.height))
+                    broken = []
+        except BrokenSample as error:
+            yield error.with_traceback(None)
+
+    def samples(self, seed: int, handler: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+        """webdataset's samples, undecoded, from shards drawn with replacement; `seed` alone decides which."""
+        import webdataset
+
+        shards = webdataset.ResampledShards(self.urls, seed=seed, worker_seed=lambda: 0, deterministic=True)
+        read = webdataset.tarfile_to_samples(handler=handler)
+        return iter(webdataset.DataPipeline(shards, read, webdataset.shuffle(self.buffer, seed=seed)))
+
+    def decode(self, raw: dict[str, Any]) -> Sample:
+        """A sample as webdataset gives it: undecoded bytes by suffix."""
+        key, caption = raw["__key__"], raw.get("txt", b"").decode("utf-8")
+        if "safetensors" in raw:
+            tensors = safetensors.torch.load(raw["safetensors"])
+            latent, embeds = tensors["latent"], tensors["prompt_embeds"][: self.max_prompt_tokens]
+            height, width = (side * VAE_FACTOR for side in latent.shape[-2:])
+            return Sample(0, key, width, height, caption, latent=latent, prompt_embeds=embeds)
+        data = next(raw[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in raw)
+        pixels = torch.from_numpy(decode_stored(data, *image_size(data)).copy()).permute(2, 0, 1).contiguous()
+        return Sample(0, key, pixels.shape[2], pixels.shape[1], caption, pixels=pixels)
+
+    def make(self, samples: list[Sample], seed: int, came: Counter[str], broken: list[str]) -> Batch:
+        """A batch; `came` counts how often each sample has come to this worker since it began with `seed`."""
+        width, height = samples[0].width, samples[0].height
+        shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
+        draws, indices = [], []
+        for sample in samples:
+            digest = hashlib.blake2b(f"{sample.key} {seed}".encode(), digest_size=7).digest()
+            indices.append(int.from_bytes(digest, "little"))
+            times = came[sample.key]
+            draws.append(sample_draws(self.seed, times, indices[-1], shape, self.sampling, self.caption_dropout))
+            came[sample.key] += 1
+        tensors = collate(samples, draws, self.empty_prompt, self.text_multiple)
+        return Batch(place=0, epoch=0, indices=indices, broken=broken, **tensors)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height from the header."""
+    import io
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size

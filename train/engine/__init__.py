@@ -1,0 +1,1 @@
+"""The DeepSpeed engine around the step: optimizer, its state, the learning rate."""

@@ -1,0 +1,215 @@
+"""The trainable weights' float32 masters and AdamW moments: read whole from, and put back into, a ZeRO-2 or ZeRO-3 engine.
+
+ZeRO spreads them over the ranks in flat buffers. For a LoRA they are small (rank 32 on q, k, v: 0.3 GB each), so a
+checkpoint holds them whole, by name, and any number of ranks takes its pieces from it. Values travel as bytes: what is
+restored is bit-equal to what was saved.
+
+DeepSpeed's own ways were read (0.19.8) and not taken: its checkpoints load at the same world size only;
+`safe_get_full_*` sums zeros in (−0.0 becomes 0.0) with one collective a tensor; `safe_set_full_*` fails under ZeRO-3 when a
+tensor doesn't divide by the ranks, needs optimizer state that only the first step creates, and leaves the model's weights.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WEIGHT = "weight"  # the kind of tensor that is the master weight; the other kinds are the optimizer's (exp_avg, …)
+CHUNK_BYTES = 16 << 20  # of all ranks together, in one gather
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of a flattened parameter; this rank's optimizer holds them at flat[offset: …]."""
+
+    name: str
+    start: int
+    numel: int
+    flat: torch.Tensor  # [F], the key of the optimizer's state
+    offset: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This fragment's part of a tensor that is laid out as `flat` is."""
+        return flat.detach().narrow(0, self.offset, self.numel)
+
+
+def trainable_parameters(engine: Any) -> dict[str, Any]:
+    """The trained parameters (with DeepSpeed's attributes) by name, in the module's order, the same on all ranks."""
+    flat = getattr(engine.module, "flat", None)
+    return {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad and parameter is not flat
+    }
+
+
+def trainable_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """Whole shapes, also of partitioned parameters."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable_parameters(engine).items()}
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """What this rank holds. Raises ValueError for an engine that keeps its optimizer state elsewhere."""
+    zero, found = engine.optimizer, []
+    stage = engine.zero_optimization_stage()
+    if stage not in (1, 2, 3):
+        raise ValueError(f"checkpoints need ZeRO stage 2 or 3, the DeepSpeed JSON says stage {stage}")
+    if getattr(zero, "swap_optimizer", False):
+        raise ValueError("checkpoints don't support optimizer state on NVMe: set offload_optimizer's device to cpu")
+    if getattr(zero, "partial_offload", 1.0) != 1.0:
+        raise ValueError(
+            "checkpoints don't support a part of the optimizer on the CPU: set offload_optimizer's ratio to 1"
+        )
+    if not isinstance(zero.optimizer, torch.optim.AdamW):
+        raise ValueError(f"checkpoints know torch.optim.AdamW, this engine runs {type(zero.optimizer).__name__}")
+    if getattr(engine.module, "flat", None) is not None:
+        return _fragments_of_flat(engine)
+    for name, parameter in trainable_parameters(engine).items():
+        if stage == 3:
+            group, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
+            start = numel * zero._get_param_partition_rank(parameter)
+            numel = min(numel, parameter.ds_numel - start)  # the last ranks' parts end in padding
+            if numel > 0:
+                found.append(Fragment(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset))
+        elif parameter._hp_mapping is not None:
+            here, there = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
+            flat = zero.single_partition_of_fp32_groups[parameter._hp_mapping.param_group_index]
+            found.append(Fragment(name, here.start, here.numel, flat, there.start))
+    return found
+
+
+def _fragments_of_flat(engine: Any) -> list[Fragment]:
+    """Where the matrices of train/step/flat_parameter.py meet this rank's part of the one parameter that they are views of."""
+    mapping = engine.module.flat._hp_mapping
+    if mapping is None:
+        return []
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    master = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    found, first = [], 0
+    for name, parameter in trainable_parameters(engine).items():
+        start, end = max(first, here.start), min(first + parameter.numel(), here.start + here.numel)
+        if start < end:
+            found.append(Fragment(name, start - first, end - start, master, there.start + start - here.start))
+        first += parameter.numel()
+    return found
+
+
+def read_counters(engine: Any) -> dict[str, float]:
+    """AdamW's counters (its step); empty before the first step."""
+    states = engine.optimizer.optimizer.state.values()
+    return {key: float(v) for state in states for key, v in state.items() if torch.as_tensor(v).numel() == 1}
+
+
+def read_kinds(engine: Any) -> list[str]:
+    """WEIGHT and the optimizer's kinds of tensor, the same list on all ranks."""
+    here = {WEIGHT}
+    for flat, state in engine.optimizer.optimizer.state.items():
+        here |= {key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    return [WEIGHT, *sorted(set().union(*everywhere) - {WEIGHT})]
+
+
+def gather(engine: Any, kinds: list[str]) -> Iterator[torch.Tensor | None]:
+    """For each kind: float32 [total] on the CPU of rank 0, all parameters flattened one after the other; None elsewhere.
+
+    A collective over these parameters alone; it holds one kind at a time, and CHUNK_BYTES on the device.
+    """
+    mine = fragments(engine)
+    layout: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(layout, [(f.name, f.start, f.numel) for f in mine])
+    first, total = {}, 0
+    for name, shape in trainable_shapes(engine).items():
+        first[name] = total
+        total += torch.Size(shape).numel()
+    main = dist.get_rank() == 0
+    state = engine.optimizer.optimizer.state
+    for kind in kinds:
+        pieces = [f.of(f.flat if kind == WEIGHT else state[f.flat][kind]) for f in mine]
+        local = torch.cat(pieces) if pieces else torch.empty(0)
+        assert local.dtype == torch.float32, f"{kind} is {local.dtype}: master weights and moments must be float32"
+        parts = gather_bytes(local.view(torch.uint8), [4 * sum(n for *_, n in rank) for rank in layout], engine.device)
+        if not main:
+            yield None
+            continue
+        whole = torch.empty(total)
+        covered = 0
+        for rank, part in zip(layout, parts, strict=True):
+            values, place = part.view(torch.float32), 0
+            for name, start, numel in rank:
+                whole[first[name] + start :][:numel] = values[place : place + numel]
+                place += numel
+            covered += place
+        assert covered == total, f"{kind}: the ranks hold {covered} of {total} elements"
+        yield whole
+
+
+def gather_bytes(local: torch.Tensor, sizes: list[int], device: torch.device) -> list[torch.Tensor]:
+    """Each rank's bytes (uint8 [sizes[rank]]) on the CPU of rank 0, an empty list elsewhere."""
+    main, chunk = dist.get_rank() == 0, min(CHUNK_BYTES // len(sizes), max(sizes))
+    parts = [torch.empty(size, dtype=torch.uint8) for size in sizes] if main else []
+    mine = torch.zeros(chunk, dtype=torch.uint8, device=device)
+    everyone = [torch.empty_like(mine) for _ in sizes] if main else None
+    for start in range(0, max(sizes), chunk):
+        here = local[start : start + chunk]
+        mine[: len(here)] = here
+        dist.gather(mine, everyone, dst=0)
+        for part, sent in zip(parts, everyone or [], strict=True):
+            there = part[start : start + chunk]
+            there.copy_(sent[: len(there)])
+    return parts
+
+
+def restore(
+    engine: Any, read: Callable[[str, str], torch.Tensor], kinds: list[str], counters: dict[str, float]
+) -> None:
+    """Put a whole state back, at any number of ranks: masters, moments, counters, and the model's own weights.
+
+    `read(kind, name)` gives the whole float32 tensor of a parameter. No collectives.
+    """
+    optimizer = engine.optimizer.optimizer
+    for flat in flat_masters(engine):
+        for kind in kinds:
+            if kind != WEIGHT and kind not in optimizer.state[flat]:  # AdamW creates them in its first step
+                optimizer.state[flat][kind] = torch.zeros_like(flat).requires_grad_(False)
+        restore_counters(optimizer, flat, counters)
+    for fragment in fragments(engine):
+        for kind in kinds:
+            values = read(kind, fragment.name).reshape(-1)[fragment.start : fragment.start + fragment.numel]
+            flat = fragment.flat if kind == WEIGHT else optimizer.state[fragment.flat][kind]
+            fragment.of(flat).copy_(values)
+    for name, parameter in trainable_parameters(engine).items():
+        restore_model_weight(parameter, read(WEIGHT, name))
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.invalidate_secondary_tensor()  # hpZ's copy inside the node is gathered anew
+
+
+def flat_masters(engine: Any) -> list[torch.Tensor]:
+    """This rank's flat float32 buffers."""
+    if engine.zero_optimization_stage() == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return engine.optimizer.single_partition_of_fp32_groups
+
+
+def restore_counters(optimizer: torch.optim.Optimizer, flat: torch.Tensor, counters: dict[str, float]) -> None:
+    """Set AdamW's step; where it doesn't exist yet, create it as AdamW itself would."""
+    on_device = optimizer.param_groups[0].get("fused") or optimizer.param_groups[0].get("capturable")
+    for key, value in counters.items():
+        device = flat.device if on_device else torch.device("cpu")
+        optimizer.state[flat][key] = torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def restore_model_weight(parameter: Any, master: torch.Tensor) -> None:
+    """What an optimizer step does after the update: the model's weight is the master, rounded to the model's type."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(master)
+        return
+    if parameter.data.shape == master.shape:  # ZeRO-3 keeps small parameters whole
+        parameter.data.copy_(master)
+    part = parameter.ds_tensor
+    start = part.ds_numel * parameter._z3_optimizer._get_param_partition_rank(parameter)
+    numel = min(part.ds_numel, parameter.ds_numel - start)
+    if numel > 0:
+        part.data.narrow(0, 0, numel).copy_(master.reshape(-1)[start : start + numel])

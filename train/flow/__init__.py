@@ -1,0 +1,1 @@
+"""Flow matching as pure tensor functions."""

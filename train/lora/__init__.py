@@ -1,0 +1,1 @@
+"""LoRA on the frozen transformer: targets, injection, files."""

@@ -1,0 +1,187 @@
+"""LoRA on the frozen transformer: which layers, injection by PEFT, starting values, switching on and off."""
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qwen_image.model.transformer import DEAD_IN_LAST_BLOCK, QwenImageTransformer
+from train.config.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from train.lora.lora_file import LoraFile
+
+ADAPTER = "default"  # PEFT's name of the one adapter
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The shape of a LoRA. `scale` is what lora_B·lora_A is multiplied with."""
+
+    target_modules: tuple[str, ...]
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> "LoraSpec":
+        return cls(
+            config.lora_target_modules,
+            config.lora_rank,
+            config.alpha,
+            config.lora_dropout,
+            config.lora_rslora,
+            config.lora_dora,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "target_modules": sorted(self.target_modules)}
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / math.sqrt(self.rank) if self.rslora else self.alpha / self.rank
+
+
+def linear_layers(transformer: QwenImageTransformer) -> list[str]:
+    """Full names of all linear layers that a LoRA can adapt: those of the last block's dead text half are left out."""
+    last = f"transformer_blocks.{transformer.config.num_layers - 1}."
+    dead = tuple(last + name for name in DEAD_IN_LAST_BLOCK)
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(dead)
+    ]
+
+
+def resolve_targets(transformer: QwenImageTransformer, targets: Iterable[str]) -> list[str]:
+    """Full names of the layers that `targets` (name endings such as `to_q` or `img_mlp.net.2`) select, in model order.
+
+    Raises ValueError for a target that selects nothing, with the names that exist.
+    """
+    names = linear_layers(transformer)
+    chosen: set[str] = set()
+    for target in targets:
+        matches = {name for name in names if name == target or name.endswith("." + target)}
+        if not matches:
+            endings = sorted({name.split(".", 2)[2].removeprefix("attn.") for name in names if "blocks." in name})
+            others = sorted(name for name in names if "blocks." not in name)
+            raise ValueError(
+                f"lora_target_modules: no linear layer is called {target!r}; there are {', '.join(endings + others)}"
+            )
+        chosen |= matches
+    return [name for name in names if name in chosen]
+
+
+def inject_lora(
+    transformer: QwenImageTransformer, spec: LoraSpec, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[str]:
+    """Freeze the transformer and add trainable LoRA weights of `dtype` to its target layers; returns their names.
+
+    lora_A is Kaiming-uniform as in PEFT, but drawn from (seed, layer name): every rank, device and choice of targets
+    starts with the same weights. lora_B is zero, so the model's output does not change. Raises ValueError for
+    unknown targets.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    modules = resolve_targets(transformer, spec.target_modules)
+    transformer.requires_grad_(False)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        use_rslora=spec.rslora,
+        use_dora=spec.dora,
+        target_modules=modules,
+    )
+    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+            if ".lora_A." in name:
+                parameter.data.copy_(_initial_lora_a(seed, name, parameter.shape))
+    return modules
+
+
+def _initial_lora_a(seed: int, name: str, shape: torch.Size) -> torch.Tensor:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    bound = 1 / math.sqrt(shape[1])  # Kaiming-uniform with a = √5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def short_name(parameter_name: str) -> str:
+    """`transformer_blocks.0.attn.to_q.lora_A.default.weight` → `transformer_blocks.0.attn.to_q.lora_A`."""
+    return parameter_name.replace(f".{ADAPTER}.weight", "").replace(f".{ADAPTER}", "")
+
+
+def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by their short name, `<module>.lora_A` / `lora_B` / `lora_magnitude_vector`."""
+    return {short_name(name): p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+def base_layer(transformer: nn.Module, name: str) -> nn.Linear:
+    """The frozen linear layer called `name`, whether or not it carries a LoRA."""
+    module = transformer.get_submodule(name)
+    layer = getattr(module, "base_layer", module)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def start_from(transformer: QwenImageTransformer, lora: "LoraFile", spec: LoraSpec) -> int:
+    """Put a LoRA file into injected, still untrained LoRA weights; returns how many layers it fills.
+
+    Layers that the file doesn't have stay as they are (an update of zero). Raises ValueError when the file adapts a
+    layer that this run doesn't, or has another rank.
+    """
+    parameters = lora_parameters(transformer)
+    for name, layer in lora.layers.items():
+        if f"{name}.lora_A" not in parameters:
+            raise ValueError(f"lora_checkpoint adapts {name}, this run doesn't: add it to lora_target_modules")
+        rank = len(layer["lora_A"])
+        if rank != spec.rank:
+            raise ValueError(f"lora_checkpoint has rank {rank} on {name}, this run has lora_rank {spec.rank}")
+        for kind, tensor in layer.items():
+            if f"{name}.{kind}" not in parameters:
+                raise ValueError(f"lora_checkpoint has {kind} on {name}: it is a DoRA, so this run needs lora_dora")
+            parameters[f"{name}.{kind}"].data.copy_(tensor / spec.scale if kind == "lora_B" else tensor)
+    return len(lora.layers)
+
+
+def attach_lora(transformer: QwenImageTransformer, lora: "LoraFile", strength: float = 1.0) -> None:
+    """Put a LoRA file onto the transformer as an adapter for inference; ranks may differ from layer to layer."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ranks = lora.ranks()
+    rank = max(ranks.values())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern={f"^{name}$": r for name, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{name}$": r for name, r in ranks.items() if r != rank},
+        target_modules=list(ranks),
+        use_dora=any("lora_magnitude_vector" in layer for layer in lora.layers.values()),
+    )
+    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
+    for name, layer in lora.layers.items():
+        module: Any = transformer.get_submodule(name)
+        for kind, tensor in layer.items():
+            holder = getattr(module, kind)[ADAPTER]
+            holder.weight.data.copy_(tensor)
+        module.set_scale(ADAPTER, strength)
+    transformer.requires_grad_(False)
+
+
+def set_lora_enabled(transformer: nn.Module, enabled: bool) -> None:
+    """Switch an attached LoRA on or off (off: the base model's output, bit for bit)."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(enabled)

@@ -1,0 +1,78 @@
+"""Preset LoRAs: merged into the frozen weights before a new LoRA is trained on top.
+
+presets = [Preset.read(text, transformer) for text in config.preset_lora_path]      # "style.safetensors:0.8"
+merge_presets(transformer, presets)
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen_image.loading.model_files import weights_fingerprint
+from train.config.check_paths import split_weight
+from train.lora.inject import base_layer
+from train.lora.lora_file import LoraFile, read_lora
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A LoRA file and the weight it is merged with."""
+
+    path: Path
+    weight: float
+    lora: LoraFile
+
+    @classmethod
+    def read(cls, text: str, transformer: nn.Module) -> "Preset":
+        """`FILE` or `FILE:WEIGHT`. Raises FileNotFoundError, or ValueError when the file is no LoRA of `transformer`."""
+        path, weight = split_weight(text)
+        lora = read_lora(path, transformer)
+        if weight != 1 and any("lora_magnitude_vector" in layer for layer in lora.layers.values()):
+            raise ValueError(f"{path} is a DoRA: it has no weight but 1, got {weight:g}")
+        return cls(path, weight, lora)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of it."""
+        return {"fingerprint": weights_fingerprint([self.path])[:16], "weight": self.weight}
+
+
+def merged(weight: torch.Tensor, name: str, presets: Sequence[Preset]) -> torch.Tensor:
+    """`weight` [out, in] of layer `name` with all presets in it, computed in float32 where it lies, in its own dtype.
+
+    W + weight · lora_B · lora_A, one preset after the other, rounded once. For DoRA (arXiv:2402.09353, eq. 5) each row is
+    then scaled to the length that the magnitude vector says.
+    """
+    total = weight.float()
+    for preset in presets:
+        layer = preset.lora.layers.get(name)
+        if layer is None:
+            continue
+        lora_a, lora_b = (layer[kind].to(total.device) for kind in ("lora_A", "lora_B"))
+        total = total + preset.weight * (lora_b @ lora_a)
+        if "lora_magnitude_vector" in layer:
+            total = total * (layer["lora_magnitude_vector"].to(total.device) / total.norm(dim=1)).unsqueeze(1)
+    return total.to(weight.dtype)
+
+
+def merge_presets(transformer: nn.Module, presets: Sequence[Preset]) -> int:
+    """Merge into the transformer's weights in place, partitioned ones (ZeRO-3: a collective) too; returns the layers."""
+    names = sorted({name for preset in presets for name in preset.lora.layers})
+    for name in names:
+        parameter = base_layer(transformer, name).weight
+        with whole(parameter), torch.no_grad():
+            parameter.data.copy_(merged(parameter.data, name, presets))
+    return len(names)
+
+
+def whole(parameter: Any) -> AbstractContextManager[Any]:
+    """Inside, a partitioned parameter is whole; what rank 0 leaves in it is partitioned again at the end."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

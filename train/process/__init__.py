@@ -1,0 +1,1 @@
+"""This process among others: ranks, signals, exit codes."""

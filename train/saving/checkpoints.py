@@ -1,0 +1,182 @@
+"""Checkpoints of a run: all that is needed to go on as if nothing had happened, at any number of ranks.
+
+    checkpoints = Checkpoints(output_path, keep=2)
+    found = checkpoints.find("auto")                            # verified; None: begin at the beginning
+    if found:
+        same_data = check_same(found, client, ignore_data)      # ValueError names what differs
+        checkpoints.load(engine, found)
+    …
+    checkpoints.save(engine, step, client)                      # client: JSON; its parts model, lora, data, order are compared
+
+LoRA weights, AdamW's moments and the client's state are in it; the frozen base is not, only its fingerprint. What lies
+on the disk, and how it stays whole: train/saving/checkpoint_folder.py. How ZeRO's pieces become whole tensors and pieces again:
+train/engine/optimizer_state.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from train.engine.optimizer_state import gather, read_counters, read_kinds, restore, trainable_shapes
+from train.saving.checkpoint_folder import (
+    FORMAT_VERSION,
+    TENSORS,
+    Checkpoint,
+    Say,
+    newest_whole,
+    prune,
+    write_checkpoint,
+)
+
+
+class Checkpoints:
+    """The checkpoints in `output_path`/checkpoints.
+
+    Args:
+        keep: so many of the newest stay, 0 for all; besides those at multiples of `keep_every` steps.
+        on_error: a checkpoint that can't be written (a full disk) ends the run with an OSError (`stop`), or is reported
+            and left out (`continue`). Earlier ones are untouched either way.
+        say: where notes go.
+    """
+
+    def __init__(
+        self,
+        output_path: Path,
+        keep: int = 2,
+        keep_every: int = 0,
+        on_error: Literal["stop", "continue"] = "stop",
+        say: Say = print,
+    ) -> None:
+        self.output_path, self.folder = output_path, output_path / "checkpoints"
+        self.keep, self.keep_every, self.on_error, self.say = keep, keep_every, on_error, say
+
+    def save(self, engine: Any, step: int, client: dict[str, Any]) -> Path | None:
+        """Write the checkpoint of optimizer step `step`; a collective. Its folder, or None if it could not be written.
+
+        All ranks see the same outcome, an error too.
+        """
+        kinds, shapes, counters = read_kinds(engine), trainable_shapes(engine), read_counters(engine)
+        folder = self.folder / f"step-{step:08d}"
+        facts = {"format_version": FORMAT_VERSION, "step": step, "counters": counters, "kinds": kinds, "client": client}
+        facts |= {"shapes": {name: list(shape) for name, shape in shapes.items()}, "world": dist.get_world_size()}
+        wholes = gather(engine, kinds)
+        problem: OSError | None = None
+        if dist.get_rank() == 0:
+            try:
+                write_checkpoint(folder, facts, wholes)
+                prune(folder, self.keep, self.keep_every, self.say)
+            except OSError as error:
+                problem = error
+        for _ in wholes:  # the other ranks' share; after an error also the rest of rank 0's: they wait for it
+            pass
+        return folder if settle(problem, f"checkpoint {folder} not written", self.on_error, self.say) else None
+
+    def find(self, resume: str = "auto") -> Checkpoint | None:
+        """The checkpoint to go on from, verified; the same on all ranks (rank 0 looks). None: begin at the beginning.
+
+        `auto`: the newest of this run that is whole, None if it has none at all; `never`: None; else the path of a
+        checkpoint, of a folder of them, or of a run. Each damaged one that is passed over is named.
+
+        Raises FileNotFoundError for a path without checkpoints, ValueError when all are damaged.
+        """
+        if resume == "never":
+            return None
+        outcome: list[Any] = [None]
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            path = self.output_path if resume == "auto" else Path(resume)
+            try:
+                outcome = [newest_whole(path, resume == "auto", self.say)]
+            except (ValueError, OSError) as error:
+                outcome = [error]
+        if dist.is_initialized():
+            dist.broadcast_object_list(outcome, device=object_device())
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+    def load(self, engine: Any, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint into an engine, whatever number of ranks wrote it. No collectives; every rank reads the file.
+
+        Raises ValueError when the trained parameters differ in name or shape, naming the first that does.
+        """
+        from safetensors import safe_open
+
+        here, there = trainable_shapes(engine), checkpoint.shapes
+        for name in [*here, *there]:
+            if here.get(name) != there.get(name):
+                raise ValueError(
+                    f"checkpoint {checkpoint.path} is of another LoRA: {name} is {there.get(name, 'missing')} in it and "
+                    f"{here.get(name, 'missing')} in this run"
+                )
+        with safe_open(checkpoint.path / TENSORS, framework="pt") as file:
+            restore(engine, lambda kind, name: file.get_tensor(f"{kind}/{name}"), checkpoint.kinds, checkpoint.counters)
+        engine.global_steps = checkpoint.step
+        engine.micro_steps = checkpoint.step * engine.gradient_accumulation_steps()
+        engine.global_samples = checkpoint.step * engine.train_batch_size()
+
+
+NO_MATTER = (
+    "config.resume",
+    "config.resume_ignore_data",
+    "config.output_path",
+)  # options that change nothing of the training
+
+
+def check_same(checkpoint: Checkpoint, current: dict[str, Any], ignore_data: bool = False, say: Say = print) -> bool:
+    """Compare the parts `model`, `lora`, `data` and `order` of the client state with this run's; True if all agree.
+
+    Raises ValueError naming every difference. `ignore_data` lets another data set or order pass, says what differs, and
+    returns False: then the position in the old stream means nothing, and the new one starts at its beginning.
+    Options and a global batch that have changed are said: they are allowed, but the curve is another one.
+    """
+    fatal = [d for part in ("model", "lora") for d in differences(checkpoint.client.get(part), current.get(part), part)]
+    if fatal:
+        raise ValueError(f"checkpoint {checkpoint.path} does not fit this run: {'; '.join(fatal)}")
+    data = [d for part in ("data", "order") for d in differences(checkpoint.client.get(part), current.get(part), part)]
+    if data and not ignore_data:
+        other = "on other data" if checkpoint.client.get("data") != current.get("data") else "in another order"
+        raise ValueError(
+            f"checkpoint {checkpoint.path} was trained {other}: {'; '.join(data)} "
+            "(--resume_ignore_data goes on with this run's data, from its beginning)"
+        )
+    for part in ("global_batch", "config"):
+        for line in differences(checkpoint.client.get(part), current.get(part), part):
+            if part in checkpoint.client and line.split()[0] not in NO_MATTER:
+                say(f"resuming with another option: {line}")
+    if data:
+        say(f"resuming on other data, from its beginning: {'; '.join(data)}")
+    return not data
+
+
+def differences(saved: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two JSON values: `lora.rank is 16 in the checkpoint, 32 in this run`, one entry a leaf."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = list(dict.fromkeys([*saved, *now]))
+        nested = [differences(saved.get(k), now.get(k), f"{name}.{k}" if name else str(k)) for k in keys]
+        return [line for lines in nested for line in lines]
+    as_json = [json.loads(json.dumps(value)) for value in (saved, now)]  # a tuple comes back as a list
+    if as_json[0] == as_json[1]:
+        return []
+    return [f"{name} is {json.dumps(saved)} in the checkpoint, {json.dumps(now)} in this run"]
+
+
+def settle(problem: OSError | None, what: str, on_error: str, say: Say) -> bool:
+    """Whether no rank had a problem with writing; a collective. If one had: OSError on all ranks (`stop`), or a line."""
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((p for p in problems if p is not None), None)
+    if first is None:
+        return True
+    line = f"{what}: {first.strerror or first}"
+    if on_error == "stop":
+        raise OSError(line)
+    say(f"{line}; training goes on, what was written before is intact")
+    return False
+
+
+def object_device() -> torch.device:
+    """Where torch.distributed sends pickled objects from: NCCL can't send from the CPU."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

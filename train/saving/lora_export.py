@@ -1,0 +1,90 @@
+"""LoRA files of a run: what stands in their headers, when which file is written, and by whom.
+
+The weights are gathered on the training thread; one background thread writes the file while training goes on.
+"""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_image.pipeline import QwenImagePipeline
+from train.config.train_config import TrainConfig
+from train.data.shard_dataset import ShardDataset
+from train.engine.deepspeed_engine import DTYPES, Ranks, whole_weights
+from train.lora.inject import LoraSpec, short_name
+from train.lora.lora_file import save_lora
+from train.saving.checkpoints import settle
+from train.saving.run_folder import PACKAGES, collect_versions
+
+FINAL = "lora.safetensors"
+
+
+class LoraExport:
+    """Writes `lora-<step>.safetensors` and, at the end, `lora.safetensors` into the run folder.
+
+    A file that can't be written ends the run with an OSError on all ranks (`on_save_error` stop), or is reported and
+    left out (continue); the final one, which is what the run was for, always ends it. The error comes up at the next
+    `write` or `finish`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, spec: LoraSpec, pipeline: QwenImagePipeline, dataset: ShardDataset, ranks: Ranks
+    ):
+        self.config, self.spec, self.ranks = config, spec, ranks
+        versions = collect_versions()
+        self.metadata = {
+            "base_model": pipeline.files.name,
+            "base_model_revision": pipeline.files.revision or "",
+            "base_model_fingerprint": pipeline.files.fingerprint("transformer"),
+            "preset_loras": ", ".join(config.preset_lora_path),
+            "modelspec.architecture": "qwen-image/lora",
+            "data_fingerprint": dataset.fingerprint,
+            "timestep_sampling": config.timestep_sampling,
+            "loss_weighting": config.loss_weighting,
+            "learning_rate": str(config.learning_rate),
+            "seed": str(config.seed),
+            "git_commit": str(versions["git_commit"]),
+            "versions": ", ".join(f"{name} {versions[name]}" for name in PACKAGES),
+        }
+        self._writer: threading.Thread | None = None
+        self._problem: OSError | None = None
+        self._path = config.output_path
+        self._pending = False  # the same on all ranks, though only rank 0 has a writer
+
+    def write(self, engine: Any, step: int) -> Path:
+        """Start to write the LoRA of optimizer step `step`; a collective. Returns the file's path on every rank."""
+        return self._start(engine, step, f"lora-{step}.safetensors")
+
+    def write_final(self, engine: Any, step: int) -> Path:
+        """Write `lora.safetensors`, and wait until it is there; a collective."""
+        path = self._start(engine, step, FINAL)
+        self.finish("stop")
+        return path
+
+    def finish(self, on_error: str | None = None) -> None:
+        """Wait for the file that is being written; a collective. Raises OSError, on all ranks, by policy."""
+        if not self._pending:
+            return
+        if self._writer is not None:
+            self._writer.join()
+        problem, self._writer, self._problem, self._pending = self._problem, None, None, False
+        settle(problem, f"LoRA file {self._path} not written", on_error or self.config.on_save_error, self.ranks.say)
+
+    def _start(self, engine: Any, step: int, name: str) -> Path:
+        self.finish()
+        path = self._path = self.config.output_path / name
+        weights = whole_weights(engine)
+        if self.ranks.is_main:
+            tensors = {short_name(name).removeprefix("transformer."): weight for name, weight in weights.items()}
+            self._writer = threading.Thread(target=self._save, args=(path, tensors, step), name="lora-export")
+            self._writer.start()
+        self._pending = True
+        return path
+
+    def _save(self, path: Path, tensors: dict[str, torch.Tensor], step: int) -> None:
+        try:
+            save_lora(path, tensors, self.spec, {**self.metadata, "step": str(step)}, DTYPES[self.config.save_dtype])
+        except Exception as error:  # whatever it is, the training thread has to learn of it
+            self._problem = error if isinstance(error, OSError) else OSError(None, f"{type(error).__name__}: {error}")

@@ -1,0 +1,78 @@
+"""The run folder: is there room, and what made this run (config.yaml, deepspeed.json, versions.json)."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from train.config.train_config import TrainConfig
+
+PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "pyarrow", "wandb")
+
+
+def prepare_run_folder(
+    config: TrainConfig, deepspeed_settings: dict[str, Any], needed_bytes: int = 0
+) -> dict[str, Any]:
+    """Create `config.output_path` and write what this start of the run is made of; returns the content of versions.json.
+
+    For rank 0. `needed_bytes` is what LoRA files and checkpoints will take. A later start (a resumed run) overwrites.
+
+    Raises PermissionError if the folder cannot be written to and OSError if it has less room than `needed_bytes`.
+    """
+    folder = config.output_path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(f"output_path: cannot write to {folder} ({error.strerror})") from None
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(
+            f"output_path: {folder} has {free / 1e9:.1f} GB left, the run needs {needed_bytes / 1e9:.1f} GB: "
+            "free some, or save less (--keep_checkpoints, --save_steps)"
+        )
+    versions = collect_versions()
+    write_text(folder / "config.yaml", config.to_yaml())
+    write_text(folder / "deepspeed.json", json.dumps(deepspeed_settings, indent=2) + "\n")
+    write_text(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+    return versions
+
+
+def collect_versions() -> dict[str, Any]:
+    """Python, packages, this project's git commit ("-dirty" with uncommitted changes, None outside git), the command."""
+    versions: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    versions["git_commit"] = git_commit(Path(__file__).parent)
+    versions["command"] = sys.argv
+    return versions
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that `folder` is at, with "-dirty" if tracked files differ from it; None without git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` at once, so that a killed process leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""The training step: loss module, flat parameter, CUDA graphs, fused projections."""

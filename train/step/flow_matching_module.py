@@ -1,0 +1,132 @@
+"""What DeepSpeed wraps: a module whose forward takes a batch and returns the loss."""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+
+from qwen_image.encoders.text_encoder import Prompt, TextEncoder
+from qwen_image.encoders.vae import VAE, pixels_from_uint8
+from qwen_image.loading.pinned_memory import lent
+from qwen_image.model.rotary import Rotary, rotary_table
+from qwen_image.model.transformer import Modulation, QwenImageTransformer
+from qwen_image.pipeline import pack_latents, predict_velocity, time_input
+from train.data.shard_dataset import Batch
+from train.flow.objective import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
+from train.step.cuda_graphs import Inputs, StepGraphs, few_blocks
+from train.step.flat_parameter import FlatGradient, flatten
+
+# Encoded shards store latents and prompt embeddings in this type; encoding online rounds alike, so both give one loss.
+STORED_DTYPE = torch.bfloat16
+
+
+class FlowMatchingModule(nn.Module):
+    """The transformer and its loss: the training step in five lines, with inference's own `predict_velocity`.
+
+    Attributes:
+        flat: all trained matrices as one parameter, once `use_flat` was called; they are then views of it.
+        graphs: replays CUDA graphs instead of launching kernel by kernel, when gradients are wanted; None: never.
+        always_masked: graphs get a mask even when no text is padding, so that a shape has one pair of them, not two.
+    """
+
+    def __init__(self, transformer: QwenImageTransformer, weighting: WeightingName, dtype: torch.dtype):
+        super().__init__()
+        self.transformer = transformer
+        self.weighting = weighting
+        self.dtype = dtype
+        self.flat: nn.Parameter | None = None
+        self.graphs: StepGraphs | None = None
+        self.always_masked = False
+
+    def forward(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """latents and noise [B, 16, 1, H/8, W/8], σ [B] on the CPU → each sample's weighted loss, float32 [B]."""
+        modulation = self.transformer.look_up(time_input(sigma, self.dtype)) or (None, None)
+        on_device = sigma.to(latents.device, non_blocking=True)
+        mask = prompt.mask
+        if mask is None and self.graphs is not None and self.always_masked:
+            mask = torch.ones(prompt.embeds.shape[:2], dtype=torch.bool, device=latents.device)
+        inputs = latents, noise, on_device, prompt.embeds, mask, *modulation
+        if not torch.is_grad_enabled():
+            return self.losses(inputs)
+        if self.graphs is not None:
+            return self.graphs(inputs)
+        if self.flat is not None:
+            return cast(torch.Tensor, FlatGradient.apply(partial(self.losses, inputs), self.matrices(), self.flat))
+        return self.losses(inputs)
+
+    def losses(self, inputs: Inputs) -> torch.Tensor:
+        """The same from tensors on the device alone: what a graph can hold."""
+        latents, noise, sigma, embeds, mask, blocks, final = inputs
+        assert latents is not None and noise is not None and sigma is not None and embeds is not None
+        modulation = None if blocks is None or final is None else Modulation(blocks, final)
+        rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+        noised = pack_latents(add_noise(latents, noise, sigma)).to(self.dtype)
+        prediction = predict_velocity(self.transformer, noised, sigma, Prompt(embeds, mask), rows, columns, modulation)
+        target = pack_latents(velocity_target(latents, noise))
+        return flow_matching_loss(prediction, target, loss_weight(self.weighting, sigma))
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The trained parameters as the transformer uses them."""
+        return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
+
+    def use_flat(self) -> nn.Parameter:
+        """Let gradients arrive at one flat parameter, and return it. Call `link` when it has found its place."""
+        self.flat = flatten(self.matrices())
+        return self.flat
+
+    def use_graphs(self, always_masked: bool = False) -> None:
+        """Replay CUDA graphs from now on. The trained parameters must stay where they are."""
+        self.always_masked = always_masked
+
+        def positions(inputs: Inputs) -> Rotary:
+            latents, _, _, embeds, *_ = inputs
+            assert latents is not None and embeds is not None
+            shape = embeds.shape[1], latents.shape[-2] // 2, latents.shape[-1] // 2
+            return rotary_table(*shape, self.transformer.config.axes_dims_rope, latents.device)
+
+        self.graphs = StepGraphs(
+            self.transformer, self.flat, self.losses, partial(few_blocks, self.transformer), positions
+        )
+
+
+class OnlineEncoder:
+    """Latents and prompts of a batch on `device`: taken from it, or made on the fly when the shards hold images.
+
+    `swap`: the text encoder lives in host memory and is on the device only while it encodes.
+    """
+
+    def __init__(
+        self,
+        vae: VAE | None,
+        text_encoder: TextEncoder | None,
+        max_prompt_tokens: int,
+        text_multiple: int,
+        device: torch.device,
+        swap: bool = False,
+    ):
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.device = device
+        self.swap = swap
+        self.max_prompt_tokens = max_prompt_tokens
+        self.text_multiple = text_multiple
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, Prompt]:
+        """Latents [B, 16, 1, H/8, W/8] and the padded prompt, both in STORED_DTYPE."""
+        if batch.latents is not None:
+            assert batch.prompt_embeds is not None
+            return batch.latents, Prompt(batch.prompt_embeds, batch.prompt_mask)
+        assert self.vae is not None, "image shards need both encoders"
+        assert batch.pixels is not None
+        latents = self.vae.encode(pixels_from_uint8(batch.pixels)).to(self.device, STORED_DTYPE)
+        embeds = self.encode_prompts(batch.captions)
+        return latents, Prompt.from_list([item.to(STORED_DTYPE) for item in embeds], self.text_multiple)
+
+    def encode_prompts(self, captions: list[str]) -> list[torch.Tensor]:
+        """One [T_i, D] a caption, on `device`."""
+        assert self.text_encoder is not None, "no text encoder loaded"
+        with lent(self.text_encoder.language_model, self.device) if self.swap else nullcontext():
+            embeds = self.text_encoder.encode_list(captions, self.max_prompt_tokens)
+        return [item.to(self.device) for item in embeds]
