@@ -11,7 +11,7 @@ BENCH_SITE := .bench_site
 PEERS_STAMP := $(BENCH_SITE)/.installed
 KERNELS_SITE := .triton_site
 KERNELS_STAMP := $(KERNELS_SITE)/.installed
-KERNEL_TESTS := tests/test_joint_layout.py tests/test_low_rank_layout.py tests/test_padding_kernel.py tests/test_float8_mlp.py
+KERNEL_TESTS := tests/qwen_image
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help

@@ -1,9 +1,9 @@
 """Triton kernels of the joint layout that add the projections' LoRA updates on the way, and take their gradients back.
 
-As qwen_image/kernels/joint_kernels.py, but a program handles BLOCK tokens of one stream's q, k or v, head after head, because small
-matrix products want several rows: factors [tokens, RANK] · up [DIM, RANK]ᵀ is added to a head after it was read, and
-backwards gradient [tokens, DIM] · up is summed over heads before it is forgotten. Products of their own would read and
-write the projections once more. Sums have a fixed order, so that a resumed run repeats every bit.
+As qwen_image/kernels/joint_kernels.py, but a program handles BLOCK tokens of one stream's q, k or v, head after head,
+because small matrix products want several rows: factors [tokens, RANK] · up [DIM, RANK]ᵀ is added to a head after it was
+read, and backwards gradient [tokens, DIM] · up is summed over heads before it is forgotten. Products of their own would
+read and write the projections once more. Sums have a fixed order, so that a resumed run repeats every bit.
 """
 
 # mypy: ignore-errors

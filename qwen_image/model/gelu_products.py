@@ -1,8 +1,8 @@
 """The MLP of a frozen bf16 base as one function, in which matrix products apply GELU and its gradient themselves.
 
 As kernels of their own, which the compiler makes of PyTorch's operations, these took 70 µs forward and 97 backward a block
-on an H100 at 1024²; in the epilogues of cuBLASLt's products (qwen_image/kernels/cublaslt.py) they take 42 and 33 beside the plain
-products. The up projection's output is all that is kept, as before; GELU is computed before that is rounded.
+on an H100 at 1024²; in the epilogues of cuBLASLt's products (qwen_image/kernels/cublaslt.py) they take 42 and 33 beside
+the plain products. The up projection's output is all that is kept, as before; GELU is computed before that is rounded.
 """
 
 from typing import Any

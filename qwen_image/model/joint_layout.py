@@ -5,8 +5,8 @@ what reading and writing each byte once takes; qwen_image/kernels/joint_kernels.
 projections: the backward pass gets their normed values back from attention's own operands, since a rotation can be
 undone and the norm's weight divided out.
 
-LoRA updates of the projections may be left to it: added on the way by qwen_image/kernels/low_rank_kernels.py they cost no pass over
-the projections of their own, 8 ms of a step.
+LoRA updates of the projections may be left to it: added on the way by qwen_image/kernels/low_rank_kernels.py they cost no
+pass over the projections of their own, 8 ms of a step.
 """
 
 from importlib.util import find_spec

@@ -47,7 +47,8 @@ class FeedForward(nn.Module):
     """dim → 4·dim → dim. The list `net` with its gap at 1 is part of the checkpoint's names.
 
     Attributes:
-        fused: called with the input and both linear layers, it may do the work of all, or return None (qwen_image/float8/linear.py).
+        fused: called with the input and both linear layers, it may do the work of all, or return None
+        (qwen_image/float8/linear.py).
     """
 
     def __init__(self, dim: int):

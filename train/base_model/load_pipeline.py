@@ -39,7 +39,7 @@ def load_pipeline(
     spec: LoraSpec,
     presets: Sequence[Preset],
 ) -> QwenImagePipeline:
-    """The transformer (train/base_model/load_transformer.py), and both encoders when the shards hold images; these go where `plan` says.
+    """The transformer (load_transformer.py), and both encoders when the shards hold images; these go where `plan` says.
 
     Raises ValueError when the shards were encoded for another model, before weights are read.
     """

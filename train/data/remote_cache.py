@@ -3,8 +3,8 @@
     with ShardsAhead(reader, order, dataset.index.shard, consumed, limit_bytes=50 * 10**9) as ahead:
         ahead.at(place)                 # from time to time; copies the shards that come next, drops those that were used
 
-The cache only makes reading faster: whatever is in it, the same bytes come out (train/data/remote_shards.py), and nothing ever waits
-for a whole shard. What is needed next is known, because the order of training is (train/data/sample_order.py).
+The cache only makes reading faster: whatever is in it, the same bytes come out (train/data/remote_shards.py), and nothing
+ever waits for a whole shard. What is needed next is known, because the order of training is (train/data/sample_order.py).
 """
 
 import fcntl

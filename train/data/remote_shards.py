@@ -3,9 +3,9 @@
     folder, reader = open_remote("s3://bucket/encoded", cache_folder=Path("/local/cache"))
     reader.read(shard, offset, size)
 
-A sample is read from the local copy of its shard when there is one (train/data/remote_cache.py makes them), and else from the remote
-by its byte range. A remote that stops answering ends the run, after some minutes: taking other samples instead would make
-the training depend on the network.
+A sample is read from the local copy of its shard when there is one (train/data/remote_cache.py makes them), and else from
+the remote by its byte range. A remote that stops answering ends the run, after some minutes: taking other samples instead
+would make the training depend on the network.
 """
 
 import hashlib
@@ -124,7 +124,7 @@ _filesystems: dict[tuple[int, str], Any] = {}
 
 
 class RemoteReader:
-    """Reads members like data_prep.shard_format.shards.ShardReader does: locally where the shard has been copied, else remotely."""
+    """Reads members as ShardReader does: locally where the shard has been copied, else remotely."""
 
     def __init__(self, url: str, folder: Path, manifest: Manifest) -> None:
         self.remote, self.folder, self.manifest = Remote(url), folder, manifest

@@ -3,9 +3,10 @@
     dataset = ShardDataset("ENCODED", validation_samples=16)
     order = dataset.order(batch_size=4, seed=0)
     epoch, indices = order.micro_batch(place)
-    batch = make_batch(dataset, place, epoch, indices, draw)        # draw: train.flow.objective.sample_draws with its rest bound
+    batch = make_batch(dataset, place, epoch, indices, draw)        # draw: sample_draws with its rest bound
 
-All of it is random access by index and free of state: train/data/sample_order.py says what comes when, train/data/indexed_loader.py who reads it.
+All of it is random access by index and free of state: train/data/sample_order.py says what comes when,
+train/data/indexed_loader.py who reads it.
 """
 
 import itertools
@@ -61,7 +62,8 @@ class ShardDataset:
     """Random access to the samples of a folder of shards; image shards and encoded shards alike. Picklable.
 
     Args:
-        folder: what make_shards.py or encode_shards.py wrote, here or remote (s3://, hf://, http:// …; train/data/remote_shards.py), or
+        folder: what make_shards.py or encode_shards.py wrote, here or remote (s3://, hf://, http:// …;
+        train/data/remote_shards.py), or
             plain WebDataset shards, which are scanned once.
         validation_samples: this many samples are held out of training: those with the smallest sha256 of their source
             path. So the choice depends on nothing but the sample's name, and is the same for images and encoded shards.

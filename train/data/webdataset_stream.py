@@ -1,10 +1,10 @@
 """`--loader webdataset`: batches from shards that can't be indexed (a pipe, a server without byte ranges), one after another.
 
-The weaker promise, compared with train/data/indexed_loader.py: nothing here is a function of (seed, epoch) and a position. Ranks and
-workers get whole shards, drawn at random with replacement, and shuffle within a buffer of samples. So the order depends on
-the number of ranks and workers; a sample may come twice before another comes once; a resumed run goes on with other
-samples than the uninterrupted one would have seen; and no sample can be held out for validation. What does hold: the same
-command gives the same batches, and no two ranks, workers or resumptions draw the same noise.
+The weaker promise, compared with train/data/indexed_loader.py: nothing here is a function of (seed, epoch) and a position.
+Ranks and workers get whole shards, drawn at random with replacement, and shuffle within a buffer of samples. So the order
+depends on the number of ranks and workers; a sample may come twice before another comes once; a resumed run goes on with
+other samples than the uninterrupted one would have seen; and no sample can be held out for validation. What does hold: the
+same command gives the same batches, and no two ranks, workers or resumptions draw the same noise.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """The memory plan: what a run will hold on each GPU and in each host's memory, told and checked before weights are read.
 
 Weights, gradients and AdamW's state are counted; activations are an estimate from one measurement, which a trial step before
-step 0 replaces (train/fit/activation_checkpointing.py). What can't work is refused with numbers; what is only likely to fail is said.
+step 0 replaces (train/fit/activation_checkpointing.py). What can't work is refused with numbers; what is only likely to
+fail is said.
 """
 
 import os

@@ -1,8 +1,8 @@
 """The loss between two rows of metrics, and steps that are no longer finite: were they taken, and if not, who spoiled them.
 
-A step whose gradient's norm is infinite or NaN is left out, so the weights stay sound (train/engine/zero2_step.py, DeepSpeed's own
-step elsewhere). Neither tells which samples did it. The host reads a step's verdict when it has launched the next one, so
-that it never waits for the device; before anything is written or told, it reads all.
+A step whose gradient's norm is infinite or NaN is left out, so the weights stay sound (train/engine/zero2_step.py,
+DeepSpeed's own step elsewhere). Neither tells which samples did it. The host reads a step's verdict when it has launched
+the next one, so that it never waits for the device; before anything is written or told, it reads all.
 """
 
 from collections import deque

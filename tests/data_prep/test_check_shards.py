@@ -1,0 +1,224 @@
+"""check_shards.py: silent on a good set, one line for each kind of damage; and its report, opened in a browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_prep import check_shards, make_shards
+from data_prep.shard_format import shards
+from data_prep.shard_format.scan_tars import build_index
+from data_prep.shard_format.shards import Bucket, TarShardWriter, read_index, read_manifest, write_index, write_manifest
+from tests.helpers.photos import encoded, photo
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("check")
+    base = root / "in"
+    base.mkdir()
+    for number in range(10):
+        (base / f"{number}.jpg").write_bytes(encoded(photo(200 + 9 * number, 180, seed=number)))
+        (base / f"{number}.txt").write_text(f"a picture with the number {number} & <b>marks</b>")
+    (base / "bad.jpg").write_bytes(b"<html>")
+    (base / "bad.txt").write_text("x")
+    flags = ["--max_pixels", "16384", "--num_workers", "0", "--resize", "pillow", "--samples_per_shard", "4"]
+    assert make_shards.main(["--dataset_base_path", str(base), "--output_path", str(root / "out"), *flags]) == 0
+    return root / "out"
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+def check(folder: Path, *flags: str) -> int:
+    return check_shards.main([str(folder), "--num_workers", "0", *flags])
+
+
+def rewrite(folder: Path, change: dict[str, bytes]) -> None:
+    """Write the first tar again with other contents for some suffixes of its first sample, and a matching manifest."""
+    manifest, index = read_manifest(folder), read_index(folder)
+    reader = shards.ShardReader(folder)
+    columns = {field.name: list(getattr(index, field.name)) for field in dataclasses.fields(index)}
+    name = manifest.shards[0].name
+    with TarShardWriter(folder / name) as tar:
+        for row in np.flatnonzero(index.shard == 0):
+            members = []
+            for member, suffix in (("payload", "jpg"), ("json", "json"), ("txt", "txt")):
+                data = reader.read(0, columns[f"{member}_offset"][row], columns[f"{member}_size"][row])
+                members.append((suffix, change.get(suffix, data) if row == 0 else data))
+            places = tar.add(str(index.key[row]), members)
+            for place, member in zip(places.values(), ("payload", "json", "txt"), strict=True):
+                columns[f"{member}_offset"][row], columns[f"{member}_size"][row] = place
+    reader.close()
+    write_index(folder, columns)
+    first = dataclasses.replace(manifest.shards[0], bytes=tar.bytes, sha256=tar.sha256)
+    write_manifest(folder, dataclasses.replace(manifest, shards=[first, *manifest.shards[1:]]))
+
+
+def test_a_good_set(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(packed) == 0 and check(packed, "--quick") == 0
+    assert check_shards.main([str(packed), "--num_workers", "2"]) == 0
+    assert "10 jpg samples in 3 shards" in capsys.readouterr().out
+
+
+def test_changed_cut_missing_and_unknown_tars(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = bytearray((copy / "000000.tar").read_bytes())
+    data[700] ^= 1
+    (copy / "000000.tar").write_bytes(data)
+    (copy / "000001.tar").write_bytes((copy / "000001.tar").read_bytes()[:-512])
+    (copy / "000002.tar").rename(copy / "000009.tar")
+    assert check(copy) == 1
+    errors = capsys.readouterr().err
+    assert "000000.tar does not have the manifest's sha256: its content changed" in errors
+    assert re.search(r"000001\.tar has \d+ bytes, the manifest says \d+", errors)
+    assert "000002.tar is missing" in errors and "000009.tar is not in the manifest" in errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"jpg": encoded(photo(32, 32))}, r"000000000000 \(0\.jpg\): cannot be decoded: image is 32x32, its bucket"),
+        ({"jpg": b"\xff\xd8 nothing"}, "cannot be decoded"),
+        ({"txt": b"another caption"}, "json says key 000000000000 and caption 'a picture with"),
+        ({"txt": b"caf\xe9"}, "cannot be decoded: 'utf-8' codec"),
+        ({"json": b"{"}, "cannot be decoded: Expecting property name"),
+    ],
+)
+def test_damaged_content(copy: Path, capsys: pytest.CaptureFixture[str], change: dict, message: str) -> None:
+    rewrite(copy, change)
+    assert check(copy, "--quick") == 0
+    assert check(copy) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_index_against_tar_and_manifest(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pq.read_table(copy / "index.parquet").to_pydict()
+    table["payload_offset"][0] += 1
+    write_index(copy, table)
+    manifest = read_manifest(copy)
+    first = dataclasses.replace(manifest.buckets[0], count=manifest.buckets[0].count + 1)
+    write_manifest(copy, dataclasses.replace(manifest, buckets=[first, *manifest.buckets[1:]]))
+    (copy / "sizes.json").write_text("{}")
+    assert check(copy) == 1
+    errors = capsys.readouterr().err
+    assert re.search(r"000000000000 \(0\.jpg\): payload is at 512 \+ \d+ bytes, the index says 513", errors)
+    assert "in index.parquet" in errors and "sizes.json does not agree" in errors
+
+
+def test_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: Path) -> None:
+    assert check(tmp_path) == 2
+    assert "is not a finished data set" in capsys.readouterr().err
+    assert check(packed, "--report", str(tmp_path / "no" / "r.html")) == 2
+
+
+def test_encoded_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    from safetensors.torch import save
+
+    def encoded_set(latent: tuple[int, ...], tokens: int) -> int:
+        tensors = {"latent": torch.zeros(latent, dtype=torch.bfloat16), "prompt_embeds": torch.zeros(7, 3)}
+        tensors["prompt_embeds"] = tensors["prompt_embeds"].bfloat16()
+        with TarShardWriter(tmp_path / "000000.tar") as tar:
+            members = [("safetensors", save(tensors)), ("json", b'{"key":"000000000000","caption":"x"}'), ("txt", b"x")]
+            places = tar.add("000000000000", members).values()
+        columns = {"key": ["000000000000"], "path": ["a.jpg"], "shard": [0], "bucket": [0], "caption_length": [1]}
+        for name, (offset, size) in zip(("payload", "json", "txt"), places, strict=True):
+            columns |= {f"{name}_offset": [offset], f"{name}_size": [size]}
+        write_index(tmp_path, columns | {"prompt_tokens": [tokens]})
+        (tmp_path / "sizes.json").write_text('{"000000.tar": 1}')
+        (tmp_path / "empty_prompt.safetensors").write_bytes(b"")
+        shard = shards.Shard("000000.tar", 1, tar.bytes, tar.sha256)
+        totals = {"samples": 1}
+        write_manifest(
+            tmp_path, shards.Manifest("safetensors", "f", {}, [Bucket(0, 64, 32, 1)], totals, [shard], {}, {})
+        )
+        return check(tmp_path, "--report", str(tmp_path / "report.html"))
+
+    assert encoded_set((16, 4, 8), 7) == 0
+    assert encoded_set((16, 8, 4), 7) == 1
+    assert "latent is [16, 8, 4], its bucket needs [16, 4, 8]" in capsys.readouterr().err
+    assert encoded_set((16, 4, 8), 9) == 1
+    assert "prompt_embeds is [7, 3], the index says 9 tokens" in capsys.readouterr().err
+
+
+# ── shards without an index ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_scanning_gives_the_packer_s_index(packed: Path, tmp_path: Path) -> None:
+    for tar in packed.glob("*.tar"):
+        shutil.copy(tar, tmp_path)
+    manifest = build_index(tmp_path)
+    assert manifest.buckets == read_manifest(packed).buckets and manifest.shards == read_manifest(packed).shards
+    ours, scanned = read_index(packed), read_index(tmp_path)
+    for field in dataclasses.fields(ours):
+        assert (getattr(ours, field.name) == getattr(scanned, field.name)).all(), field.name
+    assert check(tmp_path) == 0
+
+
+def test_scanning_refuses_what_cannot_be_trained_on(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no \*\.tar"):
+        build_index(tmp_path)
+
+    def tar_of(members: list[tuple[str, bytes]]) -> None:
+        with TarShardWriter(tmp_path / "0.tar") as tar:
+            tar.add("a", members)
+
+    for members, message in (
+        (
+            [("jpg", encoded(photo(33, 32)))],
+            r"image of a is 33x32, sides must be multiples of 16: pack the shards again",
+        ),
+        ([("jpg", b"<html>")], "image of a: not an image"),
+        ([("txt", b"x")], "no sample of 1 tars has an image"),
+        ([("jpg", encoded(photo(32, 32))), ("json", b"{")], "a.json is not valid JSON"),
+    ):
+        tar_of(members)
+        with pytest.raises(ValueError, match=message):
+            build_index(tmp_path)
+    (tmp_path / "0.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(ValueError, match=r"0\.tar is not a whole tar"):
+        build_index(tmp_path)
+
+
+# ── the report ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_report_holds_everything_itself(packed: Path, tmp_path: Path) -> None:
+    assert check(packed, "--report", str(tmp_path / "report.html"), "--pictures", "7") == 0
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", page)
+    assert page.count("data:image/jpeg;base64,") == 7 and "7 of 10 samples" in page
+    assert "failed: not an image" in page and "everything agrees" in page
+    assert re.search(r"<th>\S+</th><td><code>not an image: starts with", page)  # which one, and why
+    assert "number 0 &amp; &lt;b&gt;marks" in page and "<b>marks" not in page
+    options = read_manifest(packed).options
+    assert all(name in page for name in options) and json.dumps(options["quality"]) in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+def test_report_in_a_browser(packed: Path, tmp_path: Path) -> None:
+    assert check(packed, "--report", str(tmp_path / "report.html")) == 0
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    flags += "--disable-component-update --disable-sync --hide-scrollbars --window-size=1200,900"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    address = (tmp_path / "report.html").as_uri()
+    shot = tmp_path / "shot.png"
+    subprocess.run([*command, f"--screenshot={shot}", address], check=True, capture_output=True, timeout=60)
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert pixels.shape == (900, 1200, 3)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # photographs are there, not only text and boxes
+    blue = (np.abs(pixels - [0x3F, 0x6B, 0x8F]).max(axis=2) < 6).sum()
+    assert blue > 2000  # and the bars

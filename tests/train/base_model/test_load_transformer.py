@@ -1,0 +1,135 @@
+"""The frozen base as configured: what is refused and how, presets before rounding, and the trainer with a float8 base."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from demo.random_model import write_random_encoded, write_random_model
+from qwen_image.float8.linear import FLOAT8, Float8Linear
+from qwen_image.loading.model_files import ModelSource, empty_transformer, resolve_model
+from qwen_image.noise_schedule import SigmaSchedule
+from qwen_image.pipeline import load_transformer
+from train import train_lora
+from train.base_model.load_transformer import base_bytes, check_base, load_base, read_presets
+from train.config.train_config import TrainConfig
+from train.engine.deepspeed_engine import Ranks
+from train.lora.inject import LoraSpec
+from train.lora.preset_loras import Preset, merge_presets
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+ZERO2 = {"zero_optimization": {"stage": 2}}
+
+
+def config_of(model, **options):
+    return TrainConfig(**({"model": str(model), "data": "d", "deepspeed": "d", "output_path": "o"} | options))
+
+
+def check(model, settings=ZERO2, **options):
+    config = config_of(model, **options)
+    return check_base(config, settings, LoraSpec.from_config(config), CPU)
+
+
+def test_refusals(tiny_model):
+    assert check(tiny_model) == []
+    assert "emulated" in check(tiny_model, base_precision="float8")[0]
+    zero3 = {"zero_optimization": {"stage": 3}}
+    for options, settings, message in (
+        ({"base_precision": "float8"}, zero3, r"does not go with ZeRO-3.*use ds_configs/zero2\.json"),
+        ({"base_precision": "float8", "lora_dora": True}, ZERO2, "does not go with lora_dora"),
+        ({"base_precision": "float8"}, ZERO2 | {"data_types": {"buffer_dtype": "bf16"}}, "buffer_dtype would round"),
+        ({"modulation_table": "on"}, zero3, "no constant table here, ZeRO-3 partitions it"),
+        ({"modulation_table": "on", "lora_target_modules": "img_mod.1"}, ZERO2, "lora_target_modules reaches it"),
+        ({"base_precision": "int8"}, ZERO2, "base_precision"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(tiny_model, settings, **options)
+
+
+@pytest.mark.parametrize("targets", ["to_q", "to_q,img_mod.1", "norm_out.linear"])
+def test_the_table_gives_way_to_a_lora_there(tiny_model, targets):
+    config = config_of(tiny_model, base_precision="float8", lora_target_modules=targets, dtype="float32")
+    files = resolve_model(ModelSource(str(tiny_model)), ("transformer", "scheduler"))
+    schedule = SigmaSchedule.from_config_file(files["scheduler"].folder / "scheduler_config.json")
+    spec = LoraSpec.from_config(config)
+    transformer = load_base(config, ZERO2, files, schedule, spec, [], Ranks(0, 1, 0, CPU))
+    assert (transformer.modulation_table is not None) == (targets == "to_q")
+    tabulated = 0 if transformer.modulation_table is None else transformer.modulation_table.replaced // 4
+    scales = sum(b.nbytes for b in transformer.buffers())
+    held = sum(p.nbytes for p in transformer.parameters()) + scales
+    assert base_bytes(config, empty_transformer(files), tabulated, 2) == held
+
+
+def test_presets_are_merged_before_weights_are_rounded(tiny_model, tmp_path):
+    files = resolve_model(ModelSource(str(tiny_model)), ("transformer", "scheduler"))
+    exact = load_transformer(files, torch.float32)
+    layers = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mod.1", "proj_out")
+    tensors = {}
+    for name in layers:
+        rows, columns = exact.get_submodule(name).weight.shape
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(3, columns) * 0.1
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 3) * 0.1
+    save_file(tensors, tmp_path / "preset.safetensors")
+    options = {"preset_lora_path": (f"{tmp_path / 'preset.safetensors'}:0.5",), "dtype": "float32"}
+    config = config_of(tiny_model, base_precision="float8", modulation_table="off", **options)
+    schedule = SigmaSchedule.from_config_file(files["scheduler"].folder / "scheduler_config.json")
+    presets = read_presets(config)
+    spec = LoraSpec.from_config(config)
+    ours = load_base(config, ZERO2, files, schedule, spec, presets, Ranks(0, 1, 0, CPU))
+    merge_presets(exact, [Preset.read(config.preset_lora_path[0], exact)])
+    for name in layers[1:]:
+        torch.testing.assert_close(ours.get_submodule(name).weight, exact.get_submodule(name).weight)
+    query = ours.get_submodule(layers[0])
+    expected = Float8Linear(query.in_features, query.out_features)
+    expected.quantise(exact.get_submodule(layers[0]).weight)
+    assert torch.equal(query.weight.float() * query.scale.t(), expected.weight.float() * expected.scale.t())
+
+
+def test_trainer_with_a_float8_base(tmp_path, capsys, monkeypatch):
+    """ZeRO-2 leaves float8 weights alone, the loss is the unquantised run's within 2 %, and resuming needs the same base."""
+    write_random_model(tmp_path / "model", layers=2, heads=2, text_dim=64)
+    data = write_random_encoded(tmp_path / "data", 8, 64, 64, 9, 64)
+    engines = []
+    from train.engine import deepspeed_engine as engine
+
+    initialize = engine.initialize
+
+    def remember(*arguments):
+        engines.append(initialize(*arguments))
+        return engines[-1]
+
+    monkeypatch.setattr(engine, "initialize", remember)
+
+    def run(name, *more):
+        flags = [
+            "--deepspeed",
+            str(ROOT / "ds_configs" / "zero2.json"),
+            "--model",
+            str(tmp_path / "model"),
+            "--data",
+            str(data),
+        ]
+        flags += ["--output_path", str(tmp_path / name), "--num_workers", "0", "--log_steps", "1", "--lora_rank", "4"]
+        flags += ["--wandb_mode", "disabled", "--learning_rate", "1e-2", "--compile", "off", *more]
+        code = train_lora.main(flags)
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return code, [row["loss"] for row in rows if "loss" in row]
+
+    code, plain = run("plain", "--max_steps", "4")
+    assert code == 0
+    code, ours = run("float8", "--max_steps", "4", "--base_precision", "float8", "--activation_checkpointing", "1")
+    assert code == 0 and "emulated on the CPU" in capsys.readouterr().out
+    assert ours == pytest.approx(plain, rel=0.02) and ours != plain
+    layers = [module for module in engines[-1].module.modules() if isinstance(module, Float8Linear)]
+    assert {layer.weight.dtype for layer in layers} == {FLOAT8} and {layer.scale.dtype for layer in layers} == {
+        torch.float32
+    }
+    assert layers[-1].transposed is not None and layers[-1].transposed.dtype == FLOAT8
+    trained = [p for p in engines[-1].module.parameters() if p.requires_grad]
+    assert trained and {p.dtype for p in trained} == {torch.bfloat16}
+    assert run("float8", "--max_steps", "5")[0] == 2
+    assert 'model.base_precision is "float8" in the checkpoint, null in this run' in capsys.readouterr().err
+    assert run("float8", "--max_steps", "5", "--base_precision", "float8")[0] == 0

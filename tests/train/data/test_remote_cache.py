@@ -1,0 +1,152 @@
+"""Remote shards: the same samples with a cache of any size, which never outgrows its limit and holds what comes next."""
+
+import contextlib
+import itertools
+import multiprocessing
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.helpers.data_sets import assert_equal, write_set
+from tests.helpers.shard_cache import cached, size, wait_for
+from train.data.indexed_loader import BatchLoader
+from train.data.remote_cache import ShardsAhead, shards_in_order
+from train.data.shard_dataset import BrokenSample, ShardDataset
+from train.data.worker_loader import Reading
+from train.flow.objective import SigmaSampling
+
+SHARDS = 6
+
+
+@pytest.fixture
+def remote(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """The URL of a data set of six shards in fsspec's memory filesystem, and the local original."""
+    original = write_set(tmp_path / "original", samples=30, shard_size=5)
+    url = f"memory://{request.node.name}"
+    fsspec.filesystem("memory").put(str(original), url.removeprefix("memory:/"), recursive=True)
+    return url, original
+
+
+def shard_bytes(original: Path) -> int:
+    return max(path.stat().st_size for path in original.glob("*.tar"))
+
+
+@pytest.mark.parametrize("shards", [0, 2, SHARDS])
+def test_the_cache_changes_nothing_but_where_bytes_come_from(remote, tmp_path, shards):
+    url, original = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    limit = shards * shard_bytes(original)
+    sampling, reading = SigmaSampling(), Reading(caption_dropout=0.2)
+    there, here = dataset.order(2, seed=1, window=1), ShardDataset(original).order(2, seed=1, window=1)
+    with (
+        BatchLoader(dataset, there, sampling, reading, limit) as far,
+        BatchLoader(ShardDataset(original), here, sampling, reading) as near,
+    ):
+        for a, b in itertools.islice(zip(far, near, strict=True), 2 * there.length + 3):
+            assert_equal(a, b)
+            assert len(cached(dataset)) <= shards
+            time.sleep(0.002)
+    if shards == SHARDS:
+        assert len(cached(dataset)) == SHARDS
+
+
+def test_what_comes_next_is_copied_and_what_was_used_is_dropped(remote, tmp_path):
+    url, original = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    order = dataset.order(1, window=1)
+    sequence = shards_in_order(order, dataset.index.shard, 0, order.length)
+    assert sorted(sequence) == list(range(SHARDS))
+    with ShardsAhead(dataset.reader, order, dataset.index.shard, 0, 2 * shard_bytes(original)) as ahead:
+        for position in range(SHARDS - 1):
+            place = next(
+                i for i in range(order.length) if dataset.index.shard[order.plan(0)[i, 0]] == sequence[position]
+            )
+            ahead.at(place)
+            expected = sorted(f"{shard:06d}.tar" for shard in sequence[position : position + 2])
+            wait_for(lambda expected=expected: cached(dataset) == expected)
+            data = dataset.folder / expected[0]
+            assert data.read_bytes() == (original / expected[0]).read_bytes()
+
+
+def test_a_shard_whose_bytes_are_not_the_manifests_is_not_kept(remote, tmp_path):
+    url, _ = remote
+    files = fsspec.filesystem("memory")
+    path = f"{url.removeprefix('memory:/')}/000003.tar"
+    data = bytearray(files.cat_file(path))
+    data[-1] ^= 1
+    files.pipe_file(path, bytes(data))
+    said: list[str] = []
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    order = dataset.order(1)
+    with ShardsAhead(dataset.reader, order, dataset.index.shard, 0, 10**9, said.append):
+        wait_for(lambda: len(cached(dataset)) == SHARDS - 1 and said)
+    assert "000003.tar doesn't match the sha256" in said[0] and len(said) == 1
+    assert dataset.read(15).key == "000003000000"
+
+
+def test_a_new_remote_set_under_the_old_name_replaces_the_copies(remote, tmp_path):
+    url, _ = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    with ShardsAhead(dataset.reader, dataset.order(1), dataset.index.shard, 0, 10**9):
+        wait_for(lambda: len(cached(dataset)) == SHARDS)
+    changed = write_set(tmp_path / "changed", samples=8, shard_size=4)
+    files = fsspec.filesystem("memory")
+    files.rm(url.removeprefix("memory:/"), recursive=True)
+    files.put(str(changed), url.removeprefix("memory:/"), recursive=True)
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    assert len(dataset) == 8 and cached(dataset) == []
+    assert dataset.read(7).caption == "caption 7 é"
+
+
+def test_what_is_missing_remotely_is_named(remote, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"memory://nowhere holds no manifest\.json"):
+        ShardDataset("memory://nowhere", cache_folder=tmp_path)
+    url, _ = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    fsspec.filesystem("memory").rm(f"{url.removeprefix('memory:/')}/000000.tar")
+    with pytest.raises(BrokenSample, match=r"000000\.tar"):
+        dataset.read(0)
+
+
+def test_one_run_at_a_time_fills_a_folder(remote, tmp_path, monkeypatch):
+    """And what a killed one left half-copied goes."""
+    monkeypatch.setattr("train.data.remote_cache.LOCK_SECONDS", 0.02)
+    url, _ = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    left_over = dataset.folder / ".partial-000002.tar.12345"
+    left_over.write_bytes(bytes(100))
+    said: list[str] = []
+    arguments = dataset.reader, dataset.order(1), dataset.index.shard, 0
+    with ShardsAhead(*arguments, 10**9):
+        wait_for(lambda: len(cached(dataset)) == SHARDS and not left_over.exists())
+        with ShardsAhead(*arguments, 0, said.append):  # alone, it would empty the folder
+            wait_for(lambda: said)
+            assert "another run fills the cache" in said[0] and len(cached(dataset)) == SHARDS
+    with ShardsAhead(*arguments, 0, said.append):
+        wait_for(lambda: not cached(dataset))
+    assert len(said) == 1
+
+
+def test_the_disk_gets_its_space_back_while_workers_read(remote, tmp_path):
+    """Two workers that hold shards open: what is in the folder and what was deleted but is still open stays bounded."""
+    url, original = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    order, one = dataset.order(2, seed=1, window=1), shard_bytes(original)
+    most = 0
+    with BatchLoader(dataset, order, SigmaSampling(), Reading(num_workers=2), 2 * one) as loader:
+        for _ in itertools.islice(loader, 6 * order.length):
+            assert sum(map(size, dataset.folder.glob("*.tar*"))) <= 2 * one
+            most = max(most, sum(deleted_but_open(child.pid) for child in multiprocessing.active_children()))
+            time.sleep(0.005)
+    assert most <= 2 * 2 * one, "each worker holds at most what the cache held when it last opened a shard"
+
+
+def deleted_but_open(process: int) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        links = [
+            link for link in Path(f"/proc/{process}/fd").iterdir() if str(link.readlink()).endswith(".tar (deleted)")
+        ]
+        return sum(map(size, links))
+    return 0

@@ -1,0 +1,105 @@
+"""One global batch, however it is split over ranks and accumulation steps, and whatever they become on the way: one curve.
+
+The global batch is the micro-batches of an optimizer step: ranks × accumulation of them, of `batch_size` samples each.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from demo.random_model import write_random_encoded
+from tests.helpers.forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
+from train import train_lora
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def paths(small_model, tmp_path_factory) -> list[str]:
+    """Flags for the small model and 20 samples in two buckets: an epoch is no multiple of any step's micro-batches."""
+    folder = tmp_path_factory.mktemp("curve") / "data"
+    write_random_encoded(folder, 20, 32, 48, prompt_tokens=6, text_dim=64, buckets=2)
+    return ["--model", str(small_model), "--data", str(folder)]
+
+
+def train(commands: list[list[str]]) -> list[int]:
+    return [train_lora.main(command) for command in commands]
+
+
+def command(paths: list[str], output: Path, zero: str, accumulation: int, steps: int = STEPS) -> list[str]:
+    return [
+        *paths,
+        *("--output_path", str(output), "--deepspeed", str(ROOT / "ds_configs" / f"{zero}.json"), "--dtype", "float32"),
+        *("--lora_rank", "3", "--lora_target_modules", "to_q,to_k,img_mlp.net.2", "--learning_rate", "1e-2"),
+        *("--batch_size", "2", "--gradient_accumulation_steps", str(accumulation), "--max_steps", str(steps)),
+        *("--caption_dropout", "0.3", "--lora_dropout", "0.1", "--lr_scheduler", "constant", "--lr_warmup_steps", "2"),
+        *("--num_workers", "0", "--log_steps", "1", "--save_steps", "0", "--wandb_mode", "disabled"),
+        *("--validation_samples", "3", "--validation_steps", "0"),
+    ]
+
+
+def curve(output: Path, name: str = "loss") -> list[float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+def assert_same(outputs: list[Path]) -> None:
+    """Losses, validation losses, gradient norms and the LoRA itself agree to rounding; and they do move."""
+    first, *others = outputs
+    weights = load_file(first / "lora.safetensors")
+    assert len(set(curve(first))) == STEPS and len(set(curve(first, "validation_loss"))) == 2
+    for other in others:
+        for name, tolerance in (("loss", 2e-6), ("grad_norm", 2e-5)):
+            assert curve(other, name) == pytest.approx(curve(first, name), rel=tolerance), (other.name, name)
+        for end in (0, -1):
+            here, there = (curve(output, "validation_loss")[end] for output in (other, first))
+            assert here == pytest.approx(there, rel=2e-6), other.name
+        for name, tensor in load_file(other / "lora.safetensors").items():
+            assert (tensor - weights[name]).abs().max() < 2e-5, (other.name, name)
+
+
+def run_splits(paths: list[str], folder: Path, zeros: tuple[str, ...], splits: list[tuple[int, int]]) -> list[Path]:
+    """Train with each (ranks, accumulation); the output folders."""
+    outputs = []
+    for world, accumulation in splits:
+        here = {zero: folder / f"{zero}-{world}x{accumulation}" for zero in zeros}
+        commands = [command(paths, output, zero, accumulation) for zero, output in here.items()]
+        assert run_ranks(world, train, commands) == [0] * len(zeros)
+        outputs += here.values()
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def whole(paths, tmp_path_factory) -> Path:
+    """One rank that is left alone."""
+    return run_splits(paths, tmp_path_factory.mktemp("whole"), ("zero2",), [(1, 6)])[0]
+
+
+def test_two_and_three_ranks_give_the_curve_of_one(paths, whole, tmp_path):
+    assert_same([whole, *run_splits(paths, tmp_path, ("zero2",), [(2, 3), (3, 2)])])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zeros", [("zero2", "zero3"), ("zero2_offload", "zero3_offload")], ids=["device", "offload"])
+@pytest.mark.parametrize("splits", [[(1, 2), (2, 1)], [(1, 3), (3, 1)], [(1, 6), (2, 3), (3, 2), (6, 1)]], ids=str)
+def test_every_split_gives_one_curve(paths, tmp_path, zeros, splits):
+    assert_same(run_splits(paths, tmp_path, zeros, splits))
+
+
+@pytest.mark.parametrize(
+    "worlds",
+    [
+        (2, 1, 3),
+        *(pytest.param(w, marks=pytest.mark.slow) for w in [(1, 2, 3), (1, 3, 2), (2, 3, 1), (3, 1, 2), (3, 2, 1)]),
+    ],
+    ids=str,
+)
+def test_resuming_with_other_numbers_of_ranks_follows_the_curve(paths, whole, tmp_path, worlds):
+    """Two steps with each; ZeRO-2 and ZeRO-3 take turns, since a checkpoint knows neither."""
+    for turn, world in enumerate(worlds, start=1):
+        zero = "zero3" if turn == 2 else "zero2"
+        assert run_ranks(world, train, [command(paths, tmp_path / "moved", zero, 6 // world, 2 * turn)]) == [0]
+    assert_same([whole, tmp_path / "moved"])
