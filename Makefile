@@ -11,7 +11,8 @@ BENCH_SITE := .bench_site
 PEERS_STAMP := $(BENCH_SITE)/.installed
 KERNELS_SITE := .triton_site
 KERNELS_STAMP := $(KERNELS_SITE)/.installed
-KERNEL_TESTS := tests/qwen_image
+KERNEL_TESTS := tests/qwen_image/model/test_joint_layout.py tests/qwen_image/model/test_low_rank_layout.py \
+  tests/qwen_image/kernels/test_padding_kernel.py tests/qwen_image/float8/test_mlp.py
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
