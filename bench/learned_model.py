@@ -144,7 +144,7 @@ def batches(encoded: Path, batch_size: int, seed: int, device: torch.device) -> 
     from train.data.indexed_loader import BatchLoader
     from train.data.shard_dataset import ShardDataset
     from train.data.worker_loader import Reading
-    from train.flow.objective import SigmaSampling
+    from train.flow.timestep_sampling import SigmaSampling
 
     dataset = ShardDataset(encoded)
     text_multiple = 32 if device.type == "cuda" else 1

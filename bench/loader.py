@@ -71,7 +71,7 @@ def ours(folder: Path, batch_size: int, workers: int) -> Any:
     from train.data.indexed_loader import BatchLoader
     from train.data.shard_dataset import ShardDataset
     from train.data.worker_loader import Reading
-    from train.flow.objective import SigmaSampling
+    from train.flow.timestep_sampling import SigmaSampling
 
     dataset = ShardDataset(folder)
     return BatchLoader(dataset, dataset.order(batch_size), SigmaSampling(), Reading(num_workers=workers))
@@ -83,7 +83,7 @@ def webdatasets(folder: Path, batch_size: int, workers: int) -> Any:
     from train.data.shard_dataset import ShardDataset
     from train.data.webdataset_stream import StreamLoader
     from train.data.worker_loader import Reading
-    from train.flow.objective import SigmaSampling
+    from train.flow.timestep_sampling import SigmaSampling
 
     torch.manual_seed(0)
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]

@@ -157,6 +157,6 @@ def run(command: list[str]) -> str:
 
 if __name__ == "__main__":
     code = main()
-    if "train.engine.deepspeed_engine" in sys.modules:
-        sys.modules["train.engine.deepspeed_engine"].leave_process_group()
+    if "train.process.ranks" in sys.modules:
+        sys.modules["train.process.ranks"].leave_process_group()
     sys.exit(code)

@@ -71,9 +71,10 @@ def our_step(
     from qwen_image.kernel_check import distrust_kernels
     from qwen_image.model.gelu_products import fuse_gelu
     from qwen_image.model.modulation import replace_by_table
-    from train.data.largest_batch import BatchShape
+    from train.data.batch_shapes import BatchShape
     from train.fit.activation_checkpointing import plan_recomputation
-    from train.lora.inject import LoraSpec, inject_lora
+    from train.lora.inject import inject_lora
+    from train.lora.spec import LoraSpec
     from train.step.flow_matching_module import FlowMatchingModule
     from train.step.fused_projection import fuse_projections
     from train.step.speedups import choose_workspaces
@@ -152,7 +153,8 @@ def engine_step(module: FlowMatchingModule, arguments: tuple[Any, ...], batch: i
 
     from train.config.command_line import parse
     from train.config.deepspeed_json import load_deepspeed_config
-    from train.engine.deepspeed_engine import initialize, join_process_group
+    from train.engine.deepspeed_engine import initialize
+    from train.process.ranks import join_process_group
 
     settings = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"

@@ -89,7 +89,7 @@ def measure(way: str, model: Path) -> dict[str, float]:
     from qwen_image.loading.model_files import ModelSource, resolve_model
     from qwen_image.pipeline import load_transformer
     from train.base_model.zero3_loading import load_partitioned
-    from train.engine.deepspeed_engine import join_process_group
+    from train.process.ranks import join_process_group
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     join_process_group()

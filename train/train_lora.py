@@ -58,24 +58,29 @@ def train(config: TrainConfig) -> int:
     import torch
 
     from qwen_image.float8.linear import keep_transposed
-    from train.base_model import load_pipeline as frozen
+    from qwen_image.model.sizes import DTYPES
+    from train.base_model.load_pipeline import load_pipeline
     from train.base_model.load_transformer import check_base, read_presets
+    from train.base_model.online_encoder import OnlineEncoder
     from train.config.deepspeed_json import load_deepspeed_config, warnings
-    from train.data.batch_shapes import batch_shapes, text_padding
-    from train.data.from_config import make_loader, make_order, open_data
-    from train.data.largest_batch import largest_batch
+    from train.data.batch_shapes import batch_shapes, largest_batch, text_padding
+    from train.data.from_config import make_loader, make_order, open_data, sigma_sampling
     from train.data.sample_order import steps_of
-    from train.engine.deepspeed_engine import DTYPES, initialize, join_process_group, learning_rate, set_learning_rate
+    from train.engine.deepspeed_engine import initialize
+    from train.engine.lr_scheduler import learning_rate, set_learning_rate
     from train.engine.optimizer_state import trainable_shapes
     from train.fit.activation_checkpointing import PeakWatch, plan_recomputation
     from train.fit.cuda_graphs_choice import start_graphs
-    from train.fit.memory_plan import engine_bytes
-    from train.lora.inject import LoraSpec, inject_lora, start_from
+    from train.fit.memory_plan import engine_bytes, memory_plan, planned_sizes
+    from train.lora.inject import inject_lora, start_from
     from train.lora.lora_file import read_lora
+    from train.lora.spec import LoraSpec
+    from train.process.determinism import seed_everything
     from train.process.preemption import PREEMPTED, Preemption
+    from train.process.ranks import join_process_group
     from train.saving.checkpoints import Checkpoints, check_same
     from train.saving.lora_export import LoraExport
-    from train.saving.run_folder import prepare_run_folder
+    from train.saving.run_folder import needed_bytes, prepare_run_folder
     from train.step.flow_matching_module import FlowMatchingModule
     from train.step.offload_activations import ActivationOffload
     from train.step.speedups import apply_speedups, choose_workspaces, shapes_met
@@ -92,7 +97,7 @@ def train(config: TrainConfig) -> int:
     deepspeed_config = load_deepspeed_config(config.deepspeed, config, ranks.world)
     for warning in warnings(deepspeed_config):
         ranks.say(f"warning: {warning}")
-    frozen.seed_everything(config)
+    seed_everything(config)
     dataset = open_data(config, ranks.say)
     if config.text_padding is None:
         config = replace(config, text_padding=text_padding(config, dataset, ranks.device))
@@ -107,20 +112,21 @@ def train(config: TrainConfig) -> int:
     for line in check_base(config, deepspeed_config, spec, ranks.device):
         ranks.say(line)
     presets = read_presets(config)
-    sizes = frozen.planned_sizes(config, deepspeed_config, spec)
-    needed_bytes = frozen.needed_bytes(config, sizes.trainable, total_steps)
-    plan = frozen.memory_plan(config, deepspeed_config, sizes, dataset, ranks)
+    sizes = planned_sizes(config, deepspeed_config, spec)
+    disk_bytes = needed_bytes(config, sizes.trainable, total_steps)
+    plan = memory_plan(config, deepspeed_config, sizes, dataset, ranks)
     for line in plan.lines():
         ranks.say(line)
-    versions = prepare_run_folder(config, deepspeed_config, needed_bytes) if ranks.is_main else {}
+    versions = prepare_run_folder(config, deepspeed_config, disk_bytes) if ranks.is_main else {}
     checkpoints = Checkpoints(
         config.output_path, config.keep_checkpoints, config.keep_every, config.on_save_error, ranks.say
     )
     resumed = checkpoints.find(config.resume)
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
-    pipeline = frozen.load_pipeline(config, deepspeed_config, dataset, ranks, plan, spec, presets)
-    encoder = frozen.online_encoder(config, pipeline, ranks, plan)
+    pipeline = load_pipeline(config, deepspeed_config, dataset, ranks, plan.encoders, spec, presets)
+    options = config.max_prompt_tokens, config.text_multiple, ranks.device, plan.encoders == "swap"
+    encoder = OnlineEncoder(pipeline.vae, pipeline.text_encoder, *options)
     preview = Preview(config, pipeline, encoder, ranks)
     transformer = pipeline.transformer
     assert transformer is not None
@@ -186,7 +192,7 @@ def train(config: TrainConfig) -> int:
     wandb_id = resumed.client.get("wandb_id") if resumed is not None and own else None  # no other run's
     shown = {**versions, "trainable": trainable}
     metrics = Metrics(config, total_steps, global_batch, step, ranks.rank, shown, wandb_id)
-    sampling = frozen.sigma_sampling(config, pipeline)
+    sampling = sigma_sampling(config, pipeline)
     loader = make_loader(config, dataset, order, sampling, ranks, consumed, metrics.say)
 
     def due(every: int) -> bool:
@@ -271,6 +277,6 @@ def train(config: TrainConfig) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if "train.engine.deepspeed_engine" in sys.modules:  # else nothing was joined
-        sys.modules["train.engine.deepspeed_engine"].leave_process_group()
+    if "train.process.ranks" in sys.modules:  # else nothing was joined
+        sys.modules["train.process.ranks"].leave_process_group()
     sys.exit(code)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from qwen_image.loading.model_files import Component, load_weights
+from qwen_image.model.sizes import PIXEL_MULTIPLE
 
 SPATIAL_FACTOR = 8  # pixels a latent
-PIXEL_MULTIPLE = 16  # pixels a transformer token: 8 for the VAE, 2 for packing
 
 
 def check_image_size(height: int, width: int) -> None:

@@ -20,7 +20,8 @@ from data_prep.shard_format.shards import (
     write_index,
     write_manifest,
 )
-from train.data.shard_dataset import Batch, ShardDataset
+from train.data.batch import Batch
+from train.data.shard_dataset import ShardDataset
 
 MEMBERS = ("payload", "json", "txt")
 SIZES = [(32, 16), (16, 32)]  # width, height of the buckets

@@ -7,8 +7,9 @@ from PIL import Image
 
 from qwen_image.pipeline import QwenImagePipeline
 from train import sample
-from train.lora.inject import LoraSpec, inject_lora, lora_parameters
+from train.lora.inject import inject_lora, lora_parameters
 from train.lora.lora_file import save_lora
+from train.lora.spec import LoraSpec
 from train.watching.image_grid import make_grid, read_parameters
 
 

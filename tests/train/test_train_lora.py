@@ -220,11 +220,14 @@ def test_diffusers_agrees_with_the_trained_lora(reference, tiny_model):
 def test_only_lora_moves(tiny_model, encoded, tmp_path):
     """The engine trains: every frozen weight stays bit for bit what the file says, and has no gradient."""
     from train.config.deepspeed_json import load_deepspeed_config
+    from train.data.batch import make_batch
     from train.data.indexed_loader import draw_sample
-    from train.data.shard_dataset import ShardDataset, make_batch
-    from train.engine.deepspeed_engine import initialize, join_process_group
-    from train.flow.objective import SigmaSampling
-    from train.lora.inject import LoraSpec, inject_lora
+    from train.data.shard_dataset import ShardDataset
+    from train.engine.deepspeed_engine import initialize
+    from train.flow.timestep_sampling import SigmaSampling
+    from train.lora.inject import inject_lora
+    from train.lora.spec import LoraSpec
+    from train.process.ranks import join_process_group
     from train.step.flow_matching_module import FlowMatchingModule
 
     config = parse(flags(tiny_model, encoded, tmp_path))

@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 
-from qwen_image.encoders.vae import PIXEL_MULTIPLE
 from qwen_image.float8.linear import check_float8, float8_bytes
 from qwen_image.loading.model_files import ModelFiles, ModelSource, empty_transformer, resolve_model
 from qwen_image.loading.staged import load_staged
 from qwen_image.model.modulation import modulation_layers
+from qwen_image.model.sizes import DTYPES, PIXEL_MULTIPLE
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.noise_schedule import SigmaSchedule
 from train.base_model.zero3_loading import load_partitioned
+from train.config.deepspeed_json import PARTITIONED
 from train.config.train_config import TrainConfig
-from train.engine.deepspeed_engine import DTYPES, PARTITIONED, Ranks
-from train.flow.objective import SIGMA_STEPS
-from train.lora.inject import LoraSpec, resolve_targets
+from train.flow.timestep_sampling import SIGMA_STEPS
 from train.lora.preset_loras import Preset, merge_presets, merged
+from train.lora.spec import LoraSpec
+from train.lora.targets import resolve_targets
+from train.process.ranks import Ranks
 
 
 def check_base(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from qwen_image.pipeline import QwenImagePipeline
 from train.config.train_config import TrainConfig
 from train.data.indexed_loader import BatchLoader
 from train.data.sample_order import Order
@@ -9,8 +10,8 @@ from train.data.shard_dataset import ShardDataset
 from train.data.streamed_set import StreamedSet
 from train.data.webdataset_stream import StreamLoader
 from train.data.worker_loader import Batches, Reading
-from train.engine.deepspeed_engine import Ranks
-from train.flow.objective import SigmaSampling
+from train.flow.timestep_sampling import SigmaSampling
+from train.process.ranks import Ranks
 
 WEAKER = (
     "warning: loader webdataset: the order depends on the number of ranks and workers, samples may come twice before "
@@ -72,4 +73,10 @@ def make_loader(
         empty_prompt=dataset.empty_prompt,
         max_prompt_tokens=config.max_prompt_tokens,
         total=len(dataset),
+    )
+
+
+def sigma_sampling(config: TrainConfig, pipeline: QwenImagePipeline) -> SigmaSampling:
+    return SigmaSampling(
+        config.timestep_sampling, config.logit_mean, config.logit_std, config.timestep_shift, pipeline.schedule
     )

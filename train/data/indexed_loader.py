@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, Sampler
 
+from train.data.batch import Batch, DrawSample, make_batch
+from train.data.draws import Draws, sample_draws
 from train.data.remote_cache import ShardsAhead
 from train.data.remote_shards import RemoteReader, Unreachable
+from train.data.sample import BrokenSample
 from train.data.sample_order import Order, places
-from train.data.shard_dataset import Batch, BrokenSample, DrawSample, ShardDataset, make_batch
+from train.data.shard_dataset import ShardDataset
 from train.data.worker_loader import DEFAULTS, Batches, Reading
-from train.flow.objective import Draws, SigmaSampling, sample_draws
+from train.flow.timestep_sampling import SigmaSampling
 
 
 class Task(NamedTuple):
@@ -73,7 +76,7 @@ class BatchLoader(Batches):
 def draw_sample(
     seed: int, sampling: SigmaSampling, caption_dropout: float, epoch: int, index: int, latent_shape: tuple[int, ...]
 ) -> Draws:
-    """train.flow.objective.sample_draws, arguments reordered so that a `partial` of it is picklable."""
+    """train.data.draws.sample_draws, arguments reordered so that a `partial` of it is picklable."""
     return sample_draws(seed, epoch, index, latent_shape, sampling, caption_dropout)
 
 

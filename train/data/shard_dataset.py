@@ -9,53 +9,36 @@ All of it is random access by index and free of state: train/data/sample_order.p
 train/data/indexed_loader.py who reads it.
 """
 
-import itertools
+import hashlib
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+from filelock import FileLock
 
 from data_prep.images.stored_pixels import decode_stored
-from data_prep.shard_format.shards import EMPTY_PROMPT, ShardReader
-from qwen_image.encoders.text_encoder import Prompt
-from train.data.data_folder import held_out, open_folder
+from data_prep.shard_format.shards import (
+    EMPTY_PROMPT,
+    INDEX,
+    MANIFEST,
+    Manifest,
+    ShardIndex,
+    ShardReader,
+    read_index,
+    read_manifest,
+)
+from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.remote_shards import Unreachable, is_remote, open_remote
+from train.data.sample import BrokenSample, Sample
 from train.data.sample_order import WINDOW, Order, Tail
-from train.flow.objective import Draws
-
-LATENT_CHANNELS = 16
-VAE_FACTOR = 8  # pixels a latent on each side
-ATTEMPTS = 16  # so many broken samples in a row are bad luck, more are a broken data set
-
-# (epoch, virtual index, latent_shape) -> Draws: train.flow.objective.sample_draws with seed, distribution and dropout bound
-DrawSample = Callable[[int, int, tuple[int, ...]], Draws]
 
 # A sample's members stand next to each other in our shards: one read fetches them when no more than this lies between.
 _GAP = 1 << 16
-
-
-class BrokenSample(ValueError):
-    """A sample that can't be read; the message names it and says why."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample as it stands in the shard: encoded (`latent`, `prompt_embeds`) or an image (`pixels`)."""
-
-    index: int
-    key: str
-    width: int  # pixels
-    height: int
-    caption: str
-    latent: torch.Tensor | None = None  # [16, H/8, W/8], normalised, as stored (bf16)
-    prompt_embeds: torch.Tensor | None = None  # [T, D], cut to max_prompt_tokens
-    pixels: torch.Tensor | None = None  # uint8 [3, H, W], RGB
 
 
 class ShardDataset:
@@ -181,99 +164,48 @@ class ShardDataset:
         return {"key": name.split(b".")[0], "payload": data[payload - start : end - start], "txt": caption}
 
 
-@dataclass
-class Batch:
-    """One micro-batch: samples of one bucket with all that chance decided for them. B samples."""
+def open_folder(folder: Path, say: Callable[[str], None], local: bool = True) -> tuple[Manifest, ShardIndex]:
+    """Manifest and index of a folder; plain WebDataset shards get theirs by scanning, once.
 
-    place: int  # in the global stream of micro-batches
-    epoch: int
-    indices: list[int]  # virtual indices (Order.locate): sample + N · repeat number
-    keys: list[str]
-    width: int  # pixels
-    height: int
-    captions: list[str]  # "" where dropped
-    noise: torch.Tensor  # float32 [B, 16, 1, H/8, W/8]
-    sigma: torch.Tensor  # float32 [B], k/1000; stays on the CPU, where the modulation table is looked up
-    drop: torch.Tensor  # bool [B]: the caption was dropped
-    latents: torch.Tensor | None = None  # [B, 16, 1, H/8, W/8], dtype as stored
-    pixels: torch.Tensor | None = None  # uint8 [B, 3, H, W]
-    prompt_embeds: torch.Tensor | None = None  # [B, T, D], zeros right of each prompt
-    prompt_mask: torch.Tensor | None = None  # bool [B, T]; None: no padding
-    broken: list[str] = field(default_factory=list)  # members that were replaced, and why
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """The same batch with `function` applied to every tensor but σ."""
-        tensors = {n: v for n, v in vars(self).items() if isinstance(v, torch.Tensor) and n != "sigma"}
-        moved: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
-        return replace(self, **moved)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self, device: Any = None) -> "Batch":
-        return self.map(lambda tensor: tensor.pin_memory())
-
-
-def collate(
-    samples: Sequence[Sample], draws: Sequence[Draws], empty_prompt: torch.Tensor | None = None, text_multiple: int = 1
-) -> dict[str, Any]:
-    """The fields of Batch from `keys` to `prompt_mask`; prompts are padded to a multiple of `text_multiple` tokens."""
-    drop = [draw.drop_caption for draw in draws]
-    batch: dict[str, Any] = {
-        "keys": [sample.key for sample in samples],
-        "width": samples[0].width,
-        "height": samples[0].height,
-        "captions": ["" if dropped else sample.caption for sample, dropped in zip(samples, drop, strict=True)],
-        "noise": torch.stack([draw.noise for draw in draws]).unsqueeze(2),
-        "sigma": torch.tensor([draw.sigma for draw in draws], dtype=torch.float32),
-        "drop": torch.tensor(drop),
-    }
-    if samples[0].pixels is not None:
-        return batch | {"pixels": torch.stack([s.pixels for s in samples if s.pixels is not None])}
-    assert empty_prompt is not None, "encoded samples need the embedding of the empty caption"
-    prompts = [empty_prompt if d else s.prompt_embeds for s, d in zip(samples, drop, strict=True)]
-    embeds, mask = Prompt.from_list([prompt for prompt in prompts if prompt is not None], text_multiple)
-    latents = torch.stack([s.latent for s in samples if s.latent is not None]).unsqueeze(2)
-    return batch | {"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask}
-
-
-def make_batch(
-    dataset: ShardDataset,
-    place: int,
-    epoch: int,
-    indices: Sequence[int],
-    draw: DrawSample,
-    text_multiple: int = 1,
-    attempts: int = ATTEMPTS,
-) -> Batch:
-    """The micro-batch that `Order.micro_batch(place)` gave as (epoch, indices): a pure function, in whatever process.
-
-    A sample that can't be read gives way to the next readable one of its bucket (keeping the noise and σ that belong to
-    its own index) and is named in `broken`. Raises BrokenSample after more than `attempts` of them in a row.
+    `local`: the shards themselves are in it too. Raises FileNotFoundError naming what is missing, ValueError for what is
+    damaged or can't be indexed, PermissionError where an index can't be written.
     """
-    broken: list[str] = []
-    samples = [_read_or_replace(dataset, int(index) % len(dataset), attempts, broken) for index in indices]
-    width, height = samples[0].width, samples[0].height
-    latent_shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
-    draws = [draw(epoch, int(index), latent_shape) for index in indices]
-    tensors = collate(samples, draws, dataset.empty_prompt, text_multiple)
-    return Batch(place=place, epoch=epoch, indices=[int(index) for index in indices], broken=broken, **tensors)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    if not (folder / MANIFEST).is_file():  # first: a scan by another rank writes it last
+        scan(folder, say)
+    if not (folder / INDEX).is_file():
+        raise lost(folder, INDEX, MANIFEST)
+    manifest = read_manifest(folder)
+    missing = [shard.name for shard in manifest.shards if local and not (folder / shard.name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(manifest.shards)} shards ({', '.join(missing[:3])} …): copy them back"
+        )
+    return manifest, read_index(folder, strings=False)
 
 
-def _read_or_replace(dataset: ShardDataset, index: int, attempts: int, broken: list[str]) -> Sample:
-    """Sample `index`, or the first readable one after it in its bucket; appends what was broken."""
-    try:
-        return dataset.read(index)
-    except BrokenSample as error:
-        if attempts == 0:
-            raise
-        broken.append(str(error))
-    for other in itertools.islice(dataset.same_bucket(index), attempts):
-        try:
-            return dataset.read(other)
-        except BrokenSample as error:
-            last = error
-    raise BrokenSample(f"{attempts} samples after a broken one are broken too (check_shards.py lists them): {last}")
+def scan(folder: Path, say: Callable[[str], None]) -> None:
+    """Index plain shards; one rank does it, the others wait."""
+    from data_prep.shard_format.scan_tars import build_index
+
+    if (folder / EMPTY_PROMPT).is_file():  # of encode_shards.py, whose manifest tells what a scan can't know
+        raise lost(folder, MANIFEST, EMPTY_PROMPT)
+    with FileLock(folder / ".index.lock"):  # a file that is written to: NFS locks no others
+        if not (folder / MANIFEST).is_file():
+            say(f"{folder} has no index: scanning its shards once")
+            build_index(folder)
+
+
+def lost(folder: Path, name: str, other: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{folder} has no {name}, but {other}: copy it back, or run the script that wrote it")
+
+
+def held_out(folder: Path, count: int) -> np.ndarray:
+    """Sorted indices of the `count` samples whose source path (key, where there is none) has the smallest sha256."""
+    if count == 0:
+        return np.array([], dtype=np.int64)
+    index = read_index(folder)
+    names = np.where(index.path.astype(bool), index.path, index.key)
+    digests = [hashlib.sha256(str(name).encode()).digest() for name in names]
+    return np.sort(np.array(sorted(range(len(digests)), key=digests.__getitem__)[:count], dtype=np.int64))

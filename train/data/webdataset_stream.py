@@ -17,10 +17,13 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data_prep.images.stored_pixels import decode_stored
+from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
+from train.data.batch import Batch, collate
+from train.data.draws import sample_draws
+from train.data.sample import BrokenSample, Sample
 from train.data.sample_order import places
-from train.data.shard_dataset import LATENT_CHANNELS, VAE_FACTOR, Batch, BrokenSample, Sample, collate
 from train.data.worker_loader import DEFAULTS, Batches, Reading
-from train.flow.objective import SigmaSampling, sample_draws
+from train.flow.timestep_sampling import SigmaSampling
 
 BUFFER = 1000  # samples that are shuffled together
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from train.data.shard_dataset import ATTEMPTS, Batch
+from train.data.batch import ATTEMPTS, Batch
 
 PREFETCH = 4  # micro-batches each worker reads ahead
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -20,10 +20,12 @@ import torch.distributed as dist
 from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.float8.linear import keep_transposed
 from qwen_image.model.transformer import QwenImageTransformer
-from train.data.largest_batch import BatchShape, random_arguments
-from train.engine.deepspeed_engine import PARTITIONED
-from train.fit.memory_plan import GIB, host_bytes, ranks_here
+from train.config.deepspeed_json import PARTITIONED
+from train.config.train_config import TrainConfig
+from train.data.batch_shapes import BatchShape, random_arguments
 from train.fit.trial_step import Trial, try_step
+from train.process.free_memory import GIB, host_bytes
+from train.process.ranks import ranks_here
 from train.step.flow_matching_module import FlowMatchingModule
 
 # Left free: fragments (batches of other shapes need pieces of other sizes), and what NCCL and libraries still load outside
@@ -239,3 +241,16 @@ class PeakWatch:
             f"peak memory {peak / GIB:.2f} GiB, predicted {self.plan.predicted / GIB:.2f} "
             f"({peak / self.plan.predicted - 1:+.1%}{batches})"
         )
+
+
+def checkpointed_blocks(config: TrainConfig, transformer: QwenImageTransformer) -> int:
+    """How many blocks recompute their activations in the backward pass; for auto the most there can be."""
+    blocks = transformer.config.num_layers
+    policy = config.activation_checkpointing
+    if policy == "none":
+        return 0
+    if policy in ("full", "auto"):
+        return blocks
+    if int(policy) > blocks:
+        raise ValueError(f"activation_checkpointing: {policy} blocks to recompute, but the model has {blocks}")
+    return int(policy)

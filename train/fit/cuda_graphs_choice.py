@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from train.config.deepspeed_json import PARTITIONED
 from train.config.train_config import TrainConfig
-from train.data.largest_batch import BatchShape, random_arguments
-from train.engine.deepspeed_engine import PARTITIONED
+from train.data.batch_shapes import KEPT, BatchShape, random_arguments
 from train.fit.activation_checkpointing import largest_over_ranks
 from train.fit.trial_step import try_step
-from train.step.cuda_graphs import KEPT
 from train.step.flow_matching_module import FlowMatchingModule
 
 UNUSED = "CUDA graphs are not used: "

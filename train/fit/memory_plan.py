@@ -5,19 +5,26 @@ step 0 replaces (train/fit/activation_checkpointing.py). What can't work is refu
 fail is said.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from qwen_image.loading.model_files import ModelFiles
+from qwen_image.loading.model_files import ModelFiles, ModelSource, empty_transformer, match_weights, resolve_model
 from qwen_image.loading.safetensors_ranges import read_headers
+from qwen_image.model.modulation import modulation_layers
 from qwen_image.model.transformer import TransformerConfig
+from train.base_model.load_transformer import base_bytes, tabulates
+from train.base_model.online_encoder import EncoderPlace
 from train.config.train_config import TrainConfig
+from train.data.batch_shapes import largest_batch
+from train.data.shard_dataset import ShardDataset
+from train.fit.activation_checkpointing import checkpointed_blocks
+from train.lora.spec import LoraSpec
+from train.lora.targets import resolve_targets
+from train.process.free_memory import GIB, device_bytes, host_bytes
+from train.process.ranks import Ranks, ranks_here
 
-GIB = 2**30
 # What autograd keeps of one compiled block, in tensors of a token's width (a GELU's input alone has 4): 11.10 to 11.12 measured
 # on one H100 (bf16, 60 blocks, LoRA on q, k and v, four shapes of 4,224 to 9,216 tokens).
 SAVED_PER_BLOCK = 11.12
@@ -53,7 +60,7 @@ class MemoryPlan:
     certain: tuple[str, ...]
     device_total: int | None  # None: the device is the CPU, and all of it is in the host's memory
     host_free: int
-    encoders: Literal["device", "swap", "cpu"]
+    encoders: EncoderPlace
 
     def lines(self) -> list[str]:
         """For people: one line for the device, one for the host."""
@@ -141,7 +148,7 @@ def plan_memory(
     else:
         on_device["activations"] += checkpointed_blocks * width
 
-    where: Literal["device", "swap", "cpu"] = "device"
+    where: EncoderPlace = "device"
     if encoders is not None:
         text, vae = encoders.text_encoder * itemsize, encoders.vae * itemsize
         if config.encoder_device == "auto":
@@ -188,26 +195,57 @@ def engine_bytes(
     return moments + gradients + (buffers if zero.get("contiguous_gradients", True) else 0)
 
 
-def device_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
+@dataclass(frozen=True)
+class ModelSizes:
+    """What is known of the model and its LoRA before weights are read."""
+
+    shape: TransformerConfig
+    base: int  # bytes of the frozen weights while they train, before ZeRO's partitioning
+    trainable: int  # parameters
+    checkpointed_blocks: int  # at first; train/fit/activation_checkpointing.py decides
 
 
-def host_bytes() -> int:
-    """Memory that this host can still give: the kernel's estimate, or what the control group leaves if that is less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        cached = sum(int(statistics.get(name, 0)) for name in ("inactive_file", "active_file"))  # given back when asked
-        free = min(free, int(text) - int(used.read_text()) + cached)
-    return max(free, 0)
+def planned_sizes(config: TrainConfig, deepspeed_config: dict[str, Any], spec: LoraSpec) -> ModelSizes:
+    """Sizes from the model's configuration alone.
+
+    Raises what is wrong with the model's files, the LoRA's targets or the recomputed blocks before weights are read.
+    """
+    if spec.dora and deepspeed_config["zero_optimization"]["stage"] == 3:
+        raise ValueError("lora_dora needs whole weights at every step: use ds_configs/zero2.json")
+    files = resolve_model(ModelSource.from_options(config), ("transformer", "scheduler"))
+    transformer = empty_transformer(files)
+    match_weights(transformer, files["transformer"].weights)
+    trainable = 0
+    for name in resolve_targets(transformer, spec.target_modules):
+        layer = transformer.get_submodule(name)
+        assert isinstance(layer, torch.nn.Linear)
+        trainable += spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
+    tabulated, recomputed = 0, checkpointed_blocks(config, transformer)
+    if tabulates(config, deepspeed_config, spec, transformer):
+        tabulated = sum(p.numel() for module in modulation_layers(transformer) for p in module.parameters())
+    return ModelSizes(transformer.config, base_bytes(config, transformer, tabulated, recomputed), trainable, recomputed)
 
 
-def ranks_here() -> int:
-    """How many ranks share this host, as the launcher says; 1 if it doesn't."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
-        text = os.environ.get(name, "")
-        if text.isdigit():
-            return int(text)
-    return 1
+def memory_plan(
+    config: TrainConfig, deepspeed_config: dict[str, Any], sizes: ModelSizes, dataset: ShardDataset, ranks: Ranks
+) -> MemoryPlan:
+    """What this run will hold, for its largest bucket and longest prompt. Raises ValueError when it can't fit."""
+    encoders = None
+    if not dataset.encoded:
+        parts = ("text_encoder", "tokenizer", "vae")
+        encoders = EncoderSizes.from_files(resolve_model(ModelSource.from_options(config), parts))
+    plan = plan_memory(
+        config,
+        deepspeed_config,
+        sizes.shape,
+        base=sizes.base,
+        trainable=sizes.trainable,
+        tokens=largest_batch(config, dataset).tokens,
+        checkpointed_blocks=sizes.checkpointed_blocks,
+        world=ranks.world,
+        local_world=ranks_here(),
+        encoders=encoders,
+        device=ranks.device,
+    )
+    plan.check()
+    return plan

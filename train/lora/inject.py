@@ -2,81 +2,17 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qwen_image.model.transformer import DEAD_IN_LAST_BLOCK, QwenImageTransformer
-from train.config.train_config import TrainConfig
+from qwen_image.model.transformer import QwenImageTransformer
+from train.lora.spec import ADAPTER, LoraSpec
+from train.lora.targets import resolve_targets
 
 if TYPE_CHECKING:
     from train.lora.lora_file import LoraFile
-
-ADAPTER = "default"  # PEFT's name of the one adapter
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """The shape of a LoRA. `scale` is what lora_B·lora_A is multiplied with."""
-
-    target_modules: tuple[str, ...]
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    rslora: bool = False
-    dora: bool = False
-
-    @classmethod
-    def from_config(cls, config: TrainConfig) -> "LoraSpec":
-        return cls(
-            config.lora_target_modules,
-            config.lora_rank,
-            config.alpha,
-            config.lora_dropout,
-            config.lora_rslora,
-            config.lora_dora,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "target_modules": sorted(self.target_modules)}
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / math.sqrt(self.rank) if self.rslora else self.alpha / self.rank
-
-
-def linear_layers(transformer: QwenImageTransformer) -> list[str]:
-    """Full names of all linear layers that a LoRA can adapt: those of the last block's dead text half are left out."""
-    last = f"transformer_blocks.{transformer.config.num_layers - 1}."
-    dead = tuple(last + name for name in DEAD_IN_LAST_BLOCK)
-    return [
-        name
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(dead)
-    ]
-
-
-def resolve_targets(transformer: QwenImageTransformer, targets: Iterable[str]) -> list[str]:
-    """Full names of the layers that `targets` (name endings such as `to_q` or `img_mlp.net.2`) select, in model order.
-
-    Raises ValueError for a target that selects nothing, with the names that exist.
-    """
-    names = linear_layers(transformer)
-    chosen: set[str] = set()
-    for target in targets:
-        matches = {name for name in names if name == target or name.endswith("." + target)}
-        if not matches:
-            endings = sorted({name.split(".", 2)[2].removeprefix("attn.") for name in names if "blocks." in name})
-            others = sorted(name for name in names if "blocks." not in name)
-            raise ValueError(
-                f"lora_target_modules: no linear layer is called {target!r}; there are {', '.join(endings + others)}"
-            )
-        chosen |= matches
-    return [name for name in names if name in chosen]
 
 
 def inject_lora(
@@ -124,14 +60,6 @@ def short_name(parameter_name: str) -> str:
 def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by their short name, `<module>.lora_A` / `lora_B` / `lora_magnitude_vector`."""
     return {short_name(name): p for name, p in transformer.named_parameters() if p.requires_grad}
-
-
-def base_layer(transformer: nn.Module, name: str) -> nn.Linear:
-    """The frozen linear layer called `name`, whether or not it carries a LoRA."""
-    module = transformer.get_submodule(name)
-    layer = getattr(module, "base_layer", module)
-    assert isinstance(layer, nn.Linear)
-    return layer
 
 
 def start_from(transformer: QwenImageTransformer, lora: "LoraFile", spec: LoraSpec) -> int:

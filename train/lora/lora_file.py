@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from train.lora.inject import ADAPTER, LoraSpec, base_layer
+from train.lora.spec import ADAPTER, LoraSpec
+from train.lora.targets import base_layer
 
 PREFIX = "transformer."  # diffusers' name of the component inside a LoRA file
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from qwen_image.loading.model_files import weights_fingerprint
 from train.config.check_paths import split_weight
-from train.lora.inject import base_layer
 from train.lora.lora_file import LoraFile, read_lora
+from train.lora.targets import base_layer
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from qwen_image.model.sizes import DTYPES
 from qwen_image.pipeline import QwenImagePipeline
 from train.config.train_config import TrainConfig
 from train.data.shard_dataset import ShardDataset
-from train.engine.deepspeed_engine import DTYPES, Ranks, whole_weights
-from train.lora.inject import LoraSpec, short_name
+from train.engine.deepspeed_engine import whole_weights
+from train.lora.inject import short_name
 from train.lora.lora_file import save_lora
+from train.lora.spec import LoraSpec
+from train.process.ranks import Ranks
 from train.saving.checkpoints import settle
 from train.saving.run_folder import PACKAGES, collect_versions
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qwen_image.model.sizes import DTYPES
 from train.config.train_config import TrainConfig
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "pyarrow", "wandb")
@@ -76,3 +77,12 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def needed_bytes(config: TrainConfig, weights: int, steps: int) -> int:
+    """What the run's LoRA files and checkpoints (weights and two moments in float32) will take on the disk."""
+    files = 1 + (steps // config.save_steps if config.save_steps else 0)
+    saved = steps // config.checkpoint_every if config.checkpoint_every else 1
+    kept = config.keep_checkpoints + 1 + (steps // config.keep_every if config.keep_every else 0)
+    checkpoints = min(saved, kept) if config.keep_checkpoints else saved
+    return weights * (files * DTYPES[config.save_dtype].itemsize + max(1, checkpoints) * 3 * 4)

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from qwen_image.model.transformer import QwenImageTransformer
+from train.data.batch_shapes import KEPT
 from train.process.out_of_memory import memory_ran_out
 
 Inputs = tuple[torch.Tensor | None, ...]
-KEPT = 96  # shapes; the one that was not met for longest makes room
 MODE = "thread_local"  # NCCL's and the loader's threads may go on calling CUDA while a graph is captured
 
 

@@ -1,25 +1,18 @@
 """What DeepSpeed wraps: a module whose forward takes a batch and returns the loss."""
 
-from contextlib import nullcontext
 from functools import partial
 from typing import cast
 
 import torch
 from torch import nn
 
-from qwen_image.encoders.text_encoder import Prompt, TextEncoder
-from qwen_image.encoders.vae import VAE, pixels_from_uint8
-from qwen_image.loading.pinned_memory import lent
+from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.model.rotary import Rotary, rotary_table
 from qwen_image.model.transformer import Modulation, QwenImageTransformer
 from qwen_image.pipeline import pack_latents, predict_velocity, time_input
-from train.data.shard_dataset import Batch
 from train.flow.objective import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
 from train.step.cuda_graphs import Inputs, StepGraphs, few_blocks
 from train.step.flat_parameter import FlatGradient, flatten
-
-# Encoded shards store latents and prompt embeddings in this type; encoding online rounds alike, so both give one loss.
-STORED_DTYPE = torch.bfloat16
 
 
 class FlowMatchingModule(nn.Module):
@@ -89,44 +82,3 @@ class FlowMatchingModule(nn.Module):
         self.graphs = StepGraphs(
             self.transformer, self.flat, self.losses, partial(few_blocks, self.transformer), positions
         )
-
-
-class OnlineEncoder:
-    """Latents and prompts of a batch on `device`: taken from it, or made on the fly when the shards hold images.
-
-    `swap`: the text encoder lives in host memory and is on the device only while it encodes.
-    """
-
-    def __init__(
-        self,
-        vae: VAE | None,
-        text_encoder: TextEncoder | None,
-        max_prompt_tokens: int,
-        text_multiple: int,
-        device: torch.device,
-        swap: bool = False,
-    ):
-        self.vae = vae
-        self.text_encoder = text_encoder
-        self.device = device
-        self.swap = swap
-        self.max_prompt_tokens = max_prompt_tokens
-        self.text_multiple = text_multiple
-
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, Prompt]:
-        """Latents [B, 16, 1, H/8, W/8] and the padded prompt, both in STORED_DTYPE."""
-        if batch.latents is not None:
-            assert batch.prompt_embeds is not None
-            return batch.latents, Prompt(batch.prompt_embeds, batch.prompt_mask)
-        assert self.vae is not None, "image shards need both encoders"
-        assert batch.pixels is not None
-        latents = self.vae.encode(pixels_from_uint8(batch.pixels)).to(self.device, STORED_DTYPE)
-        embeds = self.encode_prompts(batch.captions)
-        return latents, Prompt.from_list([item.to(STORED_DTYPE) for item in embeds], self.text_multiple)
-
-    def encode_prompts(self, captions: list[str]) -> list[torch.Tensor]:
-        """One [T_i, D] a caption, on `device`."""
-        assert self.text_encoder is not None, "no text encoder loaded"
-        with lent(self.text_encoder.language_model, self.device) if self.swap else nullcontext():
-            embeds = self.text_encoder.encode_list(captions, self.max_prompt_tokens)
-        return [item.to(self.device) for item in embeds]

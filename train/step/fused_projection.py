@@ -20,7 +20,7 @@ from torch import nn
 from qwen_image.float8.linear import Float8Linear, Float8Weight, float8_linear
 from qwen_image.model.joint_layout import Updates
 from qwen_image.model.transformer import Block, QwenImageTransformer
-from train.lora.inject import ADAPTER, LoraSpec
+from train.lora.spec import ADAPTER, LoraSpec
 
 
 @torch.library.custom_op("qwen_image_lora::add_products_", mutates_args=("total",))

@@ -8,10 +8,11 @@ import torch._dynamo.utils
 from qwen_image.kernel_check import distrust_kernels
 from qwen_image.kernels.flash_attention import HOPPER
 from qwen_image.model.gelu_products import fuse_gelu
+from qwen_image.model.sizes import DTYPES
 from qwen_image.pipeline import QwenImagePipeline
+from train.config.deepspeed_json import PARTITIONED
 from train.config.train_config import TrainConfig
-from train.engine.deepspeed_engine import DTYPES, PARTITIONED
-from train.lora.inject import LoraSpec
+from train.lora.spec import LoraSpec
 from train.step.flow_matching_module import FlowMatchingModule
 from train.step.fused_projection import can_fuse, fuse_projections
 

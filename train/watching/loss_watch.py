@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from train.data.shard_dataset import Batch
+from train.data.batch import Batch
 from train.engine.zero2_step import step_applied
 
 

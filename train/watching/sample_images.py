@@ -6,11 +6,12 @@ from PIL import Image
 
 from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.loading.model_files import ModelSource
+from qwen_image.model.sizes import DTYPES
 from qwen_image.pipeline import DEFAULT_NEGATIVE_PROMPT, QwenImagePipeline
+from train.base_model.online_encoder import OnlineEncoder
 from train.config.train_config import TrainConfig
-from train.engine.deepspeed_engine import DTYPES, Ranks
+from train.process.ranks import Ranks
 from train.saving.checkpoints import settle
-from train.step.flow_matching_module import OnlineEncoder
 from train.watching.image_grid import make_grid, save_png
 
 

@@ -3,9 +3,11 @@
 import torch
 import torch.distributed as dist
 
-from train.data.shard_dataset import Batch, ShardDataset, make_batch
-from train.flow.objective import Draws, sample_generator
-from train.step.flow_matching_module import FlowMatchingModule, OnlineEncoder
+from train.base_model.online_encoder import OnlineEncoder
+from train.data.batch import Batch, make_batch
+from train.data.draws import Draws, sample_generator
+from train.data.shard_dataset import ShardDataset
+from train.step.flow_matching_module import FlowMatchingModule
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _NOISE_SEED = 0x5EED  # never that of training, the same in every run: losses of different runs are comparable

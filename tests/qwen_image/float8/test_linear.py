@@ -9,7 +9,8 @@ from qwen_image.float8.linear import FLOAT8, Float8Linear, check_float8, keep_tr
 from qwen_image.float8.weight import product_of_few_rows, scaled_product
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.pipeline import load_transformer, predict_velocity
-from train.lora.inject import LoraSpec, inject_lora, lora_parameters
+from train.lora.inject import inject_lora, lora_parameters
+from train.lora.spec import LoraSpec
 from train.step.fused_projection import FusedProjection, fuse_projections
 
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")

@@ -15,7 +15,8 @@ from qwen_image.float8.mlp import quantised_gelu, quantised_gelu_gradient
 from qwen_image.float8.weight import FLOAT8, LARGEST, SMALLEST_SCALE, quantise_rows
 from qwen_image.model.layers import FeedForward
 from tests.helpers.small_transformer import small_transformer
-from train.lora.inject import LoraSpec, inject_lora, lora_parameters
+from train.lora.inject import inject_lora, lora_parameters
+from train.lora.spec import LoraSpec
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

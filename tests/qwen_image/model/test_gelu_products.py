@@ -15,7 +15,8 @@ from qwen_image.model import gelu_products
 from qwen_image.model.gelu_products import fuse_gelu, gelu_mlp
 from qwen_image.model.layers import FeedForward
 from tests.helpers.small_transformer import small_transformer
-from train.lora.inject import LoraSpec, inject_lora, lora_parameters
+from train.lora.inject import inject_lora, lora_parameters
+from train.lora.spec import LoraSpec
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or not gelu_products.HAS_EPILOGUES, reason="needs an NVIDIA GPU and cuBLASLt"

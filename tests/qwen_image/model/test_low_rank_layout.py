@@ -17,7 +17,8 @@ from tests.helpers.joint_layout_reference import (
     reference,
 )
 from tests.helpers.small_transformer import small_transformer
-from train.lora.inject import LoraSpec, inject_lora, lora_parameters
+from train.lora.inject import inject_lora, lora_parameters
+from train.lora.spec import LoraSpec
 from train.step.fused_projection import fuse_projections
 
 pytestmark = needs_kernel

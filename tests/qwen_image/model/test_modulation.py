@@ -6,7 +6,8 @@ import torch
 from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.model.modulation import replace_by_table, time_inputs
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
-from train.lora.inject import LoraSpec, inject_lora
+from train.lora.inject import inject_lora
+from train.lora.spec import LoraSpec
 
 GRID = [k / 1000 for k in range(1, 1001)]
 

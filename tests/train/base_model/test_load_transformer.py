@@ -15,9 +15,9 @@ from qwen_image.pipeline import load_transformer
 from train import train_lora
 from train.base_model.load_transformer import base_bytes, check_base, load_base, read_presets
 from train.config.train_config import TrainConfig
-from train.engine.deepspeed_engine import Ranks
-from train.lora.inject import LoraSpec
 from train.lora.preset_loras import Preset, merge_presets
+from train.lora.spec import LoraSpec
+from train.process.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")

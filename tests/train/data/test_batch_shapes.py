@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.batch_shapes import BatchShapes, batch_shapes, text_padding
+from train.data.batch_shapes import KEPT, BatchShapes, batch_shapes, text_padding
 from train.fit.cuda_graphs_choice import StepTimes
-from train.step.cuda_graphs import KEPT, StepGraphs
+from train.step.cuda_graphs import StepGraphs
 
 BUCKETS = [SimpleNamespace(id=id, width=64, height=64 + 16 * id) for id in range(10)]
 

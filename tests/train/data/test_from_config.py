@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
     import safetensors.torch
     from safetensors import SafetensorError
 
-    from train.lora.inject import LoraSpec
+    from train.lora.spec import LoraSpec
 
     def save_file(tensors, path, metadata) -> None:
         Path(path).write_bytes(b"half")

@@ -13,9 +13,10 @@ from tests.helpers.data_sets import assert_equal, write_set
 from tests.helpers.shard_cache import cached, size, wait_for
 from train.data.indexed_loader import BatchLoader
 from train.data.remote_cache import ShardsAhead, shards_in_order
-from train.data.shard_dataset import BrokenSample, ShardDataset
+from train.data.sample import BrokenSample
+from train.data.shard_dataset import ShardDataset
 from train.data.worker_loader import Reading
-from train.flow.objective import SigmaSampling
+from train.flow.timestep_sampling import SigmaSampling
 
 SHARDS = 6
 

@@ -21,10 +21,13 @@ from data_prep.shard_format.shards import (
 )
 from qwen_image.encoders.text_encoder import Prompt
 from tests.helpers.data_sets import SIZES, assert_equal, break_sample, embeds_of, latent_of, pixels_of, write_set
+from train.data.batch import Batch, collate, make_batch
+from train.data.draws import Draws, sample_draws
 from train.data.indexed_loader import BatchLoader
-from train.data.shard_dataset import Batch, BrokenSample, ShardDataset, collate, make_batch
+from train.data.sample import BrokenSample
+from train.data.shard_dataset import ShardDataset
 from train.data.worker_loader import Reading
-from train.flow.objective import Draws, SigmaSampling, sample_draws
+from train.flow.timestep_sampling import SigmaSampling
 
 
 @pytest.fixture

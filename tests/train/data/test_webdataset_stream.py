@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from tests.helpers.data_sets import assert_equal, break_sample, embeds_of, latent_of, write_set
-from train.data.shard_dataset import Batch, BrokenSample, ShardDataset
+from train.data.batch import Batch
+from train.data.sample import BrokenSample
+from train.data.shard_dataset import ShardDataset
 from train.data.webdataset_stream import StreamLoader
 from train.data.worker_loader import Reading
-from train.flow.objective import SigmaSampling
+from train.flow.timestep_sampling import SigmaSampling
 
 
 def urls(folder) -> list[str]:

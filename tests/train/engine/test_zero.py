@@ -22,12 +22,14 @@ from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.pipeline import load_transformer
 from tests.helpers.forked_ranks import run_ranks
 from train import train_lora
-from train.base_model.load_pipeline import planned_sizes
 from train.config.command_line import parse
+from train.data.batch import make_batch
 from train.data.indexed_loader import draw_sample
-from train.data.shard_dataset import ShardDataset, make_batch
-from train.flow.objective import SigmaSampling
-from train.lora.inject import LoraSpec, inject_lora, lora_parameters
+from train.data.shard_dataset import ShardDataset
+from train.fit.memory_plan import planned_sizes
+from train.flow.timestep_sampling import SigmaSampling
+from train.lora.inject import inject_lora, lora_parameters
+from train.lora.spec import LoraSpec
 from train.step.flow_matching_module import FlowMatchingModule
 
 for _module in (

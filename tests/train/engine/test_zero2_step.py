@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from train.engine.deepspeed_engine import join_process_group
 from train.engine.zero2_step import can_judge_on_device, judge_on_device, lighten, step_applied
+from train.process.ranks import join_process_group
 from train.watching.loss_watch import LossWatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_image.model.rotary import rotary_table
 from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
-from train.data.largest_batch import BatchShape, largest_batch, random_arguments
+from train.data.batch_shapes import BatchShape, largest_batch, random_arguments
 from train.fit import activation_checkpointing as recomputation
 from train.fit.activation_checkpointing import PeakWatch, RecomputationPlan, choose, plan_recomputation, set_recomputed
-from train.fit.memory_plan import GIB
 from train.fit.trial_step import Trial, try_step
-from train.lora.inject import LoraSpec, inject_lora
+from train.lora.inject import inject_lora
+from train.lora.spec import LoraSpec
+from train.process.free_memory import GIB
 from train.step import offload_activations as activation_offload
 from train.step.flow_matching_module import FlowMatchingModule
 from train.step.offload_activations import ActivationOffload

@@ -10,7 +10,8 @@ import torch
 from qwen_image.model.transformer import TransformerConfig
 from train.config.train_config import TrainConfig
 from train.fit import memory_plan as memory
-from train.fit.memory_plan import GIB, EncoderSizes, MemoryPlan, engine_bytes, plan_memory
+from train.fit.memory_plan import EncoderSizes, MemoryPlan, engine_bytes, plan_memory
+from train.process.free_memory import GIB
 
 ROOT = Path(__file__).resolve().parents[3]
 QWEN, LORA = 20_430_401_088, 23_592_960 * 2

@@ -6,17 +6,9 @@ import pytest
 import torch
 
 from qwen_image.noise_schedule import SigmaSchedule
-from train.flow.objective import (
-    SigmaSampling,
-    add_noise,
-    diffsynth_sigmas,
-    draw_sigma,
-    flow_matching_loss,
-    loss_weight,
-    sample_draws,
-    sample_generator,
-    velocity_target,
-)
+from train.data.draws import sample_draws, sample_generator
+from train.flow.objective import add_noise, flow_matching_loss, loss_weight, velocity_target
+from train.flow.timestep_sampling import SigmaSampling, diffsynth_sigmas, draw_sigma
 
 NAMES = ["qwen_shift", "logit_normal", "uniform", "shift", "diffsynth"]
 

@@ -9,16 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
-from train.lora.inject import (
-    LoraSpec,
-    attach_lora,
-    inject_lora,
-    linear_layers,
-    lora_parameters,
-    resolve_targets,
-    set_lora_enabled,
-)
+from train.lora.inject import attach_lora, inject_lora, lora_parameters, set_lora_enabled
 from train.lora.lora_file import read_lora, save_lora
+from train.lora.spec import LoraSpec
+from train.lora.targets import linear_layers, resolve_targets
 
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 

@@ -8,7 +8,8 @@ import torch
 from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.model.modulation import replace_by_table
 from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
-from train.lora.inject import LoraSpec, inject_lora
+from train.lora.inject import inject_lora
+from train.lora.spec import LoraSpec
 from train.step.cuda_graphs import few_blocks, fresh_leaves
 from train.step.flow_matching_module import FlowMatchingModule
 

@@ -5,7 +5,8 @@ import torch
 
 from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
-from train.lora.inject import LoraSpec, inject_lora, lora_parameters
+from train.lora.inject import inject_lora, lora_parameters
+from train.lora.spec import LoraSpec
 from train.step.fused_projection import can_fuse, fuse_projections
 
 

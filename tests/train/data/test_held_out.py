@@ -9,7 +9,7 @@ import pytest
 from data_prep.shard_format.scan_tars import build_index
 from data_prep.shard_format.shards import INDEX, MANIFEST
 from tests.helpers.data_sets import SIZES, write_set
-from train.data import data_folder
+from train.data import shard_dataset as data_folder
 from train.data.shard_dataset import ShardDataset
 
 

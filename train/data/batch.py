@@ -1,0 +1,122 @@
+"""One micro-batch: samples of one bucket with all that chance decided for them."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
+from train.data.draws import Draws
+from train.data.sample import BrokenSample, Sample
+from train.data.shard_dataset import ShardDataset
+
+ATTEMPTS = 16  # so many broken samples in a row are bad luck, more are a broken data set
+
+
+# (epoch, virtual index, latent_shape) -> Draws: train.data.draws.sample_draws with seed, distribution and dropout bound
+DrawSample = Callable[[int, int, tuple[int, ...]], Draws]
+
+
+@dataclass
+class Batch:
+    """One micro-batch: samples of one bucket with all that chance decided for them. B samples."""
+
+    place: int  # in the global stream of micro-batches
+    epoch: int
+    indices: list[int]  # virtual indices (Order.locate): sample + N · repeat number
+    keys: list[str]
+    width: int  # pixels
+    height: int
+    captions: list[str]  # "" where dropped
+    noise: torch.Tensor  # float32 [B, 16, 1, H/8, W/8]
+    sigma: torch.Tensor  # float32 [B], k/1000; stays on the CPU, where the modulation table is looked up
+    drop: torch.Tensor  # bool [B]: the caption was dropped
+    latents: torch.Tensor | None = None  # [B, 16, 1, H/8, W/8], dtype as stored
+    pixels: torch.Tensor | None = None  # uint8 [B, 3, H, W]
+    prompt_embeds: torch.Tensor | None = None  # [B, T, D], zeros right of each prompt
+    prompt_mask: torch.Tensor | None = None  # bool [B, T]; None: no padding
+    broken: list[str] = field(default_factory=list)  # members that were replaced, and why
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The same batch with `function` applied to every tensor but σ."""
+        tensors = {n: v for n, v in vars(self).items() if isinstance(v, torch.Tensor) and n != "sigma"}
+        moved: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self, device: Any = None) -> "Batch":
+        return self.map(lambda tensor: tensor.pin_memory())
+
+
+def collate(
+    samples: Sequence[Sample], draws: Sequence[Draws], empty_prompt: torch.Tensor | None = None, text_multiple: int = 1
+) -> dict[str, Any]:
+    """The fields of Batch from `keys` to `prompt_mask`; prompts are padded to a multiple of `text_multiple` tokens."""
+    drop = [draw.drop_caption for draw in draws]
+    batch: dict[str, Any] = {
+        "keys": [sample.key for sample in samples],
+        "width": samples[0].width,
+        "height": samples[0].height,
+        "captions": ["" if dropped else sample.caption for sample, dropped in zip(samples, drop, strict=True)],
+        "noise": torch.stack([draw.noise for draw in draws]).unsqueeze(2),
+        "sigma": torch.tensor([draw.sigma for draw in draws], dtype=torch.float32),
+        "drop": torch.tensor(drop),
+    }
+    if samples[0].pixels is not None:
+        return batch | {"pixels": torch.stack([s.pixels for s in samples if s.pixels is not None])}
+    assert empty_prompt is not None, "encoded samples need the embedding of the empty caption"
+    prompts = [empty_prompt if d else s.prompt_embeds for s, d in zip(samples, drop, strict=True)]
+    embeds, mask = Prompt.from_list([prompt for prompt in prompts if prompt is not None], text_multiple)
+    latents = torch.stack([s.latent for s in samples if s.latent is not None]).unsqueeze(2)
+    return batch | {"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask}
+
+
+def make_batch(
+    dataset: ShardDataset,
+    place: int,
+    epoch: int,
+    indices: Sequence[int],
+    draw: DrawSample,
+    text_multiple: int = 1,
+    attempts: int = ATTEMPTS,
+) -> Batch:
+    """The micro-batch that `Order.micro_batch(place)` gave as (epoch, indices): a pure function, in whatever process.
+
+    A sample that can't be read gives way to the next readable one of its bucket (keeping the noise and σ that belong to
+    its own index) and is named in `broken`. Raises BrokenSample after more than `attempts` of them in a row.
+    """
+    broken: list[str] = []
+    samples = [_read_or_replace(dataset, int(index) % len(dataset), attempts, broken) for index in indices]
+    width, height = samples[0].width, samples[0].height
+    latent_shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
+    draws = [draw(epoch, int(index), latent_shape) for index in indices]
+    tensors = collate(samples, draws, dataset.empty_prompt, text_multiple)
+    return Batch(place=place, epoch=epoch, indices=[int(index) for index in indices], broken=broken, **tensors)
+
+
+def _read_or_replace(dataset: ShardDataset, index: int, attempts: int, broken: list[str]) -> Sample:
+    """Sample `index`, or the first readable one after it in its bucket; appends what was broken."""
+    try:
+        return dataset.read(index)
+    except BrokenSample as error:
+        if attempts == 0:
+            raise
+        broken.append(str(error))
+    for other in itertools.islice(dataset.same_bucket(index), attempts):
+        try:
+            return dataset.read(other)
+        except BrokenSample as error:
+            last = error
+    raise BrokenSample(f"{attempts} samples after a broken one are broken too (check_shards.py lists them): {last}")
+
+
+# Encoded shards store latents and prompt embeddings in this type; encoding online rounds alike, so both give one loss.
+STORED_DTYPE = torch.bfloat16

@@ -1,0 +1,40 @@
+"""The shape of a LoRA: which layers, rank, scale, variant."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from train.config.train_config import TrainConfig
+
+ADAPTER = "default"  # PEFT's name of the one adapter
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The shape of a LoRA. `scale` is what lora_B·lora_A is multiplied with."""
+
+    target_modules: tuple[str, ...]
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> "LoraSpec":
+        return cls(
+            config.lora_target_modules,
+            config.lora_rank,
+            config.alpha,
+            config.lora_dropout,
+            config.lora_rslora,
+            config.lora_dora,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "target_modules": sorted(self.target_modules)}
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / math.sqrt(self.rank) if self.rslora else self.alpha / self.rank

@@ -1,0 +1,68 @@
+"""This process among all: rank, world, device, and joining or leaving the process group."""
+
+import os
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: filled from the launcher's environment (deepspeed, torchrun, srun), or a world of one."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """A line on standard output, from rank 0 alone; a full disk behind it doesn't end the run."""
+        if self.is_main:
+            with suppress(OSError):
+                print(text, flush=True)
+
+
+def join_process_group() -> Ranks:
+    """Initialise torch.distributed (NCCL on CUDA, gloo else) and choose this process's device."""
+    import deepspeed
+
+    # torch 2.13 renamed collectives that DeepSpeed 0.19 calls, and says so at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, default)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")  # nobody else has to find it
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # DeepSpeed would compile C++ for a minute or three to add up CPU ranks a little faster than gloo does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def leave_process_group() -> None:
+    """At the very end, so that nothing warns at exit; DeepSpeed can't join a second group in one process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def ranks_here() -> int:
+    """How many ranks share this host, as the launcher says; 1 if it doesn't."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        text = os.environ.get(name, "")
+        if text.isdigit():
+            return int(text)
+    return 1
