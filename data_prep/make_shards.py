@@ -168,8 +168,8 @@ def check_failures(failed: int, inputs: int, ratio: float, examples: list[str]) 
 def prepare_output(folder: Path) -> None:
     """Make the output folder and see that files can be written there. Raises ValueError or OSError."""
     from data_prep.packing.plan import PLAN_FOLDER, read_plan
-    from data_prep.shard_format.atomic_files import remove_abandoned, write_file
     from data_prep.shard_format.shards import MANIFEST
+    from files.atomic_files import remove_abandoned, write_file
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_path {folder}: is a file, not a folder")

@@ -14,8 +14,8 @@ from PIL import Image
 
 from data_prep.checking import report_page as html
 from data_prep.images.stored_pixels import decode_stored
-from data_prep.shard_format.atomic_files import write_file
 from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, read_index
+from files.atomic_files import write_file
 
 THUMBNAIL = 400  # pixels of the longer side, enough for screens of two pixels a point
 BUCKETS_SHOWN = 24

@@ -15,7 +15,6 @@ import numpy as np
 from data_prep.encoding.encoder_facts import IDENTITY
 from data_prep.packing.finalize import finalise
 from data_prep.packing.pack import read_stats
-from data_prep.shard_format.atomic_files import json_bytes, remove_abandoned, write_file
 from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     MANIFEST,
@@ -30,6 +29,7 @@ from data_prep.shard_format.shards import (
     tar_name,
     write_rows,
 )
+from files.atomic_files import json_bytes, remove_abandoned, write_file
 
 if TYPE_CHECKING:
     import torch

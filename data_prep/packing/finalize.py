@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_prep.shard_format.atomic_files import PARTIAL, json_bytes, write_file, write_row_groups
+from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import (
     INDEX,
     INDEX_ROWS,
@@ -23,6 +23,7 @@ from data_prep.shard_format.shards import (
     tar_name,
     write_manifest,
 )
+from files.atomic_files import PARTIAL, json_bytes, write_file
 
 
 def finalise(

@@ -11,7 +11,6 @@ from typing import Any
 from data_prep.images.convert import BadImage
 from data_prep.packing.plan import Row
 from data_prep.packing.workers import Job, Workers, store
-from data_prep.shard_format.atomic_files import json_bytes, write_file
 from data_prep.shard_format.shards import (
     SHARD_ROWS,
     TarShardWriter,
@@ -22,6 +21,7 @@ from data_prep.shard_format.shards import (
     tar_name,
     write_rows,
 )
+from files.atomic_files import json_bytes, write_file
 
 STORE_CHUNK = 4  # images a task: small, because a shard ends when its last task does
 _MEMBERS = ("payload", "json", "txt")

@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 from data_prep.images.convert import BadImage
 from data_prep.packing.duplicates import Duplicates
 from data_prep.packing.workers import Job, Probe, Workers, probe
-from data_prep.shard_format.atomic_files import json_bytes, write_file, write_row_groups
+from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import bucket_name
 from data_prep.sources.found_input import Input
+from files.atomic_files import json_bytes, write_file
 
 PLAN_FOLDER = "plan"
 MAX_EXAMPLES = 10  # failures that are shown

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.shard_format.atomic_files import json_bytes, write_file
 from data_prep.shard_format.shards import (
     INDEX_ROWS,
     SIZES,
@@ -23,6 +22,7 @@ from data_prep.shard_format.shards import (
     write_index,
     write_manifest,
 )
+from files.atomic_files import json_bytes, write_file
 
 SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}  # of the payload -> Manifest.payload
 SIDES_OF = 16  # pixels: VAE's 8 times the transformer's patches of 2

@@ -27,7 +27,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.shard_format.atomic_files import commit, json_bytes, partial_path, write_file, write_row_groups
+from data_prep.shard_format.row_groups import write_row_groups
+from files.atomic_files import commit, json_bytes, partial_path, write_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from data_prep.shard_format import shards
-from data_prep.shard_format.atomic_files import PARTIAL, remove_abandoned, write_file
 from data_prep.shard_format.shards import (
     Bucket,
     Manifest,
@@ -24,6 +23,7 @@ from data_prep.shard_format.shards import (
     read_index,
     read_manifest,
 )
+from files.atomic_files import PARTIAL, remove_abandoned, write_file
 
 MEMBERS = [("jpg", b"picture" * 100), ("json", b"{}"), ("txt", "Käfer".encode())]
 

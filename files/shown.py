@@ -1,0 +1,61 @@
+"""How names, paths, keys and captions are shown to people: on one line, of bounded length, without commands to the terminal.
+
+print(f"left out: {shown(path)}")                   # a name with a newline or an escape sequence can do no harm
+tolerant_output()                                   # at a command's start: any character can be printed anywhere
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import unicodedata
+
+LONGEST = 200  # characters of one name
+LONGEST_LINE = 4000  # of a whole message
+ELLIPSIS = "…"
+# Cc control (newline, ESC, C1), Cf format (text direction, zero width), Cs lone surrogate (a byte that is no UTF-8),
+# Co private use, Cn not assigned, Zl and Zp separators of lines and paragraphs.
+_ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def shown(text: object, longest: int = LONGEST) -> str:
+    r"""`text` for a message: what can't be seen is escaped (`\n`, `\x1b`, `\u202e`), the middle of a long one is left out.
+
+    Begin and end stay, since a path's end says most. An escape is never cut in two.
+    """
+    whole = str(text)
+    half = longest // 2
+    if len(whole) <= 4 * longest:  # else the middle need not be looked at
+        pieces = [_visible(character) for character in whole]
+        if sum(map(len, pieces)) <= longest:
+            return "".join(pieces)
+    begin, end = "", ""
+    for character in whole:
+        piece = _visible(character)
+        if len(begin) + len(piece) > longest - half - 1:
+            break
+        begin += piece
+    for character in reversed(whole):
+        piece = _visible(character)
+        if len(end) + len(piece) > half:
+            break
+        end = piece + end
+    return f"{begin}{ELLIPSIS}{end}"
+
+
+def one_line(message: object) -> str:
+    """A whole message (an exception's, say) as the one line that a command prints."""
+    return shown(message, LONGEST_LINE)
+
+
+def tolerant_output() -> None:
+    """Let this process print characters that its terminal's encoding lacks (LC_ALL=C, latin-1): as escapes, not a crash."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in _ESCAPED:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
