@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.saving.run_folder import write_text
+from files.atomic_files import write_file
 
 
 def out_file(text: str) -> Path:
@@ -20,4 +20,4 @@ def out_file(text: str) -> Path:
 
 def write_numbers(path: Path, numbers: dict[str, Any]) -> None:
     """Replace what the file told before by `numbers`, as JSON."""
-    write_text(path, json.dumps(numbers, indent=1))
+    write_file(path, json.dumps(numbers, indent=1))

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from files.atomic_files import whole_file
+
 POOL_VALUES = 1 << 25  # random numbers that all tensors take their values from, each from another place
 FILE_BYTES = 4_900_000_000
 
@@ -75,7 +77,7 @@ def write_random_model(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = transformer / f"diffusion_pytorch_model-{number:05d}-of-{len(groups):05d}.safetensors"
-        write_file(file, {name: shapes[name] for name in names}, pool)
+        write_weights(file, {name: shapes[name] for name in names}, pool)
         weight_map |= dict.fromkeys(names, file.name)
     index = {"metadata": {"total_size": 2 * sum(s.numel() for s in shapes.values())}, "weight_map": weight_map}
     write_json(transformer / "diffusion_pytorch_model.safetensors.index.json", index)
@@ -140,21 +142,18 @@ def write_random_encoded(
     return folder
 
 
-def write_file(path: Path, shapes: dict[str, Any], pool: Any) -> None:
-    header: dict[str, Any] = {}
-    place = 0
-    for name, shape in shapes.items():
-        header[name] = {
-            "dtype": "BF16",
-            "shape": list(shape),
-            "data_offsets": [place, place := place + 2 * shape.numel()],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+def write_weights(path: Path, shapes: dict[str, Any], pool: Any) -> None:
+    """A bf16 file whose values are the pool's, over and over; without a pool it is a hole of the right size."""
+    import torch
+
+    from qwen_image.loading.safetensors_writer import data_bytes, safetensors_header
+
+    layout = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
+    header = safetensors_header(layout)
+    with whole_file(path) as file:
+        file.write(header)
         if pool is None:
-            file.truncate(8 + len(text) + place)
+            file.truncate(len(header) + data_bytes(layout))
             return
         start = 0
         for shape in shapes.values():
@@ -165,8 +164,6 @@ def write_file(path: Path, shapes: dict[str, Any], pool: Any) -> None:
                 remaining -= len(piece)
                 start = (start + len(piece)) % (2 * POOL_VALUES - 2)
                 start -= start % 2
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def drop_cache(folder: Path) -> None:

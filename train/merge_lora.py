@@ -9,12 +9,13 @@ MERGED receives config.json and the weights, in the base's dtype. Use it as `--t
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from files.atomic_files import whole_file, whole_folder, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -81,11 +82,8 @@ def merge(
         "base_model_fingerprint": found.fingerprint("transformer"),
         "merged_loras": json.dumps([{"file": p.path.name, **p.identity()} for p in presets]),
     }
-    partial = output_path.with_name(f".partial-{output_path.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        shutil.copyfile(component.folder / "config.json", partial / "config.json")
+    with whole_folder(output_path) as partial:
+        write_file(partial / "config.json", (component.folder / "config.json").read_bytes())
         groups = list(split(stored, file_bytes))
         weight_map: dict[str, str] = {}
         for number, names in enumerate(groups, start=1):
@@ -95,10 +93,7 @@ def merge(
             weight_map |= dict.fromkeys(names, name)
         if len(groups) > 1:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (partial / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        partial.rename(output_path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_file(partial / f"{STEM}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return len(groups), size
 
 
@@ -123,29 +118,20 @@ def write_merged(
     path: Path, stored: dict[str, "StoredTensor"], presets: "Sequence[Preset]", metadata: dict[str, str]
 ) -> None:
     """Write one safetensors file, tensor by tensor; those without a LoRA byte by byte as they are."""
-    import torch
-
-    from qwen_image.loading.safetensors_ranges import DTYPES
+    from qwen_image.loading.safetensors_writer import safetensors_blocks
     from train.lora.preset_loras import merged
 
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in stored.items():
-        start, end = end, end + byte_size(tensor)
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     adapted = {f"{layer}.weight" for preset in presets for layer in preset.lora.layers}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+
+    def values() -> "Iterator[torch.Tensor]":
         for name, tensor in stored.items():
-            values = read(tensor)
-            if name in adapted:
-                values = merged(values, name.removesuffix(".weight"), presets)
-            file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+            base = read(tensor)
+            yield merged(base, name.removesuffix(".weight"), presets) if name in adapted else base
+
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+    with whole_file(path) as file:
+        for block in safetensors_blocks(layout, values(), metadata):
+            file.write(block)
 
 
 def read(stored: "StoredTensor") -> "torch.Tensor":

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from data_prep.shard_format.row_groups import write_row_groups
 from files.atomic_files import commit, json_bytes, partial_path, write_file
+from files.plain_name import plain_name
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -124,7 +125,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: str | Path) -> Manifest:
     """Read manifest.json.
 
-    Raises FileNotFoundError when there is none, ValueError when it is damaged or of another format version.
+    Raises FileNotFoundError when there is none, ValueError when it is damaged, of another format version, or names
+    shards outside of the folder.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -137,6 +139,8 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: pack again")
         fields["buckets"] = [Bucket(**bucket) for bucket in fields["buckets"]]
         fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
+        for shard in fields["shards"]:
+            plain_name(shard.name, path)
         return Manifest(**fields)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): run the program that made it again") from None

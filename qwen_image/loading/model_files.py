@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from files.plain_name import plain_name
+from files.shown import shown
 from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor, read_headers, single_file_prefix
 from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
 
@@ -145,7 +147,7 @@ def _check_family(root: Path, model: str) -> None:
         raise FileNotFoundError(
             f"{model}: model_index.json is missing, so this is no model folder in the Hugging Face layout"
         )
-    pipeline = json.loads(index.read_text()).get("_class_name")
+    pipeline = _json_object(index).get("_class_name")
     if pipeline not in _TEXT_TO_IMAGE_PIPELINES:
         raise ValueError(
             f"{model} is a {pipeline}; only text-to-image models of QwenImagePipeline (Qwen-Image, Qwen-Image-2512) "
@@ -179,17 +181,30 @@ def _folder_weights(folder: Path, component: str) -> tuple[Path, ...]:
         return ()
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+        weight_map = _json_object(indexes[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{indexes[0]} has no weight_map; download it again")
+        names = sorted({plain_name(name, indexes[0]) for name in weight_map.values()})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}"
+                f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {shown(missing[0])}"
             )
         return tuple(folder / name for name in names)
     files = tuple(path for path in sorted(folder.glob("*.safetensors")) if ".fp16." not in path.name)
     if not files:
         raise FileNotFoundError(f"{folder}: no .safetensors file found")
     return files
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no readable JSON ({error}); download it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__} and should hold an object; download it again")
+    return found
 
 
 def transformer_config(files: ModelFiles) -> TransformerConfig:

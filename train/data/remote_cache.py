@@ -17,7 +17,8 @@ from typing import Self
 
 import numpy as np
 
-from train.data.remote_shards import PARTIAL, RemoteReader, write_whole
+from files.atomic_files import PARTIAL
+from train.data.remote_shards import RemoteReader, write_whole
 from train.data.sample_order import Order
 
 BLOCK = 8 << 20  # bytes of a shard that are copied at once

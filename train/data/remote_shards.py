@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, read_manifest
+from files.atomic_files import whole_file
 
 WAITS = (0.5, 2, 8, 30, 60, 60)  # seconds between tries of one remote read: networks have moments, servers restart
 SAID_FROM = 8  # a wait that long is told
-PARTIAL = ".partial-"
-
 FINAL = (FileNotFoundError, PermissionError, NotImplementedError, ImportError)  # another try gives the same answer
 
 
@@ -163,12 +162,7 @@ class RemoteReader:
 
 
 def write_whole(path: Path, blocks: Iterable[bytes]) -> None:
-    """Write a file under a temporary name and rename it when all `blocks` have come."""
-    partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            for block in blocks:
-                file.write(block)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a file that has its name when all `blocks` have come."""
+    with whole_file(path) as file:
+        for block in blocks:
+            file.write(block)

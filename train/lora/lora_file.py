@@ -7,13 +7,14 @@ metadata (ComfyUI) or `.alpha` (diffusers beside lora_A names). Rank, alpha and 
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from files.atomic_files import whole_file
+from qwen_image.loading.safetensors_writer import safetensors_blocks
 from train.lora.spec import ADAPTER, LoraSpec
 from train.lora.targets import base_layer
 
@@ -25,11 +26,8 @@ def save_lora(
 ) -> None:
     """Write a LoRA file: `tensors` by short name (see `short_name`), whole, not partitioned.
 
-    Written under a temporary name, flushed to the disk, then renamed: a reader never sees half a file. Raises OSError.
+    A reader never sees half a file. Raises OSError.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     state = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().float().cpu()
@@ -45,16 +43,11 @@ def save_lora(
         "lora_target_modules": ",".join(spec.target_modules),
         **metadata,
     }
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(state, temporary, metadata=header)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except SafetensorError as error:  # the library's name for a full disk
-        raise OSError(str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    ordered = dict(sorted(state.items()))
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in ordered.items()}
+    with whole_file(path) as file:
+        for block in safetensors_blocks(layout, ordered.values(), header):
+            file.write(block)
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,20 @@ stay as they are. No torch.distributed here.
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from files.atomic_files import PARTIAL, whole_file, whole_folder, write_file
+from qwen_image.loading.safetensors_writer import data_bytes, safetensors_blocks
+
 FORMAT_VERSION = 1
-TENSORS, FACTS, LATEST, PARTIAL = "state.safetensors", "state.json", "latest", ".partial-"
+TENSORS, FACTS, LATEST = "state.safetensors", "state.json", "latest"
 SPARE_BYTES = 64 << 20  # left free on the disk, for metrics and the like
 Say = Callable[[str], None]
 
@@ -47,62 +49,40 @@ def write_checkpoint(folder: Path, facts: dict[str, Any], wholes: Iterable[torch
     """Write one checkpoint folder, durably, all or nothing; `wholes` gives a float32 [total] for each of facts["kinds"]."""
     root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
-    for left_over in root.glob(f"{PARTIAL}*"):  # of a process that was killed while saving
-        shutil.rmtree(left_over, ignore_errors=True)
-    partial = root / f"{PARTIAL}{folder.name}"
-    try:
-        partial.mkdir()
+    for left_over in root.glob(f"{PARTIAL}*"):  # of a process that was killed while saving, on whichever host
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+    with whole_folder(folder) as partial:  # replaces a step that is trained again after going back to an earlier one
         facts = facts | {"sha256": write_tensors(partial / TENSORS, facts["kinds"], facts["shapes"], wholes)}
-        write_durably(partial / FACTS, facts_bytes(facts))
-        sync_folder(partial)
-        if folder.exists():  # a step that is trained again after going back to an earlier checkpoint
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        sync_folder(root)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    write_durably(root / f"{PARTIAL}{LATEST}", f"{folder.name}\n".encode())
-    (root / f"{PARTIAL}{LATEST}").rename(root / LATEST)
-    sync_folder(root)
+        write_file(partial / FACTS, facts_bytes(facts))
+    write_file(root / LATEST, f"{folder.name}\n")
 
 
 def write_tensors(
     path: Path, kinds: list[str], shapes: dict[str, list[int]], wholes: Iterable[torch.Tensor | None]
 ) -> str:
-    """Write a safetensors file kind by kind, as they arrive; returns its sha256.
-
-    The format (8 bytes of length, JSON header, data) is written here, and not by the library, because that would hold
-    everything in memory at once and read the file again for the checksum.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    size = 0
-    for kind in kinds:
-        for name, shape in shapes.items():
-            end = size + 4 * torch.Size(shape).numel()
-            header[f"{kind}/{name}"] = {"dtype": "F32", "shape": list(shape), "data_offsets": [size, end]}
-            size = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    free = shutil.disk_usage(path.parent).free
-    if free < size + len(text) + SPARE_BYTES:
+    """Write a safetensors file kind by kind, as they arrive; returns its sha256."""
+    layout = {f"{kind}/{name}": (torch.float32, shape) for kind in kinds for name, shape in shapes.items()}
+    size, free = data_bytes(layout), shutil.disk_usage(path.parent).free
+    if free < size + SPARE_BYTES:
         raise OSError(
             errno.ENOSPC,
             f"it needs {size / 2**20:.1f} MiB and {SPARE_BYTES >> 20} MiB to spare, {free / 2**20:.1f} MiB are free",
         )
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for block in (len(text).to_bytes(8, "little"), text):
+    with whole_file(path) as file:
+        for block in safetensors_blocks(layout, only_rank_0s(wholes), {"format": "pt"}):
             file.write(block)
             digest.update(block)
-        for whole in wholes:
-            assert whole is not None, "only rank 0 writes"
-            data = whole.numpy().data.cast("B")
-            file.write(data)
-            digest.update(data)
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def only_rank_0s(wholes: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor]:
+    for whole in wholes:
+        assert whole is not None, "only rank 0 writes"
+        yield whole
 
 
 def prune(newest: Path, keep: int, keep_every: int, say: Say) -> None:
@@ -188,19 +168,3 @@ def facts_bytes(facts: dict[str, Any]) -> bytes:
     rest = {key: value for key, value in facts.items() if key != "sha256_of_this"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
     return (json.dumps(rest | {"sha256_of_this": digest}, sort_keys=True, indent=1) + "\n").encode()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

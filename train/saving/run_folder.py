@@ -1,7 +1,6 @@
 """The run folder: is there room, and what made this run (config.yaml, deepspeed.json, versions.json)."""
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from files.atomic_files import write_file
 from qwen_image.model.sizes import DTYPES
 from train.config.train_config import TrainConfig
 
@@ -40,9 +40,9 @@ def prepare_run_folder(
             "free some, or save less (--keep_checkpoints, --save_steps)"
         )
     versions = collect_versions()
-    write_text(folder / "config.yaml", config.to_yaml())
-    write_text(folder / "deepspeed.json", json.dumps(deepspeed_settings, indent=2) + "\n")
-    write_text(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+    write_file(folder / "config.yaml", config.to_yaml())
+    write_file(folder / "deepspeed.json", json.dumps(deepspeed_settings, indent=2) + "\n")
+    write_file(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
     return versions
 
 
@@ -70,13 +70,6 @@ def git_commit(folder: Path) -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` at once, so that a killed process leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def needed_bytes(config: TrainConfig, weights: int, steps: int) -> int:

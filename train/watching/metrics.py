@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from files.atomic_files import write_file
 from train.config.train_config import TrainConfig
 
 WANDB_TIMEOUT_SECONDS = 30.0  # an unreachable server costs this once; then the run goes on offline
@@ -214,9 +215,7 @@ def remove_rows_after(step: int, path: Path) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, "".join(kept))
 
 
 def shown(values: dict[str, float]) -> str:

@@ -147,6 +147,15 @@ def test_clear_errors(tmp_path: Path) -> None:
             read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../000000.tar", "/etc/passwd", "a/b.tar", "", "a\0.tar", 7])
+def test_a_manifest_cannot_name_a_shard_outside_of_its_folder(tmp_path: Path, name: object) -> None:
+    fields = dataclasses.asdict(written(tmp_path))
+    fields["shards"][0]["name"] = name
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged or not to be trusted"):
+        read_manifest(tmp_path)
+
+
 def test_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     import socket
 

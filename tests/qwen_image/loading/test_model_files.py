@@ -155,6 +155,37 @@ def damage_vae(model):
     return "this is a AutoencoderKL, not Qwen-Image's VAE"
 
 
+def index_of_weights(model, content):
+    (model / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+
+
+def damage_weights_elsewhere(model):
+    outside = shutil.copy(model / "transformer" / "diffusion_pytorch_model.safetensors", model / "x.safetensors")
+    assert outside.is_file()
+    index_of_weights(model, json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    return r"index\.json is damaged or not to be trusted: the file name '\.\./x\.safetensors' in it leads to another"
+
+
+def damage_weights_of_no_name(model):
+    index_of_weights(model, json.dumps({"weight_map": {"a": 3}}))
+    return "is a int, not text"
+
+
+def damage_no_weight_map(model):
+    index_of_weights(model, "{}")
+    return r"index\.json has no weight_map"
+
+
+def damage_index_of_no_object(model):
+    index_of_weights(model, "[]")
+    return r"index\.json holds a list and should hold an object"
+
+
+def damage_model_index(model):
+    (model / "model_index.json").write_bytes(b"{\xff")
+    return r"model_index\.json is no readable JSON"
+
+
 DAMAGES = [value for name, value in sorted(globals().items()) if name.startswith("damage_")]
 
 

@@ -1,6 +1,8 @@
 """LoRA: targets, injection, and files that other programs apply with the right scale."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -165,6 +167,16 @@ def test_file_has_no_alpha_and_tells_its_facts(tiny_model, tmp_path):
     )
     assert metadata["lora_rank"] == "4" and metadata["lora_alpha"] == "8" and metadata["step"] == "7"
     assert metadata["lora_scale_in_lora_B"] == "2.0" and dtype == torch.bfloat16
+
+
+def test_a_lora_file_may_be_read_by_whom_the_umask_lets(tmp_path):
+    spec, before = LoraSpec(("to_q",), 2, 2), os.umask(0o027)
+    try:
+        save_lora(tmp_path / "x.safetensors", {"a.to_q.lora_A": torch.ones(2, 3)}, spec, {}, torch.float32)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_injection_changes_nothing_and_trains_lora_alone(tiny_model):
