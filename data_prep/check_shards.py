@@ -14,6 +14,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from files.shown import one_line, tolerant_output
+
 SHOWN = 20  # problems that are printed, and listed in the report
 
 
@@ -31,13 +33,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    tolerant_output()
     try:
         problems = check(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     for problem in problems[:SHOWN]:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {one_line(problem)}", file=sys.stderr)
     if len(problems) > SHOWN:
         print(f"error: and {len(problems) - SHOWN} more", file=sys.stderr)
     return 1 if problems else 0

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.shard_format.shards import ShardReader, read_index, read_manifest
+from files.shown import one_line, tolerant_output
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +36,11 @@ CACHE_BYTES = 1 << 30  # embeddings of the latest captions on a rank: about 1,00
 
 
 def main(argv: list[str] | None = None) -> int:
+    tolerant_output()
     try:
         return encode(build_parser().parse_args(argv))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; finished shards stay valid: start again to go on", file=sys.stderr)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.packing import pack_flags
+from files.shown import one_line, shown, tolerant_output
 
 if TYPE_CHECKING:
     from data_prep.packing.plan import Plan, PlanOptions
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     args = pack_flags.parse(argv, __doc__)
+    tolerant_output()
     try:
         run(args)
     except OSError as error:
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(text: str) -> int:
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {one_line(text)}", file=sys.stderr)
     return 2
 
 
@@ -161,7 +163,7 @@ def plan_for(
 
 def check_failures(failed: int, inputs: int, ratio: float, examples: list[str]) -> None:
     if failed > ratio * inputs:
-        first = f"; first {examples[0]}" if examples else ""
+        first = f"; first {shown(examples[0])}" if examples else ""
         raise ValueError(f"{failed} of {inputs} inputs failed, more than --max_failed_ratio {ratio:g}{first}")
 
 
@@ -198,7 +200,7 @@ def nothing_found(source: Sources) -> str:
 
     if source.empty_listings:
         return f"{source.empty_listings[0]} lists no images"
-    kinds = ", ".join(f"{count} {extension or 'without'}" for extension, count in source.ignored.most_common(5))
+    kinds = ", ".join(f"{count} {shown(extension or 'without')}" for extension, count in source.ignored.most_common(5))
     return (
         f"no images in {source.base}: {source.files_seen} files seen{f' ({kinds})' if kinds else ''},"
         f" looked for .{' .'.join(sorted(IMAGE_EXTENSIONS))}, .tar and metadata.csv|jsonl|json|parquet"
@@ -212,14 +214,16 @@ def summary(plan: Plan, source: Sources) -> str:
         f" about {plan.expected_bytes / 1e6:.1f} MB"
     ]
     lines += [f"  {count:>8}  {reason}" for reason, count in sorted(plan.reasons.items(), key=lambda item: -item[1])]
-    lines += [f"            {example}" for example in plan.examples]
+    lines += [f"            {shown(example)}" for example in plan.examples]
     if source.ignored:
         ignored = ", ".join(
-            f"{count} {extension or 'no extension'}" for extension, count in source.ignored.most_common(8)
+            f"{count} {shown(extension or 'no extension')}" for extension, count in source.ignored.most_common(8)
         )
         lines.append(f"  files that are neither images nor captions: {ignored}")
     if stems := source.duplicate_stems:
-        lines.append(f"  warning: {len(stems)} images share their name and caption with another, first {stems[0]}")
+        lines.append(
+            f"  warning: {len(stems)} images share their name and caption with another, first {shown(stems[0])}"
+        )
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from files.atomic_files import whole_file, whole_folder, write_file
+from files.shown import one_line, tolerant_output
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output_path", type=Path, required=True, help="folder to make; must not exist")
     options = parser.parse_args(argv)
+    tolerant_output()
     try:
         files, size = merge(
             options.model, options.lora, options.output_path, options.revision, options.transformer_path
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(f"wrote {options.output_path}: {files} weight files, {size / 1e9:.2f} GB")
     return 0

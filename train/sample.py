@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from files.shown import one_line, tolerant_output
+
 
 def main(argv: list[str] | None = None) -> int:
+    tolerant_output()
     try:
         return sample(build_parser().parse_args(argv))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

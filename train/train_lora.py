@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import replace
 
+from files.shown import one_line, tolerant_output
 from train.config.check_paths import check_paths
 from train.config.command_line import parse
 from train.config.train_config import TrainConfig
@@ -27,6 +28,7 @@ OUT_OF_MEMORY = 4
 
 
 def main(argv: list[str] | None = None) -> int:
+    tolerant_output()
     try:
         config = parse(argv)
         check_paths(config)
@@ -50,7 +52,7 @@ def tell(error: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
         time.sleep(5)
-    print(f"error: {error}" + (f" (rank {rank})" if rank > 0 else ""), file=sys.stderr)
+    print(f"error: {one_line(error)}" + (f" (rank {rank})" if rank > 0 else ""), file=sys.stderr)
 
 
 def train(config: TrainConfig) -> int:

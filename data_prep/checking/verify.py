@@ -13,6 +13,7 @@ import numpy as np
 from data_prep.images.stored_pixels import decode_stored
 from data_prep.shard_format.scan_tars import Member, tar_samples
 from data_prep.shard_format.shards import EMPTY_PROMPT, INDEX, SIZES, Manifest, ShardIndex, ShardReader, read_index
+from files.shown import shown
 
 
 def check_folder(folder: Path, manifest: Manifest) -> list[str]:
@@ -37,7 +38,7 @@ def check_folder(folder: Path, manifest: Manifest) -> list[str]:
     }:
         problems.append(f"{SIZES} does not agree with the manifest")
     unknown = {path.name for path in folder.glob("*.tar")} - {shard.name for shard in manifest.shards}
-    problems += [f"{name} is not in the manifest" for name in sorted(unknown)]
+    problems += [f"{shown(name)} is not in the manifest" for name in sorted(unknown)]
     if manifest.payload == "safetensors" and not (folder / EMPTY_PROMPT).is_file():
         problems.append(f"{EMPTY_PROMPT} is missing")
     return problems
@@ -67,13 +68,13 @@ def check_shard(folder: Path, manifest: Manifest, position: int, decode: bool) -
     for row in rows:
         key = str(index.key[row])
         if key not in samples:
-            problems.append(f"{shard.name}: {key} is in the index only")
+            problems.append(f"{shard.name}: {shown(key)} is in the index only")
             continue
         problem = _place_problem(samples[key], index, int(row), manifest)
         if problem is None and decode:
             problem = _content_problem(reader, index, int(row), manifest)
         if problem:
-            problems.append(f"{shard.name}: {key} ({index.path[row]}): {problem}")
+            problems.append(f"{shard.name}: {shown(key)} ({shown(index.path[row])}): {problem}")
     reader.close()
     return problems
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader
+from files.shown import one_line, shown
 
 if TYPE_CHECKING:
     import torch
@@ -73,11 +74,11 @@ class EncodedSamples:
                 continue
             broken = image if isinstance(image, ValueError) else caption
             assert isinstance(broken, ValueError)
-            where = f"{self.index.key[row]} in {self.manifest.shards[self.index.shard[row]].name}"
-            message = f"{where} ({self.index.path[row]}) cannot be read: {broken}"
+            where = f"{shown(self.index.key[row])} in {self.manifest.shards[self.index.shard[row]].name}"
+            message = f"{where} ({shown(self.index.path[row])}) cannot be read: {broken}"
             if not self.skip_broken:
                 raise ValueError(f"{message}; --on_broken_sample skip leaves it out")
-            print(f"left out: {message}", file=sys.stderr)
+            print(f"left out: {one_line(message)}", file=sys.stderr)
             yield row, broken
         if pixels:
             latents = self.encoders.encode_images(list(pixels.values()))

@@ -21,6 +21,7 @@ from data_prep.packing.plan import HashedInputs, Plan, PlanRows, fingerprint, pl
 from data_prep.packing.workers import Job, Workers, digest
 from data_prep.shard_format.shards import rows_name
 from data_prep.sources.found_input import Input
+from files.shown import shown
 
 
 def check_inputs(plan: Plan, options: dict[str, Any], folder: Path, source: Iterable[Input]) -> array[int]:
@@ -62,7 +63,7 @@ def check_edits(
                 edited.append(item.path)
     if edited:
         raise ValueError(
-            f"{len(edited)} inputs were edited after they had been packed into {folder}, first {edited[0]}:"
+            f"{len(edited)} inputs were edited after they had been packed into {folder}, first {shown(edited[0])}:"
             " choose another --output_path"
         )
 
@@ -82,7 +83,7 @@ def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, sourc
             if before != _identity(item):
                 kinds["new" if before is None else "changed"].append(item.path)
         kinds["gone"] = [path for path, _ in planned]
-        changes = [f"{len(paths)} inputs {kind}, first {paths[0]}" for kind, paths in kinds.items() if paths]
+        changes = [f"{len(paths)} inputs {kind}, first {shown(paths[0])}" for kind, paths in kinds.items() if paths]
     return "; ".join(changes) or "the order of the inputs"
 
 

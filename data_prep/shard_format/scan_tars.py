@@ -23,6 +23,7 @@ from data_prep.shard_format.shards import (
     write_manifest,
 )
 from files.atomic_files import json_bytes, write_file
+from files.shown import shown
 
 SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}  # of the payload -> Manifest.payload
 SIDES_OF = 16  # pixels: VAE's 8 times the transformer's patches of 2
@@ -136,7 +137,7 @@ def _record(reader: ShardReader, shard: int, member: Member | None, path: Path, 
     try:
         record = json.loads(reader.read(shard, member.offset, member.size))
     except ValueError as error:
-        raise ValueError(f"{path.name}: {key}.json is not valid JSON: {error}") from None
+        raise ValueError(f"{path.name}: {shown(key)}.json is not valid JSON: {error}") from None
     return record if isinstance(record, dict) else {}
 
 
@@ -146,11 +147,13 @@ def _size(data: bytes, path: Path, key: str) -> tuple[int, int]:
     try:
         width, height = read_size(data, ImageOptions())
     except BadImage as error:
-        raise ValueError(f"{path.name}: image of {key}: {error}: pack again with data_prep/make_shards.py") from None
+        raise ValueError(
+            f"{path.name}: image of {shown(key)}: {error}: pack again with data_prep/make_shards.py"
+        ) from None
     if width % SIDES_OF or height % SIDES_OF:
         name = bucket_name(width, height)
         raise ValueError(
-            f"{path.name}: image of {key} is {name}, sides must be multiples of {SIDES_OF}:"
+            f"{path.name}: image of {shown(key)} is {name}, sides must be multiples of {SIDES_OF}:"
             f" pack the shards again (data_prep/make_shards.py --dataset_base_path {path.parent})"
         )
     return width, height

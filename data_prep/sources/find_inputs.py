@@ -17,6 +17,7 @@ from data_prep.sources import captions
 from data_prep.sources import metadata_files as metadata
 from data_prep.sources import tar_files as tar_source
 from data_prep.sources.found_input import Input
+from files.shown import shown
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
 CAPTION_EXTENSIONS = ("txt", "caption")  # the first that exists is taken
@@ -140,7 +141,7 @@ class Sources:
     def _duplicate_stem(self, path: str) -> None:
         relative = self._relative(path)
         if self.on_duplicate_stem == "error":
-            raise ValueError(f"{relative}: another image of this folder has the same name but for its extension")
+            raise ValueError(f"{shown(relative)}: another image of this folder has the same name but for its extension")
         self.duplicate_stems.append(relative)
 
     # ── a metadata file ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -154,12 +155,12 @@ class Sources:
         for row, (image, caption) in enumerate(metadata.rows(path, self.image_column, self.caption_column), start=1):
             where = f"{path.name} row {row}"
             if not isinstance(image, str) or not image.strip():
-                yield Input(where, b"", 0, -1, None, ("no image path", f"the image column holds {image!r}"))
+                yield Input(where, b"", 0, -1, None, ("no image path", f"the image column holds {shown(repr(image))}"))
                 continue
             places = [os.path.normpath(os.path.join(root, image.strip())) for root in roots]
             place = next((place for place in places if os.path.exists(place)), places[0])
             if not _contains(str(self.base), place):
-                raise ValueError(f"{where}: image {image!r} lies outside of --dataset_base_path {self.base}")
+                raise ValueError(f"{where}: image {shown(repr(image))} lies outside of --dataset_base_path {self.base}")
             self._refuse_if_outside(place)
             try:
                 yield self._input(place, captions.from_cell(caption), None)
@@ -197,7 +198,7 @@ class Sources:
 
     def _refuse_link(self, path: str) -> None:
         raise ValueError(
-            f"{self._relative(path)} is a link to {os.path.realpath(path)}, outside of --dataset_base_path {self.base}:"
+            f"{shown(self._relative(path))} is a link to {os.path.realpath(path)}, outside of --dataset_base_path {self.base}:"
             " copy the files in, or allow it with --allow_links"
         )
 

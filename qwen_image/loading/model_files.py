@@ -276,9 +276,9 @@ def match_weights(module: nn.Module, files: tuple[Path, ...]) -> dict[str, Store
     if missing or unexpected:
         raise ValueError(
             f"{files[0].parent}: these weights are not this model's: {len(missing)} tensors missing"
-            + (f" (first {missing[0]})" if missing else "")
+            + (f" (first {shown(missing[0])})" if missing else "")
             + f", {len(unexpected)} unknown"
-            + (f" (first {unexpected[0]})" if unexpected else "")
+            + (f" (first {shown(unexpected[0])})" if unexpected else "")
         )
     return stored
 

@@ -21,6 +21,8 @@ from types import TracebackType
 
 import torch
 
+from files.shown import shown
+
 CHUNK_BYTES = 16 << 20  # read at once by one thread
 THREADS = 4
 LONGEST_HEADER = 100_000_000  # the format's own limit
@@ -81,11 +83,11 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 for name, entry in entries
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unreadable(path, f"header: {type(error).__name__} {error}") from error
+            raise _unreadable(path, f"header: {type(error).__name__} {shown(error)}") from error
     for name, tensor in tensors.items():
         start, end = header[name]["data_offsets"]
         if end - start != tensor.numel * tensor.dtype.itemsize:
-            raise _unreadable(path, f"{name} has {end - start} bytes, its shape says otherwise")
+            raise _unreadable(path, f"{shown(name)} has {end - start} bytes, its shape says otherwise")
         if 8 + length + end > size:
             raise _unreadable(path, f"it has {size:,} bytes and should have {8 + length + end:,}")
     prefix = single_file_prefix(list(tensors))

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.shard_format.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, read_manifest
 from files.atomic_files import whole_file
+from files.shown import one_line
 
 WAITS = (0.5, 2, 8, 30, 60, 60)  # seconds between tries of one remote read: networks have moments, servers restart
 SAID_FROM = 8  # a wait that long is told
@@ -92,7 +93,7 @@ class Remote:
                 if wait is None:
                     raise Unreachable(why) from error
                 if wait >= SAID_FROM:
-                    print(f"warning: {why}; trying again in {wait} s", file=sys.stderr, flush=True)
+                    print(f"warning: {one_line(why)}; trying again in {wait} s", file=sys.stderr, flush=True)
                 time.sleep(wait)
         if start is not None and end is not None and len(data) > end - start:
             raise ValueError(

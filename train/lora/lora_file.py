@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from files.atomic_files import whole_file
+from files.shown import shown
 from qwen_image.loading.safetensors_writer import safetensors_blocks
 from train.lora.spec import ADAPTER, LoraSpec
 from train.lora.targets import base_layer
@@ -83,7 +84,7 @@ def read_lora(path: Path, transformer: nn.Module) -> LoraFile:
     for key, tensor in tensors.items():
         module, kind = _split_lora_key(key)
         if module not in names or kind is None:
-            raise ValueError(f"{path}: {key} is no LoRA weight of a layer that this transformer has")
+            raise ValueError(f"{path}: {shown(key)} is no LoRA weight of a layer that this transformer has")
         layers.setdefault(names[module], {})[kind] = tensor.float()
     default_scale = _metadata_scale(metadata)
     for name, layer in layers.items():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from files.shown import one_line
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -26,7 +28,7 @@ class Ranks:
         """A line on standard output, from rank 0 alone; a full disk behind it doesn't end the run."""
         if self.is_main:
             with suppress(OSError):
-                print(text, flush=True)
+                print(one_line(text), flush=True)
 
 
 def join_process_group() -> Ranks:

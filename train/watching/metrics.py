@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from files.atomic_files import write_file
+from files.shown import one_line
 from train.config.train_config import TrainConfig
 
 WANDB_TIMEOUT_SECONDS = 30.0  # an unreachable server costs this once; then the run goes on offline
@@ -105,7 +106,7 @@ class Metrics:
         """A line on stderr, above the bar; a full disk behind it doesn't end the run."""
         if self.active:
             with suppress(OSError):
-                self._bar.write(text, file=sys.stderr)
+                self._bar.write(one_line(text), file=sys.stderr)
                 sys.stderr.flush()
 
     @contextmanager
@@ -228,4 +229,4 @@ def first_line(error: Exception) -> str:
 
 
 def complain(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {one_line(text)}", file=sys.stderr, flush=True)
