@@ -23,6 +23,7 @@ import numpy as np
 
 from data_prep.shard_format.shards import ShardReader, read_index, read_manifest
 from files.shown import one_line, tolerant_output
+from qwen_image.loading.model_flags import add_model_flags
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout, or a hub id")
+    add_model_flags(parser, "text_encoder", "vae", "tokenizer")
     parser.add_argument("--data", required=True, type=Path, help="folder of image shards (make_shards.py)")
     parser.add_argument("--output_path", required=True, type=Path, help="folder for the encoded shards")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--text_encoder_path", help="file, folder or glob to use for the text encoder")
-    parser.add_argument("--vae_path", help="file, folder or glob to use for the VAE")
-    parser.add_argument("--tokenizer_path", help="folder to use for the tokenizer")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -149,9 +146,7 @@ def encoder_dtype(arguments: argparse.Namespace) -> str:
 def model_files(arguments: argparse.Namespace) -> ModelFiles:
     from qwen_image.loading.model_files import ModelSource, resolve_model
 
-    names = ("model", "revision", "text_encoder_path", "vae_path", "tokenizer_path")
-    source = ModelSource(**{name: getattr(arguments, name) for name in names})
-    return resolve_model(source, ("text_encoder", "tokenizer", "vae"))
+    return resolve_model(ModelSource.from_options(arguments), ("text_encoder", "tokenizer", "vae"))
 
 
 def describe(files: ModelFiles, arguments: argparse.Namespace) -> dict[str, Any]:

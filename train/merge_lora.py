@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from files.atomic_files import whole_file, whole_folder, write_file
 from files.shown import one_line, tolerant_output
+from qwen_image.loading.model_flags import add_model_flags
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,7 @@ STEM = "diffusion_pytorch_model"
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout, or a hub id")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--transformer_path", help="file, folder or glob to use for the transformer")
+    add_model_flags(parser, "transformer")
     parser.add_argument(
         "--lora", action="append", required=True, metavar="FILE[:WEIGHT]", help="LoRA file; repeat for more"
     )

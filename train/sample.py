@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from files.shown import one_line, tolerant_output
+from qwen_image.loading.model_flags import add_model_flags
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout, or a hub id")
+    add_model_flags(parser, "transformer", "text_encoder", "vae", "tokenizer")
     parser.add_argument("--lora", type=Path, help="LoRA file: ours, diffusers', DiffSynth's, ComfyUI's or kohya's")
     parser.add_argument("--lora_strength", type=float, default=1.0, help="what the LoRA's update is multiplied with")
     parser.add_argument("--prompt", action="append", required=True, help="repeat the flag for several prompts")
@@ -42,14 +43,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", action="store_true", help="make each image without the LoRA too")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    for name, what in (
-        ("revision", "branch, tag or commit of a hub id"),
-        ("transformer_path", "file, folder or glob to use for the transformer"),
-        ("text_encoder_path", "file, folder or glob to use for the text encoder"),
-        ("vae_path", "file, folder or glob to use for the VAE"),
-        ("tokenizer_path", "folder to use for the tokenizer"),
-    ):
-        parser.add_argument(f"--{name}", help=what)
     return parser
 
 

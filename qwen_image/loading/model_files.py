@@ -89,8 +89,12 @@ class ModelSource:
 
     @classmethod
     def from_options(cls, options: Any) -> "ModelSource":
-        """The source that an object with these attributes (parsed flags, a configuration) describes."""
-        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+        """The source that an object with these attributes (parsed flags, a configuration) describes.
+
+        An attribute that it lacks is None: not every command has a flag for every component (model_flags.py).
+        """
+        values: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in fields(cls)}
+        return cls(**values)
 
     def override(self, component: str) -> str | None:
         return getattr(self, f"{component}_path", None)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from qwen_image.loading.model_flags import MODEL_HELP
 from train.config.typed_fields import (
     Count,
     NotNegative,
@@ -49,12 +50,12 @@ class TrainConfig:
     """
 
     # ---- model
-    model: Annotated[str, "folder in the Hugging Face layout, or a hub id such as Qwen/Qwen-Image"]
-    revision: Annotated[str | None, "branch, tag or commit of a hub id"] = None
-    transformer_path: Annotated[str | None, "file, folder or glob to use for the transformer"] = None
-    text_encoder_path: Annotated[str | None, "file, folder or glob to use for the text encoder"] = None
-    vae_path: Annotated[str | None, "file, folder or glob to use for the VAE"] = None
-    tokenizer_path: Annotated[str | None, "folder to use for the tokenizer"] = None
+    model: Annotated[str, MODEL_HELP["model"]]
+    revision: Annotated[str | None, MODEL_HELP["revision"]] = None
+    transformer_path: Annotated[str | None, MODEL_HELP["transformer_path"]] = None
+    text_encoder_path: Annotated[str | None, MODEL_HELP["text_encoder_path"]] = None
+    vae_path: Annotated[str | None, MODEL_HELP["vae_path"]] = None
+    tokenizer_path: Annotated[str | None, MODEL_HELP["tokenizer_path"]] = None
     dtype: Annotated[Precision, "of the frozen weights and the activations"] = "bfloat16"
     base_precision: Annotated[
         Literal["dtype", "float8"],
