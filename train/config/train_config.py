@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Interval
+
 from qwen_image.loading.model_flags import MODEL_HELP
 from train.config.typed_fields import (
     Count,
@@ -21,7 +23,6 @@ from train.config.typed_fields import (
     Pixels,
     Positive,
     Precision,
-    Range,
     Share,
     Whole,
     convert,
@@ -87,7 +88,8 @@ class TrainConfig:
         "without an index (pipe:, braces), with weaker promises",
     ] = "indexed"
     max_prompt_tokens: Annotated[
-        Annotated[int, Range(1, 1024)], "longer captions are cut; sampling cuts at 512, the encoder allows 1024"
+        Annotated[int, Interval(ge=1, le=1024)],
+        "longer captions are cut; sampling cuts at 512, the encoder allows 1024",
     ] = 512
     text_padding: Annotated[
         Count | None,
@@ -98,7 +100,7 @@ class TrainConfig:
     # ---- LoRA
     lora_rank: Annotated[Count, "rank of the LoRA matrices"] = 32
     lora_alpha: Annotated[Positive | None, "the update is scaled by alpha / rank; not given: alpha = rank"] = None
-    lora_dropout: Annotated[Annotated[float, Range(0.0, 0.99)], "dropout before lora_A"] = 0.0
+    lora_dropout: Annotated[Annotated[float, Interval(ge=0.0, le=0.99)], "dropout before lora_A"] = 0.0
     lora_target_modules: Annotated[tuple[str, ...], "comma-separated names of the linear layers to adapt"] = (
         "to_q",
         "to_k",
@@ -135,8 +137,8 @@ class TrainConfig:
     gradient_accumulation_steps: Annotated[Count, "micro-batches of one optimizer step on each rank"] = 1
     learning_rate: Annotated[Positive, "peak learning rate of AdamW"] = 1e-4
     weight_decay: Annotated[NotNegative, "decoupled weight decay of AdamW"] = 0.01
-    adam_beta1: Annotated[Annotated[float, Range(0.0, 0.9999999)], "decay of AdamW's first moment"] = 0.9
-    adam_beta2: Annotated[Annotated[float, Range(0.0, 0.9999999)], "decay of AdamW's second moment"] = 0.999
+    adam_beta1: Annotated[Annotated[float, Interval(ge=0.0, le=0.9999999)], "decay of AdamW's first moment"] = 0.9
+    adam_beta2: Annotated[Annotated[float, Interval(ge=0.0, le=0.9999999)], "decay of AdamW's second moment"] = 0.999
     adam_epsilon: Annotated[Positive, "added to the denominator of AdamW"] = 1e-8
     max_grad_norm: Annotated[NotNegative, "clip the global gradient norm to this; 0 = no clipping"] = 1.0
     lr_scheduler: Annotated[Literal["constant", "cosine", "linear"], "course of the learning rate after warm-up"] = (
@@ -215,7 +217,7 @@ class TrainConfig:
     sample_height: Annotated[Pixels, "height of sample images in pixels"] = 1024
     sample_width: Annotated[Pixels, "width of sample images in pixels"] = 1024
     sample_num_inference_steps: Annotated[Count, "denoising steps of sample images"] = 30
-    sample_true_cfg_scale: Annotated[Annotated[float, Range(1.0)], "guidance; 1 = none"] = 4.0
+    sample_true_cfg_scale: Annotated[Annotated[float, Ge(1.0)], "guidance; 1 = none"] = 4.0
 
     def __post_init__(self) -> None:
         for name, hint in HINTS.items():

@@ -1,127 +1,125 @@
 """Typed options: turn the text of flags and YAML files into checked values of a dataclass's fields.
 
-An option's type is its annotation, `Annotated[type, "help text"]`; the types understood are bool, int, float, str,
-Path, Literal, tuple[str, ...] and unions of them. Errors are ValueErrors of one line.
+An option's type is its annotation, `Annotated[type, "help text"]`, with limits from annotated_types in between; pydantic
+converts and checks. Ours are only the reading of YAML with the line of each name, which pydantic never sees, "did you
+mean", and the wording: pydantic's report takes three lines a field, and users get one. Errors are ValueErrors.
 """
 
 import argparse
 import difflib
-import math
-import re
-import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
+from annotated_types import Ge, Gt, Interval, MultipleOf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-@dataclass(frozen=True)
-class Range:
-    """Limits of a number: `low <= x <= high` (`low < x` when `above`) and x a multiple of `step`."""
+from files.shown import shown
 
-    low: float
-    high: float = math.inf
-    above: bool = False
-    step: float | None = None
-
-    def problem(self, value: float) -> str | None:
-        """What is wrong with `value`, or None."""
-        if not math.isfinite(value):
-            return "must be a finite number"
-        if value < self.low or (self.above and value == self.low):
-            return f"must be {'above' if self.above else 'at least'} {self.low}"
-        if value > self.high:
-            return f"must be at most {self.high}"
-        if self.step is not None and value % self.step:
-            return f"must be a multiple of {self.step}"
-        return None
-
-
-Count = Annotated[int, Range(1)]
-Whole = Annotated[int, Range(0)]
-Number = Annotated[float, Range(-math.inf)]
-NotNegative = Annotated[float, Range(0.0)]
-Positive = Annotated[float, Range(0.0, above=True)]
-Share = Annotated[float, Range(0.0, 1.0)]
-Pixels = Annotated[int, Range(16, step=16)]
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+Number = Annotated[float, "finite"]
+NotNegative = Annotated[float, Ge(0.0)]
+Positive = Annotated[float, Gt(0.0)]
+Share = Annotated[float, Interval(ge=0.0, le=1.0)]
+Pixels = Annotated[int, Ge(16), MultipleOf(16)]
 Precision = Literal["bfloat16", "float32"]
+
+# pydantic's kinds of errors in our words, which read on from the option's name: what has another type, and what has it
+# but passes a limit
+WORDS = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a shorter number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "is_instance_of": "must be a path",
+    "path_type": "must be a path",
+}
+LIMITS = {
+    "finite_number": "must be a finite number",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+}
 
 
 def convert(value: Any, hint: Any, comma_list: bool = False) -> Any:
     """`value`, from a flag (text) or a YAML file, as the type that `hint` asks for.
 
-    A whole number may stand for a float; nothing else is guessed: "1.5" is no int, and a YAML number is no text (a git
-    revision of digits needs quotes). A text given for a tuple is split at commas if `comma_list`, else its one element.
+    Text is parsed (PyYAML too reads 1e-4, without a dot, as text), everything else must have the type already, but that a
+    whole number may stand for a float: "1.5" is no int, and a YAML number is no text (a git revision of digits needs
+    quotes). Where None is allowed the text "null" is None. A text given for a tuple is split at commas if `comma_list`,
+    else its one element.
 
     Raises ValueError that reads on from the option's name: "must be a whole number, got 'abc'".
     """
+    kinds = plain_types(hint)
+    given = str(value) if isinstance(value, Path) else value
+    if type(None) in kinds and given in (None, "null"):
+        return None
+    if tuple in kinds:
+        if isinstance(given, str):
+            given = [part.strip() for part in given.split(",")] if comma_list else [given]
+        given = tuple(given) if isinstance(given, list) else given
+    if bool in kinds and isinstance(given, str) and given not in ("true", "false"):  # pydantic takes "yes" and "1" too
+        raise ValueError(f"must be true or false, got {shown(repr(value))}")
+    if Path in kinds and given == "":  # Path("") is the working directory
+        raise ValueError(f"must be a path, got {value!r}")
+    try:
+        adapter = adapter_of(hint)
+        read = adapter.validate_strings if isinstance(given, str) else adapter.validate_python
+        found = read(given, strict=True)
+    except ValidationError as error:
+        raise ValueError(one_sentence(error, kinds, value)) from None
+    return found.expanduser() if isinstance(found, Path) else found
+
+
+@cache
+def adapter_of(hint: Any) -> TypeAdapter[Any]:
+    """pydantic's reader of one type: finite numbers only, no empty texts in lists."""
+    limits = ConfigDict(allow_inf_nan=False)
+    if tuple in plain_types(hint):
+        limits["str_min_length"] = 1
+    return TypeAdapter(hint, config=limits)
+
+
+def plain_types(hint: Any) -> dict[Any, tuple[str, ...]]:
+    """The types that `hint` names, annotations stripped, unions taken apart; a Literal with its choices."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        value = convert(value, arguments[0], comma_list)
-        problems = [limit.problem(value) for limit in arguments[1:] if isinstance(limit, Range) and value is not None]
-        for problem in filter(None, problems):
-            raise ValueError(f"{problem}, got {value!r}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return convert_union(value, arguments, comma_list)
+        return plain_types(arguments[0])
     if origin is Literal:
-        if value in arguments and isinstance(value, str):
-            return value
-        guess = did_you_mean(str(value), arguments)
-        raise ValueError(f"must be one of {', '.join(arguments)}, got {value!r}{guess}")
-    if origin is tuple:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",")] if comma_list else [value]
-        if isinstance(value, (list, tuple)) and all(isinstance(part, str) and part for part in value):
-            return tuple(value)
-        raise ValueError(f"must be a list of texts, none of them empty, got {value!r}")
-    return convert_plain(value, hint)
+        return {Literal: arguments}
+    if origin is tuple or not arguments:
+        return {origin or hint: ()}
+    return {kind: choices for member in arguments for kind, choices in plain_types(member).items()}
 
 
-def convert_union(value: Any, members: tuple[Any, ...], comma_list: bool) -> Any:
-    """The first member of a union that takes `value`; for a union with None, None and the text "null" are None."""
-    if type(None) in members:
-        if value is None or value == "null":
-            return None
-        members = tuple(member for member in members if member is not type(None))
-    messages = []
-    for member in members:
-        try:
-            return convert(value, member, comma_list)
-        except ValueError as error:
-            messages.append(str(error).removesuffix(f", got {value!r}"))
-    raise ValueError(f"{' or '.join(messages)}, got {value!r}")
-
-
-def convert_plain(value: Any, kind: type) -> Any:
-    """`value` as bool, int, float, str or Path."""
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if value in ("true", "false"):
-            return value == "true"
-        raise ValueError(f"must be true or false, got {value!r}")
-    if kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value):
-            return int(value)
-        raise ValueError(f"must be a whole number, got {value!r}")
-    if kind is float:
-        # PyYAML reads 1e-4 (no dot) as text
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        raise ValueError(f"must be a number, got {value!r}")
-    if kind is Path and isinstance(value, (str, Path)) and str(value):
-        return Path(value).expanduser()
-    if kind is str and isinstance(value, (str, Path)):
-        return str(value)
-    quotes = "; put it in quotes" if isinstance(value, (int, float)) else ""
-    raise ValueError(f"must be {'a path' if kind is Path else 'text'}, got {value!r}{quotes}")
+def one_sentence(error: ValidationError, kinds: dict[Any, tuple[str, ...]], value: Any) -> str:
+    """Pydantic's errors (one for each member of a union) as what reads on from the option's name."""
+    if tuple in kinds:
+        return f"must be a list of texts, none of them empty, got {shown(repr(value))}"
+    problems: dict[str, None] = {}  # in their order, each once
+    hint = ""
+    for each in error.errors(include_url=False):
+        if each["type"] == "literal_error":
+            problems[f"must be one of {', '.join(kinds[Literal])}"] = None
+            hint = did_you_mean(str(value), kinds[Literal])
+        elif each["type"] in LIMITS:
+            problems[LIMITS[each["type"]].format(**each.get("ctx", {}))] = None
+        else:
+            problems[WORDS.get(each["type"]) or each["msg"].replace("Input should be", "must be")] = None
+        if each["type"] == "string_type" and isinstance(value, (int, float)):
+            hint = "; put it in quotes"
+    a_number = all(each["type"] in LIMITS for each in error.errors())
+    return f"{' or '.join(problems)}, got {shown(value if a_number else repr(value))}{hint}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
