@@ -5,7 +5,6 @@ Only rank 0 writes; on every other rank the same calls do nothing. W&B may fail 
 
 import json
 import math
-import netrc
 import os
 import sys
 import time
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from files.atomic_files import write_file
 from files.shown import one_line
@@ -159,7 +157,7 @@ class Metrics:
             import wandb
 
             if mode == "auto":
-                mode = "online" if has_wandb_key() else "offline"
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"  # is there a key?
             options: dict[str, Any] = {
                 "project": config.wandb_project,
                 "name": config.wandb_run_name or config.output_path.resolve().name,
@@ -189,17 +187,6 @@ class Metrics:
         except Exception as error:
             complain(f"W&B failed and is off from here on ({first_line(error)}); metrics.jsonl holds everything")
             self._run = None
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B can log in without asking: WANDB_API_KEY, or what `wandb login` left in ~/.netrc (or $NETRC)."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def remove_rows_after(step: int, path: Path) -> None:

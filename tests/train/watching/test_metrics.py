@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -48,6 +50,10 @@ class FakeWandb(types.ModuleType):
         self.unreachable = False
         self.Settings, self.Image = dict, str
 
+    def login(self, prompt: bool, verify: bool) -> bool:
+        assert not prompt and not verify, "nobody answers in a job, and the network may be slow"
+        return "WANDB_API_KEY" in os.environ
+
     def init(self, **options: Any) -> FakeRun:
         if self.unreachable and options["mode"] == "online":
             raise TimeoutError("no answer in 30 s")
@@ -58,7 +64,6 @@ class FakeWandb(types.ModuleType):
 @pytest.fixture
 def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -130,12 +135,34 @@ def test_other_ranks_write_nothing(tmp_path: Path, wandb: FakeWandb, capsys: pyt
 
 
 @pytest.mark.parametrize(
+    ("netrc", "variables", "found"),
+    [
+        ("", {}, False),
+        ("", {"WANDB_API_KEY": "k" * 40}, True),
+        ("api.wandb.ai", {}, True),
+        ("other.host", {}, False),
+        ("other.host", {"WANDB_BASE_URL": "https://other.host"}, True),
+    ],
+)
+def test_where_the_real_package_finds_a_key(tmp_path: Path, netrc: str, variables: dict[str, str], found: bool) -> None:
+    """The call that `Metrics` makes, in a process of its own (the package remembers), without a network."""
+    file = tmp_path / "netrc"
+    file.write_text(f"machine {netrc} login user password {'k' * 40}\n" if netrc else "", encoding="utf-8")
+    file.chmod(0o600)
+    program = "import wandb; print(wandb.login(prompt=False, verify=False))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = clean | {"NETRC": str(file), "HOME": str(tmp_path)} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == str(found), done.stderr
+
+
+@pytest.mark.parametrize(
     ("flag", "variable", "key", "mode"),
     [
         ("auto", None, None, "offline"),
         ("auto", None, "variable", "online"),
-        ("auto", None, "api.wandb.ai", "online"),
-        ("auto", None, "other.host", "offline"),
         ("auto", "offline", "variable", "offline"),
         ("online", "offline", "variable", "online"),
         ("offline", None, "variable", "offline"),
@@ -154,10 +181,8 @@ def test_the_mode_of_wandb(
 ) -> None:
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
-    if key == "variable":
+    if key:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    elif key:
-        (tmp_path / "netrc").write_text(f"machine {key} login user password {'k' * 40}\n", encoding="utf-8")
     Metrics(make_config(tmp_path, wandb_mode=flag), 5, 1).close()
     assert [run.options["mode"] for run in wandb.runs] == ([mode] if mode else [])
     assert all(run.finished for run in wandb.runs)
