@@ -12,11 +12,11 @@ PEERS_STAMP := $(BENCH_SITE)/.installed
 KERNELS_SITE := .triton_site
 KERNELS_STAMP := $(KERNELS_SITE)/.installed
 KERNEL_TESTS := tests/qwen_image/model/test_joint_layout.py tests/qwen_image/model/test_low_rank_layout.py \
-  tests/qwen_image/kernels/test_padding_kernel.py tests/qwen_image/float8/test_mlp.py
+  tests/qwen_image/float8/test_mlp.py
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels check lint types format bench-data bench-loader bench-step bench-command bench-zero3 bench-float8
+.PHONY: help setup demo test test-kernels check lint types format bench-data bench-loader bench-step bench-command
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -80,9 +80,3 @@ types: $(STAMP)  ## mypy
 format: $(STAMP)  ## rewrite the files as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-bench-zero3: $(STAMP)  ## host memory of each rank while a model is loaded under ZeRO-3, against plain loading
-	$(BIN)/python bench/zero3_loading.py
-
-bench-float8: $(STAMP)  ## loss of a LoRA run on a float8 base against the unquantised base, on a model that learned
-	$(BIN)/python bench/float8_loss.py $(BENCH_ARGS)

@@ -43,7 +43,6 @@ WORDS = {
     "eager": "not compiled",
     "direct": "modulation computed, not looked up",
     "separate": "q, k and v not fused",
-    "plainmlp": "GELU by the compiler",
     "masked": "padding by an attention mask",
     "float8": "float8 base",
     "unfused": "its GELU quantised by the compiler",
@@ -69,7 +68,6 @@ def our_step(
     from qwen_image.encoders.text_encoder import Prompt
     from qwen_image.float8.linear import keep_transposed, quantise_blocks
     from qwen_image.kernel_check import distrust_kernels
-    from qwen_image.model.gelu_products import fuse_gelu
     from qwen_image.model.modulation import replace_by_table
     from train.data.batch_shapes import BatchShape
     from train.fit.activation_checkpointing import plan_recomputation
@@ -97,8 +95,6 @@ def our_step(
             parameter.data.normal_(0, 0.02)
     if "separate" not in words:
         fuse_projections(transformer)
-    if "plainmlp" not in words:
-        fuse_gelu(transformer)
     transformer.checkpointed_blocks = layers if "full" in words else layers // 2 if "half" in words else 0
     keep_transposed(transformer, layers if "onelayout" in words else transformer.checkpointed_blocks)
     transformer.dense_padding = "masked" not in words

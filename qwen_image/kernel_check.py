@@ -1,7 +1,7 @@
 """Kernels that aren't PyTorch's are compared with the operations they stand for, on the GPU that will run them, before use.
 
-They were written for and timed on an H100; another card, or another version of Triton, FlashAttention or cuBLASLt, may
-refuse to compile one, or compile it wrongly. What fails here is switched off for this process, and PyTorch's own
+They were written for and timed on an H100; another card, or another version of Triton or FlashAttention, may refuse
+to compile one, or compile it wrongly. What fails here is switched off for this process, and PyTorch's own
 operations do its work.
 """
 
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from qwen_image.float8 import mlp as float8_mlp
-from qwen_image.kernels import flash_attention, padding
-from qwen_image.model import attention, gelu_products, joint_layout
+from qwen_image.kernels import flash_attention
+from qwen_image.model import attention, joint_layout
 from qwen_image.model.layers import RMSNorm
 from qwen_image.model.rotary import Rotary, rotary_table
 from qwen_image.model.transformer import TransformerConfig
@@ -22,7 +22,6 @@ TEXT, ROWS, COLUMNS = 37, 6, 8  # of the samples that are compared
 PADDING = 5  # tokens of the second of two samples
 LONGER = 144  # more tokens for FlashAttention, which has another backward kernel for up to 128 keys (or 80 queries)
 RANK, SCALE = 32, 32**-0.5  # of a LoRA whose updates are as large as what they are added to
-GELU_ROWS = 1024  # an image of 512²: cuBLASLt chooses another kernel for few rows
 FARTHEST = 0.03  # root mean square of the difference, relative: bf16 gives 0.003, float8's neighbours 0.02
 
 Results = tuple[torch.Tensor, ...]
@@ -54,13 +53,10 @@ def distrust_kernels(
     checks = [
         Check("joint layout", joint_layout, "HAS_TRITON", lambda: _joint_layout(config, dtype, device), samples=True),
         Check("low-rank layout", joint_layout, "HAS_LOW_RANK_KERNEL", lambda: _low_rank_layout(config, dtype, device)),
-        Check("padding", padding, "HAS_TRITON", lambda: _padded_attention(config, dtype, device), samples=True),
         Check("FlashAttention", flash_attention, "HAS_FLASH", lambda: _flash_attention(config, dtype, device)),
     ]
     if float8:
         checks.append(Check("float8 GELU", float8_mlp, "HAS_TRITON", lambda: _quantised_gelu(config, dtype, device)))
-    else:
-        checks.append(Check("GELU epilogue", gelu_products, "HAS_EPILOGUES", lambda: _gelu(config, dtype, device)))
     checks = [check for check in checks if getattr(check.module, check.switch)]
     for check in checks:  # each is off until it has passed, so that only one at a time is in doubt
         setattr(check.module, check.switch, False)
@@ -164,10 +160,6 @@ def _keep(device: torch.device) -> torch.Tensor:
     return keep.to(device)
 
 
-def _padded_attention(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Results:
-    return _attended(config, dtype, _keep(device))
-
-
 def _flash_attention(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Results:
     """With padding and without."""
     keep = F.pad(_keep(device), (0, LONGER), value=True)
@@ -191,12 +183,3 @@ def _quantised_gelu(config: TransformerConfig, dtype: torch.dtype, device: torch
     weight_scale = torch.linspace(0.5, 2, y.shape[1], device=device)[None]
     quantised = float8_mlp.quantised_gelu(y), float8_mlp.quantised_gelu_gradient(gradient, y, weight_scale)
     return tuple(values.float() * scales for values, scales in quantised)
-
-
-def _gelu(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Results:
-    """GELU and what it is of, and the gradient, from the products that make them."""
-    inner = config.inner_dim
-    x, gradient = _random(device, dtype, 2, GELU_ROWS, inner)
-    up, down = (_random(device, dtype, *shape) * inner**-0.5 for shape in ((4 * inner, inner), (inner, 4 * inner)))
-    gelu, y = torch.ops.qwen_image.gelu_product(x, up, _random(device, dtype, 4 * inner))
-    return gelu, y, torch.ops.qwen_image.gelu_gradient_product(gradient, down, y)

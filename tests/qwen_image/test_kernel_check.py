@@ -8,13 +8,13 @@ import torch
 from qwen_image import kernel_check as trusted_kernels
 from qwen_image.float8 import mlp as float8_mlp
 from qwen_image.kernel_check import difference, distrust_kernels
-from qwen_image.kernels import flash_attention, padding
-from qwen_image.model import gelu_products, joint_layout
+from qwen_image.kernels import flash_attention
+from qwen_image.model import joint_layout
 from qwen_image.model.transformer import TransformerConfig
 
 CONFIG = TransformerConfig(num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
 CPU = torch.device("cpu")
-CHECKS = ("_joint_layout", "_low_rank_layout", "_padded_attention", "_flash_attention", "_quantised_gelu", "_gelu")
+CHECKS = ("_joint_layout", "_low_rank_layout", "_flash_attention", "_quantised_gelu")
 
 
 def fail(error: Exception) -> tuple[torch.Tensor, ...]:
@@ -54,24 +54,22 @@ def test_what_is_compared_says_something(check, monkeypatch):
 @pytest.fixture
 def all_on(monkeypatch):
     """Every kernel is there, says its module, and gives what plain operations give."""
-    for module in (joint_layout, padding, float8_mlp):
+    for module in (joint_layout, float8_mlp):
         monkeypatch.setattr(module, "HAS_TRITON", True)
     monkeypatch.setattr(joint_layout, "HAS_LOW_RANK_KERNEL", True)
     monkeypatch.setattr(flash_attention, "HAS_FLASH", True)
-    monkeypatch.setattr(gelu_products, "HAS_EPILOGUES", True)
     for check in CHECKS:
         monkeypatch.setattr(trusted_kernels, check, lambda *_: (torch.ones(4),))
 
 
 def switches():
-    return joint_layout.HAS_TRITON, padding.HAS_TRITON, flash_attention.HAS_FLASH, float8_mlp.HAS_TRITON
+    return joint_layout.HAS_TRITON, flash_attention.HAS_FLASH, float8_mlp.HAS_TRITON
 
 
 @pytest.mark.parametrize(
     "check,name,module,switch",
     [
         ("_low_rank_layout", "low-rank layout", joint_layout, "HAS_LOW_RANK_KERNEL"),
-        ("_padded_attention", "padding", padding, "HAS_TRITON"),
         ("_flash_attention", "FlashAttention", flash_attention, "HAS_FLASH"),
     ],
 )
@@ -81,25 +79,17 @@ def test_only_what_fails_is_switched_off(all_on, monkeypatch, check, name, modul
     (warning,) = distrust_kernels(CONFIG, torch.float32, gpu, float8=True)
     assert warning.startswith(f"warning: the {name} kernel is not used") and "differs by 1" in warning
     assert getattr(module, switch) is False
-    off = {"padding": 1, "FlashAttention": 2}.get(name)
-    assert switches() == tuple(place != off for place in range(4))
+    assert switches() == (True, name != "FlashAttention", True)
     assert distrust_kernels(CONFIG, torch.float32, gpu, float8=True) == [], "it is off already"
 
 
-@pytest.mark.parametrize("padding_works", [True, False])
-def test_attention_is_compared_one_kernel_at_a_time(all_on, monkeypatch, padding_works):
-    """FlashAttention's output is corrected by the padding kernel: first this, without that, then that with what is left."""
-    met = {"_padded_attention": [], "_flash_attention": []}
-    for check, seen in met.items():
-        monkeypatch.setattr(
-            trusted_kernels, check, lambda *_, seen=seen: seen.append(switches()[1:3]) or (torch.ones(4),)
-        )
-    if not padding_works:
-        monkeypatch.setattr(padding, "HAS_TRITON", False)
-    assert distrust_kernels(CONFIG, torch.float32, torch.device("cuda"), float8=False) == []
-    assert met["_padded_attention"] == [(False, False), (True, False)] * padding_works
-    assert met["_flash_attention"] == [(padding_works, False), (padding_works, True)]
-    assert switches() == (True, padding_works, True, True)
+def test_kernels_are_compared_one_at_a_time(all_on, monkeypatch):
+    """With those that have passed, without those that are still in doubt."""
+    met = []
+    monkeypatch.setattr(trusted_kernels, "_flash_attention", lambda *_: met.append(switches()) or (torch.ones(4),))
+    assert distrust_kernels(CONFIG, torch.float32, torch.device("cuda"), float8=True) == []
+    assert met == [(True, False, False), (True, True, False)]
+    assert switches() == (True, True, True)
 
 
 @pytest.mark.parametrize("float8", [True, False])
@@ -108,7 +98,7 @@ def test_only_what_the_base_needs_is_compared(all_on, monkeypatch, float8):
     for check in CHECKS:
         monkeypatch.setattr(trusted_kernels, check, lambda *_, check=check: met.append(check) or (torch.ones(4),))
     assert distrust_kernels(CONFIG, torch.float32, torch.device("cuda"), float8) == []
-    assert set(CHECKS) - set(met) == {"_gelu" if float8 else "_quantised_gelu"}
+    assert set(CHECKS) - set(met) == (set() if float8 else {"_quantised_gelu"})
 
 
 def test_where_images_are_only_sampled_few_kernels_are_compared_and_the_others_not_used(all_on, monkeypatch):
@@ -116,9 +106,9 @@ def test_where_images_are_only_sampled_few_kernels_are_compared_and_the_others_n
     for check in CHECKS:
         monkeypatch.setattr(trusted_kernels, check, lambda *_, check=check: met.add(check) or (torch.ones(4),))
     assert distrust_kernels(CONFIG, torch.float32, torch.device("cuda"), float8=False, trains=False) == []
-    assert met == {"_joint_layout", "_padded_attention"}
-    assert switches() == (True, True, False, True)
-    assert not joint_layout.HAS_LOW_RANK_KERNEL and not gelu_products.HAS_EPILOGUES
+    assert met == {"_joint_layout"}
+    assert switches() == (True, False, True)
+    assert not joint_layout.HAS_LOW_RANK_KERNEL
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

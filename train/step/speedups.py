@@ -7,7 +7,6 @@ import torch._dynamo.utils
 
 from qwen_image.kernel_check import distrust_kernels
 from qwen_image.kernels.flash_attention import HOPPER
-from qwen_image.model.gelu_products import fuse_gelu
 from qwen_image.model.sizes import DTYPES
 from qwen_image.pipeline import QwenImagePipeline
 from train.config.deepspeed_json import PARTITIONED
@@ -33,7 +32,7 @@ def choose_workspaces(device: torch.device, deterministic: bool) -> None:
 def apply_speedups(
     config: TrainConfig, pipeline: QwenImagePipeline, spec: LoraSpec, stage: int, device: torch.device
 ) -> list[str]:
-    """Try the kernels, fuse projections and GELU, and compile blocks, as the configuration says; lines that tell of it."""
+    """Try the kernels, fuse projections, and compile blocks, as the configuration says; lines that tell of it."""
     transformer = pipeline.transformer
     assert transformer is not None
     float8 = config.base_precision == "float8"
@@ -44,8 +43,6 @@ def apply_speedups(
         )
     if stage != PARTITIONED and can_fuse(spec, DTYPES[config.trained_dtype], DTYPES[config.dtype]):
         fuse_projections(transformer)
-    if stage != PARTITIONED and not float8:
-        fuse_gelu(transformer)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and stage != PARTITIONED):
         transformer.compile_blocks(dynamic=True)
         lines.append("blocks compiled: before the first step that takes a minute")
