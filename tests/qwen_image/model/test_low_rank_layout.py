@@ -13,7 +13,6 @@ from tests.helpers.joint_layout_reference import (
     make,
     needs_kernel,
     needs_rounding,
-    on_device,  # noqa: F401  (a fixture)
     reference,
 )
 from tests.helpers.small_transformer import small_transformer
@@ -62,7 +61,7 @@ def differentiated(function, image, text, updates, grads):
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_rounding)], ids=str)
 @pytest.mark.parametrize(("rank", "scale"), [(4, 1.0), (32, 0.5), (17, 2.0)])
 @pytest.mark.parametrize("case", CASES, ids=list(CASES))
-def test_updates_equal_the_definition(case, rank, scale, dtype, on_device):  # noqa: F811
+def test_updates_equal_the_definition(case, rank, scale, dtype, on_device):
     image, text, norms, rotary, keep, grads = make(case, dtype)
     updates = make_updates(image, text, rank, scale, dtype)
 
@@ -84,7 +83,7 @@ def test_updates_equal_the_definition(case, rank, scale, dtype, on_device):  # n
     assert {each.dtype for each in actual} == {dtype}
 
 
-def test_many_tokens_and_more_than_one_group_of_heads(on_device, monkeypatch):  # noqa: F811
+def test_many_tokens_and_more_than_one_group_of_heads(on_device, monkeypatch):
     """Streams of several blocks whose last is not full; gradients of factors summed over groups of heads."""
     monkeypatch.setitem(CASES, "several blocks", (35, (5, 9), 6, 16, 2, (7, 0), True))
     image, text, norms, rotary, keep, grads = make("several blocks", torch.float32)
@@ -96,7 +95,7 @@ def test_many_tokens_and_more_than_one_group_of_heads(on_device, monkeypatch):  
     assert_near(joint_layout(image, text, norms, rotary, keep, True, updates), expected, 4e-6)
 
 
-def test_padding_is_zero_whatever_it_was(on_device):  # noqa: F811
+def test_padding_is_zero_whatever_it_was(on_device):
     image, text, norms, rotary, keep, _ = on_device(*make("padding in one sample", torch.float32))
     updates = make_updates(image.cpu(), text.cpu(), 4, 1.0, torch.float32)
     updates = tuple(changed(update, lambda each: each.to(DEVICE)) for update in updates)
@@ -107,7 +106,7 @@ def test_padding_is_zero_whatever_it_was(on_device):  # noqa: F811
 
 
 @pytest.mark.parametrize("case", ["even", "last block, padding"])
-def test_the_operators_are_registered_as_the_compiler_wants_them(case, on_device):  # noqa: F811
+def test_the_operators_are_registered_as_the_compiler_wants_them(case, on_device):
     image, text, norms, rotary, keep, _ = on_device(*make(case, torch.float32))
     of_image, of_text = (
         changed(update, lambda each: each.to(DEVICE))
@@ -152,7 +151,7 @@ def assert_same(results, others):
 
 
 @pytest.mark.parametrize(("targets", "left"), [(ALL, True), (ALL[1:], False)], ids=["all", "some"])
-def test_a_transformer_computes_the_same_with_the_updates_left_to_the_kernel(targets, left, on_device, monkeypatch):  # noqa: F811
+def test_a_transformer_computes_the_same_with_the_updates_left_to_the_kernel(targets, left, on_device, monkeypatch):
     transformer, arguments = transformer_with(targets)
     called, results, original = [], [], module.joint_layout
 
@@ -181,6 +180,6 @@ def test_on_a_gpu_compiled_blocks_compute_the_same():
 
 
 @pytest.mark.parametrize(("invertible", "rank", "possible"), [(True, 64, True), (True, 65, False), (False, 4, False)])
-def test_when_updates_can_be_left_to_the_kernel(invertible, rank, possible, on_device):  # noqa: F811
+def test_when_updates_can_be_left_to_the_kernel(invertible, rank, possible, on_device):
     image, text, norms, *_ = on_device(*make("even", torch.float32))
     assert takes_updates(image, text, norms, invertible, rank) == possible
