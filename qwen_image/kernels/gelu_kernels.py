@@ -28,6 +28,14 @@ def _larger(left, right):
 
 
 @triton.jit
+def _place(FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """A program's row, and the columns of its two tiles."""
+    # From the last row on: the product before wrote it last, so it is still in the cache; the product after begins with row 0.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    return row, tl.arange(0, FIRST), FIRST + tl.arange(0, SECOND)
+
+
+@triton.jit
 def _load(row, column, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
         return tl.load(row + column, mask=column < WIDTH, other=0.0)
@@ -93,10 +101,7 @@ def gelu_kernel(
 ):
     """gelu(y) quantised. FIRST + SECOND ≥ WIDTH > FIRST ≥ SECOND, both powers of two."""
     MASKED: tl.constexpr = FIRST + SECOND > WIDTH
-    # From the last row on: the product before wrote it last, so it is still in the cache; the product after begins with row 0.
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    left = tl.arange(0, FIRST)
-    right = FIRST + tl.arange(0, SECOND)
+    row, left, right = _place(FIRST, SECOND)
     y += row * WIDTH
     first = _load(y, left, WIDTH, False)
     second = _load(y, right, WIDTH, MASKED)
@@ -119,9 +124,7 @@ def gelu_gradient_kernel(
 ):
     """grad · gelu'(y) · weight_scale quantised."""
     MASKED: tl.constexpr = FIRST + SECOND > WIDTH
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    left = tl.arange(0, FIRST)
-    right = FIRST + tl.arange(0, SECOND)
+    row, left, right = _place(FIRST, SECOND)
     grad += row * WIDTH
     y += row * WIDTH
     first_grad = _load(grad, left, WIDTH, False)

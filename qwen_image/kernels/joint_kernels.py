@@ -9,6 +9,17 @@ a sample's heads one after the other; only the lengths may change without anothe
 import triton
 import triton.language as tl
 
+from qwen_image.kernels.norm_parts import inverse_rms, inverse_weight
+
+
+@triton.jit
+def _tile(GROUP: tl.constexpr, DIM: tl.constexpr):
+    """Of a program's heads: their numbers [GROUP], their channels' and those within a token, both [GROUP, DIM]."""
+    head = tl.program_id(2) * GROUP + tl.arange(0, GROUP)
+    # One row a head although all rows are equal: each thread then loads what it needs, and none waits for another.
+    channel = tl.zeros([GROUP, 1], tl.int32) + tl.arange(0, DIM)[None, :]
+    return head, channel, head[:, None] * DIM + channel
+
 
 @triton.jit
 def _quarter_turn(x, GROUP: tl.constexpr, DIM: tl.constexpr):
@@ -55,10 +66,7 @@ def forward_kernel(
     token = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     row = sample * (text_tokens + image_tokens) + token
-    head = tl.program_id(2) * GROUP + tl.arange(0, GROUP)
-    # One row a head although all rows are equal: each thread then loads what it needs, and none waits for another.
-    channel = tl.zeros([GROUP, 1], tl.int32) + tl.arange(0, DIM)[None, :]
-    tile = head[:, None] * DIM + channel
+    head, channel, tile = _tile(GROUP, DIM)
     cosine = tl.load(cos + token * DIM + channel)
     sine = tl.load(sin + token * DIM + channel)
     is_text = token < text_tokens
@@ -80,8 +88,8 @@ def forward_kernel(
         k_weight = tl.load(norm_k + channel)
     q = q.to(tl.float32)
     k = k.to(tl.float32)
-    q_scale = tl.rsqrt(tl.sum(q * q, 1) / DIM + EPS)
-    k_scale = tl.rsqrt(tl.sum(k * k, 1) / DIM + EPS)
+    q_scale = inverse_rms(q, DIM, EPS)
+    k_scale = inverse_rms(k, DIM, EPS)
     q = q * q_scale[:, None] * q_weight.to(tl.float32)
     k = k * k_scale[:, None] * k_weight.to(tl.float32)
     q = q * cosine + _quarter_turn(q, GROUP, DIM) * sine
@@ -137,10 +145,7 @@ def backward_kernel(
     token = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     row = sample * (text_tokens + image_tokens) + token
-    head = tl.program_id(2) * GROUP + tl.arange(0, GROUP)
-    # One row a head although all rows are equal: each thread then loads what it needs, and none waits for another.
-    channel = tl.zeros([GROUP, 1], tl.int32) + tl.arange(0, DIM)[None, :]
-    tile = head[:, None] * DIM + channel
+    head, channel, tile = _tile(GROUP, DIM)
     cosine = tl.load(cos + token * DIM + channel)
     sine = tl.load(sin + token * DIM + channel)
     is_text = token < text_tokens
@@ -169,11 +174,11 @@ def backward_kernel(
         k = tl.load(key + row * INNER + tile).to(tl.float32)
         q_scale = tl.load(scales + row * (2 * HEADS) + head)
         k_scale = tl.load(scales + row * (2 * HEADS) + HEADS + head)
-        # Rotate back, divide the weight out; a channel with weight 0 gets no gradient from the mean.
+        # Rotate back, divide the weight out.
         q = q * cosine - _quarter_turn(q, GROUP, DIM) * sine
         k = k * cosine - _quarter_turn(k, GROUP, DIM) * sine
-        q = q * tl.where(q_weight == 0.0, 0.0, 1.0 / q_weight)
-        k = k * tl.where(k_weight == 0.0, 0.0, 1.0 / k_weight)
+        q = q * inverse_weight(q_weight)
+        k = k * inverse_weight(k_weight)
     else:
         if is_text:
             k = tl.load(text + text_row + (TEXT_WIDTH - 2 * INNER))
@@ -185,8 +190,8 @@ def backward_kernel(
             k = tl.load(image + image_row + INNER)
         q = q.to(tl.float32)
         k = k.to(tl.float32)
-        q_scale = tl.rsqrt(tl.sum(q * q, 1) / DIM + EPS)
-        k_scale = tl.rsqrt(tl.sum(k * k, 1) / DIM + EPS)
+        q_scale = inverse_rms(q, DIM, EPS)
+        k_scale = inverse_rms(k, DIM, EPS)
         q = q * q_scale[:, None]
         k = k * k_scale[:, None]
     dq = dq.to(tl.float32)

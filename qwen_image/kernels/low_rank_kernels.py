@@ -10,6 +10,50 @@ read and write the projections once more. Sums have a fixed order, so that a res
 import triton
 import triton.language as tl
 
+from qwen_image.kernels.norm_parts import inverse_rms, inverse_weight
+
+
+@triton.jit
+def _program():
+    """A program's sample, which of q, k and v (0, 1, 2) it makes, and its group of heads."""
+    return tl.program_id(1).to(tl.int64), tl.program_id(2) % 3, tl.program_id(2) // 3
+
+
+@triton.jit
+def _stream(part, text_tokens, image_tokens, BLOCK: tl.constexpr, TEXT_QUERY: tl.constexpr):
+    """Whether a program's tokens are the text's, and their places there, [BLOCK], of which those below `length` exist.
+
+    Also the stream's first row in the joint sequence, and which of how many parts of its projection the program takes.
+    """
+    block = tl.program_id(0)
+    text_blocks = tl.cdiv(text_tokens, BLOCK)
+    is_text = block < text_blocks
+    if is_text:
+        # Without the text's query its first part is k, and a program for q finds no token inside.
+        length, offset, own, parts = text_tokens, 0, part + TEXT_QUERY - 1, 2 + TEXT_QUERY
+    else:
+        block -= text_blocks
+        length, offset, own, parts = image_tokens, text_tokens, part, 3
+    return is_text, block * BLOCK + tl.arange(0, BLOCK), length, offset, own, parts
+
+
+@triton.jit
+def _chosen(is_text, part, q, k, v, added_q, added_k, added_v):
+    """What is read for a part of a stream. For pointers that are only read: the compiler takes all six for equal."""
+    if is_text:
+        chosen = added_v
+        if part == 0:
+            chosen = added_q
+        if part == 1:
+            chosen = added_k
+    else:
+        chosen = v
+        if part == 0:
+            chosen = q
+        if part == 1:
+            chosen = k
+    return chosen
+
 
 @triton.jit
 def _pairs(x, BLOCK: tl.constexpr, DIM: tl.constexpr):
@@ -90,34 +134,14 @@ def forward_kernel(
 ):
     INNER: tl.constexpr = HEADS * DIM
     scale = tl.cast(scale, tl.float32)  # torch's compiler passes a float64
-    sample = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2) % 3  # q, k or v
-    group = tl.program_id(2) // 3
-    block = tl.program_id(0)
-    text_blocks = tl.cdiv(text_tokens, BLOCK)
-    if block < text_blocks:
-        # Without the text's query its first part is k, and a program for q finds no token inside.
-        length, offset, own, parts = text_tokens, 0, part + TEXT_QUERY - 1, 2 + TEXT_QUERY
+    sample, part, group = _program()
+    is_text, place, length, offset, own, parts = _stream(part, text_tokens, image_tokens, BLOCK, TEXT_QUERY)
+    up = _chosen(is_text, part, up_q, up_k, up_v, up_added_q, up_added_k, up_added_v)
+    norm = _chosen(is_text, part, norm_q, norm_k, norm_k, norm_added_q, norm_added_k, norm_added_k)
+    if is_text:
         source, factors = text, text_factors
-        norm = norm_added_k
-        up = up_added_v
-        if part == 0:
-            up = up_added_q
-            norm = norm_added_q
-        if part == 1:
-            up = up_added_k
     else:
-        block -= text_blocks
-        length, offset, own, parts = image_tokens, text_tokens, part, 3
         source, factors = image, image_factors
-        norm = norm_k
-        up = up_v
-        if part == 0:
-            up = up_q
-            norm = norm_q
-        if part == 1:
-            up = up_k
-    place = block * BLOCK + tl.arange(0, BLOCK)
     inside = (place < length) & (own >= 0)
     row = sample * (text_tokens + image_tokens) + offset + place
     target = value
@@ -151,7 +175,7 @@ def forward_kernel(
         for number in range(HEADS_HERE):
             head = group * HEADS_HERE + number
             x = _updated(source + number * DIM, inside, factors, up, scale, head, DIM, RANK, LANES)
-            rms = tl.rsqrt(tl.sum(x * x, 1) / DIM + EPS)
+            rms = inverse_rms(x, DIM, EPS)
             even, odd = _pairs(x * rms[:, None], BLOCK, DIM)
             even, odd = even * even_weight, odd * odd_weight
             x = _joined(even * cosine - odd * sine, odd * cosine + even * sine, BLOCK, DIM)
@@ -201,33 +225,14 @@ def backward_kernel(
     INNER: tl.constexpr = HEADS * DIM
     dtype: tl.constexpr = grad_image.dtype.element_ty
     scale = tl.cast(scale, tl.float32)  # torch's compiler passes a float64
-    sample = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2) % 3
-    group = tl.program_id(2) // 3
-    block = tl.program_id(0)
-    text_blocks = tl.cdiv(text_tokens, BLOCK)
-    if block < text_blocks:
-        length, offset, own, parts = text_tokens, 0, part + TEXT_QUERY - 1, 2 + TEXT_QUERY
+    sample, part, group = _program()
+    is_text, place, length, offset, own, parts = _stream(part, text_tokens, image_tokens, BLOCK, TEXT_QUERY)
+    up = _chosen(is_text, part, up_q, up_k, up_v, up_added_q, up_added_k, up_added_v)
+    norm = _chosen(is_text, part, norm_q, norm_k, norm_k, norm_added_q, norm_added_k, norm_added_k)
+    if is_text:
         target, of_factors = grad_text, of_text_factors
-        norm = norm_added_k
-        up = up_added_v
-        if part == 0:
-            up = up_added_q
-            norm = norm_added_q
-        if part == 1:
-            up = up_added_k
     else:
-        block -= text_blocks
-        length, offset, own, parts = image_tokens, text_tokens, part, 3
         target, of_factors = grad_image, of_image_factors
-        norm = norm_k
-        up = up_v
-        if part == 0:
-            up = up_q
-            norm = norm_q
-        if part == 1:
-            up = up_k
-    place = block * BLOCK + tl.arange(0, BLOCK)
     inside = (place < length) & (own >= 0)
     row = sample * (text_tokens + image_tokens) + offset + place
     grad, result = grad_value, key
@@ -255,9 +260,7 @@ def backward_kernel(
     else:
         cosine, sine = _angles(cos, sin, offset + place, inside, BLOCK, DIM)
         even_weight, odd_weight = _norm_weight(norm, DIM)
-        # To divide the weight out; a channel with weight 0 gets no gradient from the mean.
-        even_inverse = tl.where(even_weight == 0.0, 0.0, 1.0 / even_weight)
-        odd_inverse = tl.where(odd_weight == 0.0, 0.0, 1.0 / odd_weight)
+        even_inverse, odd_inverse = inverse_weight(even_weight), inverse_weight(odd_weight)
         for number in range(HEADS_HERE):
             head = group * HEADS_HERE + number
             g = tl.load(grad + number * DIM, mask=kept[:, None], other=0.0).to(tl.float32)

@@ -19,7 +19,7 @@ from qwen_image.model.rotary import Rotary, apply_rotary
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
-    from qwen_image.model import (
+    from qwen_image.kernels import (
         joint_operators,  # noqa: F401  (registers them)
         low_rank_operators,
     )
@@ -64,6 +64,7 @@ def joint_layout(
     `invertible`: the norms' weights allow the backward pass to undo them (see `can_invert`).
     `updates`: of image and text, where `takes_updates` says that they may be left to this function.
     """
+    weights = [norm.weight for norm in norms]
     if updates is not None:
         of_image, of_text = updates
         ups = [*of_image.ups, *[of_image.ups[0]] * (3 - len(of_text.ups)), *of_text.ups]
@@ -73,7 +74,7 @@ def joint_layout(
             of_image.factors.contiguous(),
             of_text.factors.contiguous(),
             ups,
-            [norm.weight for norm in norms],
+            weights,
             rotary.cos,
             rotary.sin,
             keep,
@@ -81,9 +82,8 @@ def joint_layout(
         )
         return query, key, value
     if has_kernel(image, text, norms):
-        weights = (norm.weight for norm in norms)
         query, key, value, _ = torch.ops.qwen_image.joint_layout(
-            image.contiguous(), text.contiguous(), *weights, rotary.cos, rotary.sin, keep, invertible
+            image.contiguous(), text.contiguous(), weights, rotary.cos, rotary.sin, keep, invertible
         )
         return query, key, value
     return plain_joint_layout(image, text, norms, rotary, keep)

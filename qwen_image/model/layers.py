@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NORM_EPS = 1e-6
+from qwen_image.kernels.layout_shapes import NORM_EPS
+
 SINUSOID_CHANNELS = 256
 SINUSOID_SCALE = 1000
 

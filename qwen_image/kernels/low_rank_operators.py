@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import triton_op, wrap_triton
 
+from qwen_image.kernels.layout_shapes import NORM_EPS, constants, empty_gradients, empty_outputs, heads_a_program
 from qwen_image.kernels.low_rank_kernels import backward_kernel, forward_kernel
-from qwen_image.model.layers import NORM_EPS
 
 
 class Tiles(NamedTuple):
@@ -20,9 +20,9 @@ class Tiles(NamedTuple):
     stages: int
     heads: int
 
-    def heads_of(self, heads: int) -> int:
-        """Heads a program: the largest power of two up to `self.heads` that divides `heads`."""
-        return min(self.heads, heads & -heads)
+    def constants(self, rank: int, heads: int) -> dict[str, int]:
+        """What a kernel is compiled for: a LoRA of `rank` and so many heads a program."""
+        return {"BLOCK": self.block, "HEADS_HERE": heads, "RANK": rank, "LANES": lanes(rank)}
 
     def blocks(self, text_tokens: int, image_tokens: int) -> int:
         return (text_tokens + self.block - 1) // self.block + (image_tokens + self.block - 1) // self.block
@@ -36,17 +36,6 @@ HIGHEST_RANK = 64  # beyond, the tiles take more registers than there are
 def lanes(rank: int) -> int:
     """Width of the tiles that hold `rank` columns: a power of two."""
     return max(SMALLEST_PRODUCT, 1 << (rank - 1).bit_length())
-
-
-def _empty_outputs(
-    image: torch.Tensor, text: torch.Tensor, dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, image_tokens, tokens = image.shape[0], image.shape[1], text.shape[1] + image.shape[1]
-    heads = image.shape[2] // 3 // dim
-    queries = tokens if text.shape[2] == image.shape[2] else image_tokens
-    query = image.new_empty((batch, queries, heads, dim))
-    key, value = (image.new_empty((batch, tokens, heads, dim)) for _ in range(2))
-    return query, key, value, image.new_empty((batch, tokens, 2, heads), dtype=torch.float32)
 
 
 @triton_op("qwen_image::low_rank_layout", mutates_args=())
@@ -67,9 +56,9 @@ def forward_op(
     image [B, S, 3·D] and text [B, T, 3·D or 2·D] lack `scale` · factors · upᵀ for q, k and v: factors are [B, S, 3·r] and
     [B, T, 3·r or 2·r], `ups` six matrices [D, r], the image's first (where the text has no query, the fourth is not read).
     """
-    query, key, value, scales = _empty_outputs(image, text, norms[0].shape[0])
-    batch, _, heads, dim = key.shape
-    here, rank = FORWARD.heads_of(heads), ups[0].shape[1]
+    outputs = empty_outputs(image, text, norms[0].shape[0])
+    batch, _, heads, dim = outputs[1].shape
+    here, rank = heads_a_program(heads, FORWARD.heads), ups[0].shape[1]
     wrap_triton(forward_kernel)[(FORWARD.blocks(text.shape[1], image.shape[1]), batch, 3 * heads // here)](
         image,
         text,
@@ -80,49 +69,38 @@ def forward_op(
         cos,
         sin,
         cos if keep is None else keep,
-        query,
-        key,
-        value,
-        scales,
+        *outputs,
         scale,
         text.shape[1],
         image.shape[1],
         EPS=NORM_EPS,
-        HEADS=heads,
-        DIM=dim,
-        RANK=rank,
-        LANES=lanes(rank),
-        BLOCK=FORWARD.block,
-        HEADS_HERE=here,
-        TEXT_QUERY=text.shape[2] == image.shape[2],
-        KEEP=keep is not None,
+        **FORWARD.constants(rank, here),
+        **constants(heads, dim, image, text, keep),
         num_warps=FORWARD.warps,
         num_stages=FORWARD.stages,
     )
-    return query, key, value, scales
+    return outputs
 
 
 @forward_op.register_fake
 def _(
     image: torch.Tensor, text: torch.Tensor, _i: Any, _t: Any, _u: Any, norms: list[torch.Tensor], *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_outputs(image, text, norms[0].shape[0])
+    return empty_outputs(image, text, norms[0].shape[0])
 
 
 def _empty_gradients(
     grad_query: torch.Tensor, grad_key: torch.Tensor, rank: int, text_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of image and text, and of their factors a sum over some heads each."""
-    batch, tokens, heads, dim = grad_key.shape
-    text_parts = 3 if grad_query.shape[1] == tokens else 2
-    groups = heads // BACKWARD.heads_of(heads)
-    image_shape, text_shape = (batch, tokens - text_tokens), (batch, text_tokens)
-    return (
-        grad_key.new_empty((*image_shape, 3 * heads * dim)),
-        grad_key.new_empty((*text_shape, text_parts * heads * dim)),
-        grad_key.new_empty((groups, *image_shape, 3 * rank), dtype=torch.float32),
-        grad_key.new_empty((groups, *text_shape, text_parts * rank), dtype=torch.float32),
+    image, text = empty_gradients(grad_query, grad_key, text_tokens)
+    heads, dim = grad_key.shape[2:]
+    groups = heads // heads_a_program(heads, BACKWARD.heads)
+    of_factors = (
+        each.new_empty((groups, *each.shape[:2], each.shape[2] // (heads * dim) * rank), dtype=torch.float32)
+        for each in (image, text)
     )
+    return image, text, *of_factors
 
 
 @triton_op("qwen_image::low_rank_layout_backward", mutates_args=())
@@ -145,7 +123,7 @@ def backward_op(
     rank = ups[0].shape[1]
     grads = _empty_gradients(grad_query, grad_key, rank, text_tokens)
     batch, tokens, heads, dim = grad_key.shape
-    here = BACKWARD.heads_of(heads)
+    here = heads_a_program(heads, BACKWARD.heads)
     wrap_triton(backward_kernel)[(BACKWARD.blocks(text_tokens, tokens - text_tokens), batch, 3 * heads // here)](
         grad_query,
         grad_key,
@@ -162,14 +140,8 @@ def backward_op(
         scale,
         text_tokens,
         tokens - text_tokens,
-        HEADS=heads,
-        DIM=dim,
-        RANK=rank,
-        LANES=lanes(rank),
-        BLOCK=BACKWARD.block,
-        HEADS_HERE=here,
-        TEXT_QUERY=grads[1].shape[2] == grads[0].shape[2],
-        KEEP=keep is not None,
+        **BACKWARD.constants(rank, here),
+        **constants(heads, dim, *grads[:2], keep),
         num_warps=BACKWARD.warps,
         num_stages=BACKWARD.stages,
     )
