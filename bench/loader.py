@@ -217,8 +217,10 @@ def make_payload(payload: str, side: int, tokens: int, width: int) -> bytes:
     import simplejpeg
     import torch
 
+    from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
+
     if payload == "safetensors":
-        latent = torch.randn(16, side // 8, side // 8).bfloat16()
+        latent = torch.randn(LATENT_CHANNELS, side // VAE_FACTOR, side // VAE_FACTOR).bfloat16()
         return safetensors.torch.save({"latent": latent, "prompt_embeds": torch.randn(tokens, width).bfloat16()})
     coarse = torch.rand(1, 3, side // 32, side // 32)
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)[0]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR, check_image_size
+
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 LORA_TARGETS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 LORA_RANK = 32
 LEARNING_RATE = 1e-4  # both scripts' value
-LATENT_CHANNELS = 16
-VAE_SCALE_FACTOR = 8
 TIMESTEP_CHANNELS = 256  # sinusoids of the timestep, fixed in both libraries
 
 
@@ -54,14 +54,13 @@ class Work:
     text_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if self.height % 16 or self.width % 16:
-            raise ValueError(f"height {self.height} and width {self.width} must be divisible by 16")
-        if min(self.height, self.width, self.batch, self.text_tokens) < 1:
-            raise ValueError(f"height, width, batch and text_tokens must be positive: {self}")
+        check_image_size(self.height, self.width)
+        if min(self.batch, self.text_tokens) < 1:
+            raise ValueError(f"batch and text_tokens must be positive: {self}")
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        return (self.batch, LATENT_CHANNELS, self.height // VAE_SCALE_FACTOR, self.width // VAE_SCALE_FACTOR)
+        return (self.batch, LATENT_CHANNELS, self.height // VAE_FACTOR, self.width // VAE_FACTOR)
 
 
 @dataclass

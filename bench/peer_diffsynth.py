@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bench.peer import (
-    LATENT_CHANNELS,
     LEARNING_RATE,
     LORA_RANK,
     LORA_TARGETS,
@@ -20,6 +19,7 @@ from bench.peer import (
     lend,
     random_weights,
 )
+from qwen_image.model.sizes import LATENT_CHANNELS
 
 if TYPE_CHECKING:
     import torch

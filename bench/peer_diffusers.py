@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bench.peer import (
-    LATENT_CHANNELS,
     LEARNING_RATE,
     LORA_RANK,
     LORA_TARGETS,
-    VAE_SCALE_FACTOR,
     Peer,
     Shape,
     Work,
@@ -20,6 +18,7 @@ from bench.peer import (
     lend,
     random_weights,
 )
+from qwen_image.model.sizes import LATENT_CHANNELS, PATCH, VAE_FACTOR
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +79,7 @@ def diffusers(shape: Shape, work: Work, device: torch.device | str) -> Iterator[
                     img_shapes=_image_shapes(work),
                     return_dict=False,
                 )[0]
-                prediction = QwenImagePipeline._unpack_latents(prediction, work.height, work.width, VAE_SCALE_FACTOR)
+                prediction = QwenImagePipeline._unpack_latents(prediction, work.height, work.width, VAE_FACTOR)
                 weighting = compute_loss_weighting_for_sd3(weighting_scheme="none", sigmas=sigmas)
                 target = noise - model_input
                 error = weighting.float() * (prediction.float() - target.float()) ** 2
@@ -176,7 +175,7 @@ def _diffusers_scheduler() -> Any:
 
 
 def _image_shapes(work: Work) -> list[tuple[int, int, int]]:
-    return [(1, work.height // VAE_SCALE_FACTOR // 2, work.width // VAE_SCALE_FACTOR // 2)] * work.batch
+    return [(1, work.height // VAE_FACTOR // PATCH, work.width // VAE_FACTOR // PATCH)] * work.batch
 
 
 def _pack(latents: torch.Tensor, work: Work) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 
 from qwen_image.loading import staged as staged_loading
 from qwen_image.loading.safetensors_ranges import RangeReader
-from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.model.sizes import TransformerConfig
+from qwen_image.model.transformer import QwenImageTransformer
 
 
 def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) -> QwenImageTransformer:

@@ -65,10 +65,11 @@ def our_step(
     import torch
 
     from bench.random_transformer import random_transformer
-    from qwen_image.encoders.text_encoder import Prompt
     from qwen_image.float8.linear import keep_transposed, quantise_blocks
     from qwen_image.kernel_check import distrust_kernels
     from qwen_image.model.modulation import replace_by_table
+    from qwen_image.model.prompt import Prompt
+    from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
     from train.data.batch_shapes import BatchShape
     from train.fit.activation_checkpointing import plan_recomputation
     from train.lora.inject import inject_lora
@@ -101,7 +102,7 @@ def our_step(
     if "eager" not in words and device.type == "cuda":
         transformer.compile_blocks(dynamic="static" not in words)
     module = FlowMatchingModule(transformer, "none", dtype)
-    latents = torch.randn(batch, 16, 1, height // 8, width // 8, device=device)
+    latents = torch.randn(batch, LATENT_CHANNELS, 1, height // VAE_FACTOR, width // VAE_FACTOR, device=device)
     noise = torch.randn_like(latents)
     sigma = torch.tensor([0.3 + 0.5 * i / batch for i in range(batch)]).mul(1000).round() / 1000
     mask = None

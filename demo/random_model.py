@@ -48,7 +48,8 @@ def write_random_model(
     import torch
 
     from demo.tiny_model import SCHEDULER_CONFIG
-    from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
+    from qwen_image.model.sizes import TransformerConfig
+    from qwen_image.model.transformer import QwenImageTransformer
 
     config = TransformerConfig(num_layers=layers, num_attention_heads=heads, joint_attention_dim=text_dim)
     with torch.device("meta"):
@@ -103,6 +104,7 @@ def write_random_encoded(
 
     from data_prep.encoding.encoder_facts import LATENTS, PROMPTS
     from data_prep.shard_format import shards as form
+    from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +121,7 @@ def write_random_encoded(
     with form.TarShardWriter(folder / form.tar_name(0)) as tar:
         for index in range(samples):
             bucket, tokens, key = index % len(sizes), lengths[index], form.sample_key(0, index)
-            latent = noise(16, sizes[bucket][1] // 8, sizes[bucket][0] // 8)
+            latent = noise(LATENT_CHANNELS, sizes[bucket][1] // VAE_FACTOR, sizes[bucket][0] // VAE_FACTOR)
             tensors = {"latent": latent, "prompt_embeds": noise(tokens, text_dim)}
             members = [("safetensors", safetensors.torch.save(tensors)), ("json", b"{}"), ("txt", b"noise")]
             places = tar.add(key, members)

@@ -16,7 +16,7 @@ from qwen_image.kernels import flash_attention
 from qwen_image.model import attention, joint_layout
 from qwen_image.model.layers import RMSNorm
 from qwen_image.model.rotary import Rotary, rotary_table
-from qwen_image.model.transformer import TransformerConfig
+from qwen_image.model.sizes import TransformerConfig
 
 TEXT, ROWS, COLUMNS = 37, 6, 8  # of the samples that are compared
 PADDING = 5  # tokens of the second of two samples

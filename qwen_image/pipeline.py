@@ -10,10 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qwen_image.encoders.text_encoder import Prompt, TextEncoder
-from qwen_image.encoders.vae import SPATIAL_FACTOR, VAE, check_image_size, uint8_from_pixels
-from qwen_image.loading.model_files import ModelFiles, ModelSource, empty_transformer, load_weights, resolve_model
-from qwen_image.model.transformer import Modulation, QwenImageTransformer
+from qwen_image.encoders.text_encoder import TextEncoder
+from qwen_image.encoders.vae import VAE, uint8_from_pixels
+from qwen_image.loading.model_files import ModelFiles, ModelSource, resolve_model
+from qwen_image.loading.weights import empty_transformer, load_weights
+from qwen_image.model.modulation_table import Modulation
+from qwen_image.model.prompt import Prompt
+from qwen_image.model.sizes import LATENT_CHANNELS, PATCH, PIXEL_MULTIPLE, VAE_FACTOR, check_image_size
+from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.noise_schedule import SigmaSchedule, euler_step
 
 DEFAULT_NEGATIVE_PROMPT = " "
@@ -23,15 +27,15 @@ DEFAULT_MAX_TOKENS = 512
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
     """[B, C, 1, H/8, W/8] → tokens [B, (H/16)·(W/16), 4·C]: each token holds a 2 × 2 patch, channel-major."""
     batch, channels, _, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+    patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // PATCH) * (width // PATCH), channels * PATCH**2)
 
 
 def unpack_latents(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """The inverse of `pack_latents` for an image of rows × columns tokens."""
     batch, _, channels = tokens.shape
-    patches = tokens.reshape(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, channels // 4, 1, rows * 2, columns * 2)
+    patches = tokens.reshape(batch, rows, columns, channels // PATCH**2, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels // PATCH**2, 1, rows * PATCH, columns * PATCH)
 
 
 def time_input(sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -136,7 +140,7 @@ class QwenImagePipeline:
             noise = draw_noise(seeds if seeds is not None else list(range(batch)), height, width, parameter.dtype)
         if len(noise) != batch:
             raise ValueError(f"{len(noise)} seeds were given for {batch} prompts")
-        rows, columns = height // (2 * SPATIAL_FACTOR), width // (2 * SPATIAL_FACTOR)
+        rows, columns = height // PIXEL_MULTIPLE, width // PIXEL_MULTIPLE
         latents = pack_latents(noise.to(parameter.device, parameter.dtype))
         sigmas = self.schedule.sigmas(num_inference_steps, rows * columns)
         for step in range(num_inference_steps):
@@ -160,7 +164,7 @@ class QwenImagePipeline:
 
 def draw_noise(seeds: list[int], height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Starting noise [B, 16, 1, H/8, W/8] on the CPU, image i from its own seed: diffusers' for the same generators."""
-    shape = (1, 16, 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+    shape = (1, LATENT_CHANNELS, 1, height // VAE_FACTOR, width // VAE_FACTOR)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds])
 
 

@@ -62,7 +62,8 @@ def merge(
     The folder appears when it is complete. Raises ValueError for a LoRA of another model, FileNotFoundError for what is
     missing, FileExistsError, and OSError when the disk has too little room.
     """
-    from qwen_image.loading.model_files import ModelSource, empty_transformer, match_weights, resolve_model
+    from qwen_image.loading.model_files import ModelSource, resolve_model
+    from qwen_image.loading.weights import empty_transformer, match_weights
     from train.lora.preset_loras import Preset
 
     if output_path.exists():

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sample(arguments: argparse.Namespace) -> int:
     """Generate the images that the arguments describe and write them with a grid."""
-    from qwen_image.encoders.vae import check_image_size
+    from qwen_image.model.sizes import check_image_size
 
     check_image_size(arguments.height, arguments.width)
     if arguments.num_images < 1 or arguments.num_inference_steps < 1:

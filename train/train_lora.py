@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> int:
     import torch
 
     from qwen_image.float8.linear import keep_transposed
-    from qwen_image.model.sizes import DTYPES
+    from qwen_image.model.dtypes import DTYPES
     from train.base_model.load_pipeline import load_pipeline
     from train.base_model.load_transformer import check_base, read_presets
     from train.base_model.online_encoder import OnlineEncoder

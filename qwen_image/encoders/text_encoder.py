@@ -4,40 +4,19 @@ The caption goes into a fixed chat template, through Qwen2.5-VL's language model
 that the template puts before the caption are dropped. The five tokens after the caption stay, so "" has five tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from qwen_image.loading.model_files import Component, stream_tensors
+from qwen_image.loading.model_files import Component
+from qwen_image.loading.weights import stream_tensors
+from qwen_image.model.prompt import Prompt
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 MAX_TOKENS = 1024  # of caption plus template end; sampling uses 512 by default
-
-
-class Prompt(NamedTuple):
-    """A batch of prompt embeddings, right-padded with zeros."""
-
-    embeds: torch.Tensor  # [B, T, D]
-    mask: torch.Tensor | None  # bool [B, T], True for real tokens; None when nothing is padding
-
-    @classmethod
-    def from_list(cls, embeds: list[torch.Tensor], multiple: int = 1) -> "Prompt":
-        """Pad a list of [T_i, D] to one length, rounded up to a multiple (fewer shapes mean fewer compilations)."""
-        lengths = [len(item) for item in embeds]
-        length = -(-max(lengths) // multiple) * multiple
-        padded = embeds[0].new_zeros(len(embeds), length, embeds[0].shape[1])
-        for row, item in zip(padded, embeds, strict=True):
-            row[: len(item)] = item
-        if min(lengths) == length:
-            return cls(padded, None)
-        mask = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
-        return cls(padded, mask.to(padded.device))
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Prompt":
-        return Prompt(self.embeds.to(device, dtype), None if self.mask is None else self.mask.to(device))
 
 
 class TextEncoder:

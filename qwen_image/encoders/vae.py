@@ -7,16 +7,9 @@ from typing import Any
 
 import torch
 
-from qwen_image.loading.model_files import Component, load_weights
-from qwen_image.model.sizes import PIXEL_MULTIPLE
-
-SPATIAL_FACTOR = 8  # pixels a latent
-
-
-def check_image_size(height: int, width: int) -> None:
-    """Raise ValueError unless both sides are positive multiples of 16."""
-    if height < PIXEL_MULTIPLE or width < PIXEL_MULTIPLE or height % PIXEL_MULTIPLE or width % PIXEL_MULTIPLE:
-        raise ValueError(f"height and width must be positive multiples of {PIXEL_MULTIPLE}, got {height}×{width}")
+from qwen_image.loading.model_files import Component
+from qwen_image.loading.weights import load_weights
+from qwen_image.model.sizes import check_image_size
 
 
 class VAE:

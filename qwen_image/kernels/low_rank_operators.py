@@ -96,11 +96,11 @@ def _empty_gradients(
     image, text = empty_gradients(grad_query, grad_key, text_tokens)
     heads, dim = grad_key.shape[2:]
     groups = heads // heads_a_program(heads, BACKWARD.heads)
-    of_factors = (
+    of_image, of_text = (
         each.new_empty((groups, *each.shape[:2], each.shape[2] // (heads * dim) * rank), dtype=torch.float32)
         for each in (image, text)
     )
-    return image, text, *of_factors
+    return image, text, of_image, of_text
 
 
 @triton_op("qwen_image::low_rank_layout_backward", mutates_args=())

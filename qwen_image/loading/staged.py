@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from qwen_image.float8.linear import Float8Linear, use_float8
-from qwen_image.loading.model_files import ModelFiles, empty_transformer, match_weights, replace_parameter
+from qwen_image.loading.model_files import ModelFiles
 from qwen_image.loading.safetensors_ranges import RangeReader
+from qwen_image.loading.weights import empty_transformer, match_weights, replace_parameter
 from qwen_image.model.modulation import TableBuilder
 from qwen_image.model.transformer import QwenImageTransformer
 

@@ -1,9 +1,8 @@
-"""The modulation of all blocks as a table over the noise levels that occur.
+"""The modulation layers of a transformer, and a table put in their place.
 
 `img_mod` and `txt_mod` of every block and `norm_out.linear` depend on the time input alone: 6.8 of Qwen-Image's 20.4
-billion parameters. While they are frozen, their outputs can be computed once and the weights dropped from the device.
-σ lives on the grid k/1000 and the time input is 1000·σ in the model's dtype, so bf16 has 500 different ones: 2.2 GB in
-pinned host memory instead of 13.6 GB on every card. One step copies 4.4 MB a sample.
+billion parameters, 13.6 GB in bf16. While they are frozen, their outputs can be computed once for all noise levels
+(qwen_image/model/modulation_table.py) and the weights dropped from the device.
 """
 
 from collections.abc import Iterable
@@ -11,44 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from qwen_image.model.transformer import Block, Modulation, QwenImageTransformer
-
-
-def time_inputs(sigmas: Iterable[float], dtype: torch.dtype) -> list[float]:
-    """The different time inputs 1000·σ (rounded to `dtype`) / 1000, as `predict_velocity` makes them, ascending."""
-    sigma = torch.tensor(sorted(set(sigmas)), dtype=torch.float32)
-    return torch.unique((sigma * 1000).to(dtype) / 1000).tolist()
-
-
-class ModulationTable:
-    """Rows of all blocks' modulation: [time inputs, blocks · 12 · D + 2 · D], image before text within a block.
-
-    Bit-equal to computing a batch of one in place: each row was computed by itself, by the same modules. Raises
-    ValueError on a time input that it was not built for. `replaced`: bytes of weights that it stands in for.
-    """
-
-    def __init__(self, rows: torch.Tensor, times: list[float], blocks: int, device: torch.device, replaced: int = 0):
-        self.rows, self.blocks, self.device, self.replaced = rows, blocks, device, replaced
-        self.places = {time: place for place, time in enumerate(times)}
-
-    def lookup(self, timestep: torch.Tensor) -> Modulation:
-        """Time inputs [B] (on the CPU, else the device is waited for) → all blocks' rows and norm_out's."""
-        times = timestep.tolist()
-        try:
-            places = [self.places[time] for time in times]
-        except KeyError as error:
-            raise ValueError(
-                f"the modulation table has no row for the time input {error.args[0]:g}; σ must lie on the grid k/1000 or "
-                "in the schedule of the sample images"
-            ) from None
-        rows = self.rows[places]
-        if self.device.type == "cuda":
-            rows = rows.pin_memory().to(self.device, non_blocking=True)
-        width = rows.shape[1] // (12 * self.blocks + 2)
-        blocks = rows[:, : 12 * self.blocks * width].view(len(times), self.blocks, 2, 1, 6 * width)
-        final = rows[:, None, 12 * self.blocks * width :]
-        # A CUDA graph's copies are contiguous: with strides of their own the compiler would take them for another case.
-        return Modulation(blocks.permute(1, 2, 0, 3, 4).contiguous(), final.contiguous())
+from qwen_image.model.modulation_table import ModulationTable, time_inputs
+from qwen_image.model.transformer import Block, QwenImageTransformer
 
 
 class TableBuilder:

@@ -1,12 +1,58 @@
-"""Sizes that every Qwen-Image checkpoint shares, and the dtypes that options name; one place for all packages."""
+"""Sizes that every Qwen-Image checkpoint shares, and those that its configuration gives. Imports no torch.
 
-import torch
+The VAE makes one latent of 16 channels of 8 × 8 pixels; the transformer takes patches of 2 × 2 latents as tokens of 64
+channels. So an image of H × W pixels is H/16 · W/16 tokens.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 LATENT_CHANNELS = 16
 VAE_FACTOR = 8  # pixels a latent on each side
+PATCH = 2  # latents a token on each side
+PIXEL_MULTIPLE = VAE_FACTOR * PATCH  # pixels a token on each side
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+def check_image_size(height: int, width: int) -> None:
+    """Raise ValueError unless both sides are positive multiples of 16."""
+    if height < PIXEL_MULTIPLE or width < PIXEL_MULTIPLE or height % PIXEL_MULTIPLE or width % PIXEL_MULTIPLE:
+        raise ValueError(f"height and width must be positive multiples of {PIXEL_MULTIPLE}, got {height}×{width}")
 
 
-PIXEL_MULTIPLE = 16  # pixels a transformer token: 8 for the VAE, 2 for packing
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The fields of `transformer/config.json` that shape the model; defaults are Qwen-Image's (20 B parameters)."""
+
+    patch_size: int = PATCH
+    in_channels: int = LATENT_CHANNELS * PATCH**2
+    out_channels: int = LATENT_CHANNELS
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_config_file(cls, path: Path) -> "TransformerConfig":
+        """Read `config.json`. Raises ValueError for a model of another family, naming what differs."""
+        config = json.loads(path.read_text())
+        if config.get("_class_name") != "QwenImageTransformer2DModel":
+            raise ValueError(f"{path}: this is a {config.get('_class_name')}, not Qwen-Image's transformer")
+        for flag, family in (
+            ("zero_cond_t", "Qwen-Image-Edit-2511"),
+            ("use_additional_t_cond", "Qwen-Image-Layered"),
+            ("use_layer3d_rope", "Qwen-Image-Layered"),
+            ("guidance_embeds", "a guidance-distilled model"),
+        ):
+            if config.get(flag):
+                raise ValueError(
+                    f"{path}: {flag} is set, which marks {family}; only Qwen-Image and Qwen-Image-2512 can be trained"
+                )
+        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        known["axes_dims_rope"] = tuple(known.get("axes_dims_rope", cls.axes_dims_rope))
+        return cls(**known)

@@ -5,13 +5,9 @@ output: rotary positions use real numbers, the mask exists only where padding ex
 the blocks (so that a table can replace it), and the last block skips the text half that nobody reads.
 """
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,58 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from qwen_image.model.joint_attention import JointAttention
 from qwen_image.model.joint_layout import can_invert
 from qwen_image.model.layers import NORM_EPS, FeedForward, Linear, RMSNorm, TimestepEmbedder
+from qwen_image.model.modulation_table import Modulation, ModulationTable
 from qwen_image.model.rotary import Rotary, rotary_table
-
-if TYPE_CHECKING:
-    from qwen_image.model.modulation import ModulationTable
+from qwen_image.model.sizes import TransformerConfig
 
 # Modules of the last block that only feed its unused text output: they get no gradient, so LoRA must not target them.
 DEAD_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The fields of `transformer/config.json` that shape the model; defaults are Qwen-Image's (20 B parameters)."""
-
-    patch_size: int = 2
-    in_channels: int = 64
-    out_channels: int = 16
-    num_layers: int = 60
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 3584
-    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
-
-    @property
-    def inner_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_config_file(cls, path: Path) -> "TransformerConfig":
-        """Read `config.json`. Raises ValueError for a model of another family, naming what differs."""
-        config = json.loads(path.read_text())
-        if config.get("_class_name") != "QwenImageTransformer2DModel":
-            raise ValueError(f"{path}: this is a {config.get('_class_name')}, not Qwen-Image's transformer")
-        for flag, family in (
-            ("zero_cond_t", "Qwen-Image-Edit-2511"),
-            ("use_additional_t_cond", "Qwen-Image-Layered"),
-            ("use_layer3d_rope", "Qwen-Image-Layered"),
-            ("guidance_embeds", "a guidance-distilled model"),
-        ):
-            if config.get(flag):
-                raise ValueError(
-                    f"{path}: {flag} is set, which marks {family}; only Qwen-Image and Qwen-Image-2512 can be trained"
-                )
-        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-        known["axes_dims_rope"] = tuple(known.get("axes_dims_rope", cls.axes_dims_rope))
-        return cls(**known)
-
-
-class Modulation(NamedTuple):
-    """Shifts, scales and gates at the noise levels of a batch, all blocks together."""
-
-    blocks: torch.Tensor  # [blocks, 2 (image, text), B, 1, 6·D]
-    final: torch.Tensor  # scale and shift before the output layer, [B, 1, 2·D]
 
 
 class Block(nn.Module):
@@ -129,7 +79,7 @@ class QwenImageTransformer(nn.Module):
         saved_inputs: a context around each of these that decides where their inputs wait for the backward pass.
         draws_random_numbers: in its blocks (a LoRA's dropout), which recomputing must draw again.
         dense_padding: padded text costs no attention mask (qwen_image/model/attention.py); off, it costs a masked kernel.
-        modulation_table: stands in for the modulation layers (qwen_image/model/modulation.py); None: they are computed.
+        modulation_table: stands in for the modulation layers (qwen_image/model/modulation_table.py); None: they are computed.
     """
 
     def __init__(self, config: TransformerConfig):

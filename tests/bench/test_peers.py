@@ -67,6 +67,6 @@ def test_refusals(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match="one image at a time"), PEERS["diffsynth"](TINY, Work(64, 64, 2), "cpu"):
         pass
     assert main(["--tiny", "--height", "72"]) == 2
-    assert "error: height 72 and width 72 must be divisible by 16" in capsys.readouterr().err
+    assert "error: height and width must be positive multiples of 16, got 72×72" in capsys.readouterr().err
     assert main(["--tiny", "--batch", "2", "--peers", "diffsynth"]) == 0
     assert "diffsynth: left out" in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 import torch
 
-from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.model.sizes import TransformerConfig
+from qwen_image.model.transformer import QwenImageTransformer
 
 
 def small_transformer(device: str = "cpu") -> QwenImageTransformer:

@@ -10,7 +10,7 @@ from qwen_image.float8 import mlp as float8_mlp
 from qwen_image.kernel_check import difference, distrust_kernels
 from qwen_image.kernels import flash_attention
 from qwen_image.model import joint_layout
-from qwen_image.model.transformer import TransformerConfig
+from qwen_image.model.sizes import TransformerConfig
 
 CONFIG = TransformerConfig(num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
 CPU = torch.device("cpu")

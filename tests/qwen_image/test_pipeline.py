@@ -6,8 +6,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import QwenImagePipeline as DiffusersPipeline
 
-from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.encoders.vae import pixels_from_uint8
+from qwen_image.model.prompt import Prompt
 from qwen_image.noise_schedule import SigmaSchedule
 from qwen_image.pipeline import (
     QwenImagePipeline,

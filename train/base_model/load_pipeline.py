@@ -11,7 +11,7 @@ from qwen_image.loading.model_files import (
     transformer_config,
 )
 from qwen_image.loading.pinned_memory import pin
-from qwen_image.model.sizes import DTYPES
+from qwen_image.model.dtypes import DTYPES
 from qwen_image.pipeline import QwenImagePipeline
 from train.base_model.load_transformer import load_base
 from train.base_model.online_encoder import EncoderPlace

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from qwen_image.float8.linear import check_float8, float8_bytes
-from qwen_image.loading.model_files import ModelFiles, ModelSource, empty_transformer, resolve_model
+from qwen_image.loading.model_files import ModelFiles, ModelSource, resolve_model
 from qwen_image.loading.staged import load_staged
+from qwen_image.loading.weights import empty_transformer
+from qwen_image.model.dtypes import DTYPES
 from qwen_image.model.modulation import modulation_layers
-from qwen_image.model.sizes import DTYPES, PIXEL_MULTIPLE
+from qwen_image.model.sizes import PIXEL_MULTIPLE
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.noise_schedule import SigmaSchedule
 from train.base_model.zero3_loading import load_partitioned

@@ -5,9 +5,10 @@ from typing import Literal
 
 import torch
 
-from qwen_image.encoders.text_encoder import Prompt, TextEncoder
+from qwen_image.encoders.text_encoder import TextEncoder
 from qwen_image.encoders.vae import VAE, pixels_from_uint8
 from qwen_image.loading.pinned_memory import lent
+from qwen_image.model.prompt import Prompt
 from train.data.batch import STORED_DTYPE, Batch
 
 EncoderPlace = Literal["device", "swap", "cpu"]  # on the device, in host memory but lent to it, on the CPU for good

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qwen_image.loading.model_files import ModelFiles, empty_transformer, match_weights, replace_parameter
+from qwen_image.loading.model_files import ModelFiles
 from qwen_image.loading.pinned_memory import pinned_memory
 from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor
+from qwen_image.loading.weights import empty_transformer, match_weights, replace_parameter
 from qwen_image.model.transformer import QwenImageTransformer
 
 ARENA_ALIGNMENT = 256  # bytes; for copies by DMA and vector loads

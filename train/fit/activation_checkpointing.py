@@ -17,8 +17,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.float8.linear import keep_transposed
+from qwen_image.model.prompt import Prompt
 from qwen_image.model.transformer import QwenImageTransformer
 from train.config.deepspeed_json import PARTITIONED
 from train.config.train_config import TrainConfig

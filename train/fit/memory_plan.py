@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen_image.loading.model_files import ModelFiles, ModelSource, empty_transformer, match_weights, resolve_model
+from qwen_image.loading.model_files import ModelFiles, ModelSource, resolve_model
 from qwen_image.loading.safetensors_ranges import read_headers
+from qwen_image.loading.weights import empty_transformer, match_weights
 from qwen_image.model.modulation import modulation_layers
-from qwen_image.model.transformer import TransformerConfig
+from qwen_image.model.sizes import TransformerConfig
 from train.base_model.load_transformer import base_bytes, tabulates
 from train.base_model.online_encoder import EncoderPlace
 from train.config.train_config import TrainConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qwen_image.model.sizes import DTYPES
+from qwen_image.model.dtypes import DTYPES
 from qwen_image.pipeline import QwenImagePipeline
 from train.config.train_config import TrainConfig
 from train.data.shard_dataset import ShardDataset

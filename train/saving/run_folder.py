@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from files.atomic_files import write_file
-from qwen_image.model.sizes import DTYPES
+from qwen_image.model.dtypes import DTYPES
 from train.config.train_config import TrainConfig
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "pyarrow", "wandb")

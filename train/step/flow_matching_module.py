@@ -6,9 +6,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from qwen_image.encoders.text_encoder import Prompt
+from qwen_image.model.modulation_table import Modulation
+from qwen_image.model.prompt import Prompt
 from qwen_image.model.rotary import Rotary, rotary_table
-from qwen_image.model.transformer import Modulation, QwenImageTransformer
+from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.pipeline import pack_latents, predict_velocity, time_input
 from train.flow.objective import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
 from train.step.cuda_graphs import Inputs, StepGraphs, few_blocks

@@ -7,7 +7,7 @@ import torch._dynamo.utils
 
 from qwen_image.kernel_check import distrust_kernels
 from qwen_image.kernels.flash_attention import HOPPER
-from qwen_image.model.sizes import DTYPES
+from qwen_image.model.dtypes import DTYPES
 from qwen_image.pipeline import QwenImagePipeline
 from train.config.deepspeed_json import PARTITIONED
 from train.config.train_config import TrainConfig

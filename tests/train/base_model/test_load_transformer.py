@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from demo.random_model import write_random_encoded, write_random_model
 from qwen_image.float8.linear import FLOAT8, Float8Linear
-from qwen_image.loading.model_files import ModelSource, empty_transformer, resolve_model
+from qwen_image.loading.model_files import ModelSource, resolve_model
+from qwen_image.loading.weights import empty_transformer
 from qwen_image.noise_schedule import SigmaSchedule
 from qwen_image.pipeline import load_transformer
 from train import train_lora

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from demo.random_model import write_random_encoded, write_random_model
-from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.loading.model_files import ModelSource, resolve_model
+from qwen_image.model.prompt import Prompt
 from qwen_image.pipeline import load_transformer
 from tests.helpers.forked_ranks import run_ranks
 from train import train_lora

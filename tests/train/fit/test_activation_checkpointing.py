@@ -14,7 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_image.model.rotary import rotary_table
-from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.model.sizes import TransformerConfig
+from qwen_image.model.transformer import QwenImageTransformer
 from train.data.batch_shapes import BatchShape, largest_batch, random_arguments
 from train.fit import activation_checkpointing as recomputation
 from train.fit.activation_checkpointing import PeakWatch, RecomputationPlan, choose, plan_recomputation, set_recomputed

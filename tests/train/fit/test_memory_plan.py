@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_image.model.transformer import TransformerConfig
+from qwen_image.model.sizes import TransformerConfig
 from train.config.train_config import TrainConfig
 from train.fit import memory_plan as memory
 from train.fit.memory_plan import EncoderSizes, MemoryPlan, engine_bytes, plan_memory

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qwen_image.encoders.text_encoder import Prompt
 from qwen_image.model.modulation import replace_by_table
-from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
+from qwen_image.model.prompt import Prompt
+from qwen_image.model.sizes import TransformerConfig
+from qwen_image.model.transformer import QwenImageTransformer
 from train.lora.inject import inject_lora
 from train.lora.spec import LoraSpec
 from train.step.cuda_graphs import few_blocks, fresh_leaves

@@ -1,0 +1,28 @@
+"""Prompt embeddings as the transformer takes them: a batch of one length, and a mask where some of it is padding."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Prompt(NamedTuple):
+    """A batch of prompt embeddings, right-padded with zeros."""
+
+    embeds: torch.Tensor  # [B, T, D]
+    mask: torch.Tensor | None  # bool [B, T], True for real tokens; None when nothing is padding
+
+    @classmethod
+    def from_list(cls, embeds: list[torch.Tensor], multiple: int = 1) -> "Prompt":
+        """Pad a list of [T_i, D] to one length, rounded up to a multiple (fewer shapes mean fewer compilations)."""
+        lengths = [len(item) for item in embeds]
+        length = -(-max(lengths) // multiple) * multiple
+        padded = embeds[0].new_zeros(len(embeds), length, embeds[0].shape[1])
+        for row, item in zip(padded, embeds, strict=True):
+            row[: len(item)] = item
+        if min(lengths) == length:
+            return cls(padded, None)
+        mask = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
+        return cls(padded, mask.to(padded.device))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Prompt":
+        return Prompt(self.embeds.to(device, dtype), None if self.mask is None else self.mask.to(device))
