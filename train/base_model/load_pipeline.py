@@ -16,7 +16,7 @@ from qwen_image.pipeline import QwenImagePipeline
 from train.base_model.load_transformer import load_base
 from train.base_model.online_encoder import EncoderPlace
 from train.config.train_config import TrainConfig
-from train.data.shard_dataset import ShardDataset
+from train.data.sample import DataSet
 from train.lora.preset_loras import Preset
 from train.lora.spec import LoraSpec
 from train.process.ranks import Ranks
@@ -25,7 +25,7 @@ from train.process.ranks import Ranks
 def load_pipeline(
     config: TrainConfig,
     deepspeed_config: dict[str, Any],
-    dataset: ShardDataset,
+    dataset: DataSet,
     ranks: Ranks,
     encoder_place: EncoderPlace,
     spec: LoraSpec,
@@ -53,7 +53,7 @@ def load_pipeline(
     return replace(pipeline, transformer=transformer, files=files)
 
 
-def check_data(config: TrainConfig, dataset: ShardDataset, prompt_width: int) -> None:
+def check_data(config: TrainConfig, dataset: DataSet, prompt_width: int) -> None:
     """Refuse encoded shards of another model: by their conventions, the prompts' width, and the encoders if at hand."""
     encoding = dataset.manifest.encoding or {}
     own: dict[str, str] = {"latents": LATENTS, "prompts": PROMPTS}

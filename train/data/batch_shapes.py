@@ -13,7 +13,7 @@ from qwen_image.model.prompt import Prompt
 from qwen_image.model.sizes import LATENT_CHANNELS, PIXEL_MULTIPLE, VAE_FACTOR
 from train.config.train_config import TrainConfig
 from train.data.batch import STORED_DTYPE
-from train.data.shard_dataset import ShardDataset
+from train.data.sample import DataSet
 
 TEXT_PADDINGS = (32, 64, 128)  # tokens; at 128, the mean batch of 4,200 tokens carries 1.5 % padding
 CHARACTERS_A_TOKEN = 4  # of English captions; only where nobody has counted tokens
@@ -26,10 +26,10 @@ class BatchShapes(NamedTuple):
     padded: bool
 
 
-def batch_shapes(config: TrainConfig, dataset: ShardDataset, multiple: int) -> BatchShapes:
+def batch_shapes(config: TrainConfig, dataset: DataSet, multiple: int) -> BatchShapes:
     """Shapes when prompts are padded to a multiple of `multiple` tokens; estimated where the prompts aren't encoded yet."""
     longest, maybe_padded = config.max_prompt_tokens, config.batch_size > 1 or multiple > 1
-    if not len(dataset.training):  # a stream, about which nothing is known
+    if dataset.index is None:
         return BatchShapes(len(dataset.manifest.buckets) * -(-longest // multiple), maybe_padded)
     index = dataset.index
     bucket = np.asarray(index.bucket)[dataset.training].astype(np.int64)
@@ -51,7 +51,7 @@ def batch_shapes(config: TrainConfig, dataset: ShardDataset, multiple: int) -> B
     return BatchShapes(shapes, padded if dataset.encoded else maybe_padded)
 
 
-def text_padding(config: TrainConfig, dataset: ShardDataset, device: torch.device) -> int:
+def text_padding(config: TrainConfig, dataset: DataSet, device: torch.device) -> int:
     """What `text_padding` is where the user left it open: on a GPU the least that leaves few enough shapes, else 1."""
     if device.type != "cuda":
         return 1
@@ -80,10 +80,10 @@ class BatchShape(NamedTuple):
         return self.batch * (self.height * self.width // PIXEL_MULTIPLE**2 + self.text)
 
 
-def largest_batch(config: TrainConfig, dataset: ShardDataset) -> BatchShape:
+def largest_batch(config: TrainConfig, dataset: DataSet) -> BatchShape:
     """The micro-batch with the most tokens that this run can meet: a bucket with the longest prompt that occurs in it."""
     longest = {bucket.id: config.max_prompt_tokens for bucket in dataset.manifest.buckets}
-    if dataset.encoded and len(dataset.training):
+    if dataset.encoded and dataset.index is not None:
         buckets = np.asarray(dataset.index.bucket)[dataset.training]
         tokens = np.asarray(dataset.index.prompt_tokens)[dataset.training]
         longest = {int(bucket): int(tokens[buckets == bucket].max()) for bucket in np.unique(buckets)}

@@ -7,8 +7,7 @@ from train.config.train_config import TrainConfig
 from train.data.indexed_loader import BatchLoader
 from train.data.sample_order import Order
 from train.data.shard_dataset import ShardDataset
-from train.data.streamed_set import StreamedSet
-from train.data.webdataset_stream import StreamLoader
+from train.data.webdataset_stream import StreamedSet, StreamLoader
 from train.data.worker_loader import Batches, Reading
 from train.flow.timestep_sampling import SigmaSampling
 from train.process.ranks import Ranks
@@ -19,19 +18,19 @@ WEAKER = (
 )
 
 
-def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset:
+def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset | StreamedSet:
     """The data set of `config.data`. Raises FileNotFoundError, ValueError or another OSError with one line."""
     try:
         if config.loader == "webdataset":
             say(WEAKER)
-            return StreamedSet(config.data, config.max_prompt_tokens, say, config.data_cache_path)
+            return StreamedSet(config.data, say, config.data_cache_path)
         options = config.validation_samples, config.max_prompt_tokens, say, config.data_cache_path
         return ShardDataset(config.data, *options)
     except ImportError as error:  # fsspec has the protocol, but its package is missing
         raise ValueError(f"data: {config.data} needs another package: {error}") from None
 
 
-def make_order(config: TrainConfig, dataset: ShardDataset) -> Order | None:
+def make_order(config: TrainConfig, dataset: ShardDataset | StreamedSet) -> Order | None:
     """The order of training; None for streams, which have none."""
     if isinstance(dataset, StreamedSet):
         return None
@@ -40,7 +39,7 @@ def make_order(config: TrainConfig, dataset: ShardDataset) -> Order | None:
 
 def make_loader(
     config: TrainConfig,
-    dataset: ShardDataset,
+    dataset: ShardDataset | StreamedSet,
     order: Order | None,
     sampling: SigmaSampling,
     ranks: Ranks,
@@ -60,20 +59,20 @@ def make_loader(
         on_broken_sample=config.on_broken_sample,
         say=say,
     )
-    if order is not None:
-        cache_bytes = int(config.data_cache_gb * 1e9) if ranks.local_rank == 0 else 0
-        return BatchLoader(dataset, order, sampling, reading, cache_bytes)
-    assert isinstance(dataset, StreamedSet)
-    return StreamLoader(
-        dataset.urls,
-        config.batch_size,
-        sampling,
-        reading,
-        seed=config.seed,
-        empty_prompt=dataset.empty_prompt,
-        max_prompt_tokens=config.max_prompt_tokens,
-        total=len(dataset),
-    )
+    if isinstance(dataset, StreamedSet):
+        return StreamLoader(
+            dataset.urls,
+            config.batch_size,
+            sampling,
+            reading,
+            seed=config.seed,
+            empty_prompt=dataset.empty_prompt,
+            max_prompt_tokens=config.max_prompt_tokens,
+            total=len(dataset),
+        )
+    assert order is not None
+    cache_bytes = int(config.data_cache_gb * 1e9) if ranks.local_rank == 0 else 0
+    return BatchLoader(dataset, order, sampling, reading, cache_bytes)
 
 
 def sigma_sampling(config: TrainConfig, pipeline: QwenImagePipeline) -> SigmaSampling:

@@ -5,27 +5,119 @@ Ranks and workers get whole shards, drawn at random with replacement, and shuffl
 depends on the number of ranks and workers; a sample may come twice before another comes once; a resumed run goes on with
 other samples than the uninterrupted one would have seen; and no sample can be held out for validation. What does hold: the
 same command gives the same batches, and no two ranks, workers or resumptions draw the same noise.
+
+    dataset = StreamedSet("pipe:cat photos-{000..099}.tar", print, cache_folder)
+    with StreamLoader(dataset.urls, batch_size, sampling, reading, empty_prompt=dataset.empty_prompt) as loader: …
+
+What is known of the data beforehand is its manifest, or what the first samples look like.
 """
 
 import hashlib
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data_prep.images.stored_pixels import decode_stored
+from data_prep.shard_format.shards import EMPTY_PROMPT, MANIFEST, Bucket, Manifest, read_manifest
 from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.batch import Batch, collate
 from train.data.draws import sample_draws
+from train.data.remote_shards import Remote, is_remote, write_whole
 from train.data.sample import BrokenSample, Sample
 from train.data.sample_order import places
 from train.data.worker_loader import DEFAULTS, Batches, Reading
 from train.flow.timestep_sampling import SigmaSampling
 
 BUFFER = 1000  # samples that are shuffled together
+LOOK = 64  # samples that are looked at where there is no manifest
+
+
+class StreamedSet:
+    """What is known of a stream's data (train.data.sample.DataSet). No sample of it can be read by number or held out.
+
+    Args:
+        data: a folder of shards, here or remote, or what webdataset takes (`pipe:…`, braces, a URL of one tar).
+        cache_folder: where manifest and empty prompt of a remote folder are copied to.
+
+    Attributes:
+        urls: what webdataset reads.
+
+    Raises FileNotFoundError, or ValueError for encoded shards without the manifest that says what encoded them.
+    """
+
+    def __init__(self, data: str, say: Callable[[str], None], cache_folder: Path) -> None:
+        self.urls: list[str] | str = data
+        listed = not data.startswith("pipe:") and "{" not in data and not data.endswith(".tar")
+        folder = copy_facts(data, cache_folder.expanduser()) if listed and is_remote(data) else Path(data)
+        if listed and (folder / MANIFEST).is_file():
+            self.manifest = read_manifest(folder)
+            self.urls = [f"{data.rstrip('/')}/{shard.name}" for shard in self.manifest.shards]
+        else:
+            if listed:
+                self.urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+            if not self.urls:
+                raise FileNotFoundError(f"data: {data} holds no shards (*.tar): give a folder of them, or their URLs")
+            self.manifest = look(self.urls)
+            largest = self.manifest.buckets[0]
+            say(
+                f"{data} has no {MANIFEST}: the memory plan takes {largest.width}×{largest.height}, the largest of its "
+                f"first {LOOK} images, for the largest of all"
+            )
+        self.encoded = self.manifest.payload == "safetensors"
+        self.fingerprint = self.manifest.fingerprint
+        self.index = None
+        self.training = np.array([], dtype=np.int64)
+        self.empty_prompt: torch.Tensor | None = None
+        if self.encoded:
+            if not (folder / EMPTY_PROMPT).is_file():
+                raise FileNotFoundError(f"{data} has no {EMPTY_PROMPT}: run encode_shards.py again")
+            self.empty_prompt = safetensors.torch.load_file(folder / EMPTY_PROMPT)["prompt_embeds"]
+
+    def __len__(self) -> int:
+        """Samples of the whole set; 0 where nobody knows."""
+        return int(self.manifest.totals.get("samples", 0))
+
+
+def copy_facts(url: str, cache_folder: Path) -> Path:
+    """Copy a remote folder's manifest and empty prompt into a folder of their own, which is returned."""
+    folder = cache_folder / f"stream-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    remote = Remote(url)
+    try:
+        write_whole(folder / MANIFEST, [remote.read(MANIFEST)])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{url} holds no {MANIFEST}; for plain shards give their URLs, with braces") from None
+    try:
+        write_whole(folder / EMPTY_PROMPT, [remote.read(EMPTY_PROMPT)])
+    except FileNotFoundError:
+        pass  # image shards have none
+    return folder
+
+
+def look(urls: list[str] | str) -> Manifest:
+    """A manifest made of the first samples: the kind of payload and one bucket of the largest width and height."""
+    import webdataset
+
+    width = height = 0
+    for raw in itertools.islice(webdataset.WebDataset(urls, shardshuffle=False), LOOK):
+        if "safetensors" in raw:
+            raise ValueError(
+                f"{raw['__url__']} holds encoded samples, but no {MANIFEST} says for which model: give the folder that "
+                "encode_shards.py wrote"
+            )
+        size = image_size(next(raw[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in raw))
+        width, height = max(width, size[0]), max(height, size[1])
+    if not width:
+        raise ValueError(f"{urls} holds no samples")
+    fingerprint = hashlib.sha256(repr(urls).encode()).hexdigest()
+    return Manifest("jpg", fingerprint, {}, [Bucket(0, width, height, 0)], {}, [], {})
 
 
 class StreamLoader(Batches):

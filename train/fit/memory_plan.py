@@ -19,7 +19,7 @@ from train.base_model.load_transformer import base_bytes, tabulates
 from train.base_model.online_encoder import EncoderPlace
 from train.config.train_config import TrainConfig
 from train.data.batch_shapes import largest_batch
-from train.data.shard_dataset import ShardDataset
+from train.data.sample import DataSet
 from train.fit.activation_checkpointing import checkpointed_blocks
 from train.lora.spec import LoraSpec
 from train.lora.targets import resolve_targets
@@ -228,7 +228,7 @@ def planned_sizes(config: TrainConfig, deepspeed_config: dict[str, Any], spec: L
 
 
 def memory_plan(
-    config: TrainConfig, deepspeed_config: dict[str, Any], sizes: ModelSizes, dataset: ShardDataset, ranks: Ranks
+    config: TrainConfig, deepspeed_config: dict[str, Any], sizes: ModelSizes, dataset: DataSet, ranks: Ranks
 ) -> MemoryPlan:
     """What this run will hold, for its largest bucket and longest prompt. Raises ValueError when it can't fit."""
     encoders = None

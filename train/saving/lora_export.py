@@ -12,7 +12,7 @@ import torch
 from qwen_image.model.dtypes import DTYPES
 from qwen_image.pipeline import QwenImagePipeline
 from train.config.train_config import TrainConfig
-from train.data.shard_dataset import ShardDataset
+from train.data.sample import DataSet
 from train.engine.deepspeed_engine import whole_weights
 from train.lora.inject import short_name
 from train.lora.lora_file import save_lora
@@ -33,7 +33,7 @@ class LoraExport:
     """
 
     def __init__(
-        self, config: TrainConfig, spec: LoraSpec, pipeline: QwenImagePipeline, dataset: ShardDataset, ranks: Ranks
+        self, config: TrainConfig, spec: LoraSpec, pipeline: QwenImagePipeline, dataset: DataSet, ranks: Ranks
     ):
         self.config, self.spec, self.ranks = config, spec, ranks
         versions = collect_versions()

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from train.base_model.online_encoder import OnlineEncoder
 from train.data.batch import Batch, make_batch
 from train.data.draws import Draws, sample_generator
+from train.data.sample import DataSet
 from train.data.shard_dataset import ShardDataset
 from train.step.flow_matching_module import FlowMatchingModule
 
@@ -20,15 +21,17 @@ class Validation:
     with weight 0 where the samples do not divide evenly.
     """
 
-    def __init__(self, dataset: ShardDataset, encoder: OnlineEncoder, rank: int, world: int, device: torch.device):
+    def __init__(self, dataset: DataSet, encoder: OnlineEncoder, rank: int, world: int, device: torch.device):
         self.encoder = encoder
         self.device = device
-        samples = [int(index) for index in dataset.validation]
-        padded = samples + samples[:1] * (-len(samples) % world)
-        self.batches = [
-            (_validation_batch(dataset, index), place < len(samples))
-            for place, index in list(enumerate(padded))[rank::world]
-        ]
+        self.batches: list[tuple[Batch, bool]] = []
+        if isinstance(dataset, ShardDataset):  # a stream holds nothing out
+            samples = [int(index) for index in dataset.validation]
+            padded = samples + samples[:1] * (-len(samples) % world)
+            self.batches = [
+                (_validation_batch(dataset, index), place < len(samples))
+                for place, index in list(enumerate(padded))[rank::world]
+            ]
 
     def __len__(self) -> int:
         return len(self.batches)

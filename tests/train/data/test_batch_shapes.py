@@ -24,6 +24,9 @@ def data_set(bucket: list[int], tokens: list[int], encoded: bool = True, trainin
     )
 
 
+STREAM = SimpleNamespace(manifest=SimpleNamespace(buckets=BUCKETS), index=None, encoded=True)
+
+
 def config(**options: Any) -> Any:
     return SimpleNamespace(**{"max_prompt_tokens": 512, "batch_size": 1, "caption_dropout": 0.0} | options)
 
@@ -41,7 +44,7 @@ def config(**options: Any) -> Any:
         ({"max_prompt_tokens": 64}, data_set([0, 0], [300, 400]), 32, BatchShapes(1, False)),  # both cut to 64
         ({"caption_dropout": 0.1}, data_set([0, 1], [64, 64]), 32, BatchShapes(4, True)),  # the empty prompt has 5
         ({}, data_set([0, 0, 1], [10, 50, 10], encoded=False), 32, BatchShapes(3, True)),
-        ({}, data_set([0], [10], training=[]), 32, BatchShapes(160, True)),  # a stream
+        ({}, STREAM, 32, BatchShapes(160, True)),
     ],
 )
 def test_shapes_are_counted(options: dict[str, Any], data: Any, multiple: int, expected: BatchShapes) -> None:

@@ -10,7 +10,7 @@ from tests.helpers.data_sets import assert_equal, break_sample, embeds_of, laten
 from train.data.batch import Batch
 from train.data.sample import BrokenSample
 from train.data.shard_dataset import ShardDataset
-from train.data.webdataset_stream import StreamLoader
+from train.data.webdataset_stream import StreamedSet, StreamLoader
 from train.data.worker_loader import Reading
 from train.flow.timestep_sampling import SigmaSampling
 
@@ -101,3 +101,32 @@ def test_a_broken_sample_is_left_out_or_stops(tmp_path):
         pytest.raises(BrokenSample, match="000000000004"),
     ):
         list(itertools.islice(loader, 200))
+
+
+def test_what_is_known_of_a_folder_beforehand_is_its_manifest(tmp_path):
+    folder, said = write_set(tmp_path / "encoded"), []
+    streamed, indexed = StreamedSet(str(folder), said.append, tmp_path), ShardDataset(folder)
+    assert sorted(streamed.urls) == urls(folder) and len(streamed) == len(indexed) and said == []
+    assert (streamed.encoded, streamed.fingerprint) == (True, indexed.fingerprint)
+    assert streamed.manifest == indexed.manifest and torch.equal(streamed.empty_prompt, indexed.empty_prompt)
+    (folder / "empty_prompt.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="run encode_shards"):
+        StreamedSet(str(folder), said.append, tmp_path)
+
+
+def test_without_a_manifest_the_first_samples_are_looked_at(tmp_path):
+    folder, said = write_set(tmp_path / "images", payload="png"), []
+    (folder / "manifest.json").unlink()
+    for data in (str(folder), f"{folder}/{{000000..000001}}.tar", f"pipe:cat {folder}/000000.tar"):
+        streamed = StreamedSet(data, said.append, tmp_path)
+        (bucket,) = streamed.manifest.buckets
+        assert (bucket.width, bucket.height, streamed.encoded, streamed.empty_prompt) == (32, 32, False, None)
+        assert "takes 32×32" in said.pop() and len(streamed) == 0, "nobody knows how many"
+    encoded = write_set(tmp_path / "encoded")
+    (encoded / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="says for which model"):
+        StreamedSet(str(encoded), said.append, tmp_path)
+    (tmp_path / "nothing").mkdir()
+    for nothing in ("nothing", "nowhere"):
+        with pytest.raises(FileNotFoundError, match=f"{nothing} holds no shards"):
+            StreamedSet(str(tmp_path / nothing), said.append, tmp_path)

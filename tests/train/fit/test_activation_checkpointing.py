@@ -265,6 +265,10 @@ def dataset(encoded: bool, training: list[int] | None = None) -> Any:
     return SimpleNamespace(manifest=manifest, index=index, encoded=encoded, training=chosen)
 
 
+def stream() -> Any:
+    return SimpleNamespace(**vars(dataset(True, [])) | {"index": None})
+
+
 @pytest.mark.parametrize(
     "options,data,expected",
     [
@@ -274,7 +278,7 @@ def dataset(encoded: bool, training: list[int] | None = None) -> Any:
         ({"text_multiple": 32}, dataset(True), BatchShape(1, 64, 64, 96, True)),
         ({"max_prompt_tokens": 40, "batch_size": 4}, dataset(True), BatchShape(4, 64, 96, 40, True)),
         ({}, dataset(False), BatchShape(1, 64, 96, 512, False)),  # lengths are not known
-        ({}, dataset(True, []), BatchShape(1, 64, 96, 512, False)),  # nor in a stream
+        ({}, stream(), BatchShape(1, 64, 96, 512, False)),
     ],
 )
 def test_the_largest_batch_occurs(options: dict[str, int], data: Any, expected: BatchShape) -> None:
