@@ -45,7 +45,7 @@ WORDS = {
     "separate": "q, k and v not fused",
     "masked": "padding by an attention mask",
     "float8": "float8 base",
-    "unfused": "its GELU quantised by the compiler",
+    "unfused": "its GELU quantized by the compiler",
     "onelayout": "its weights transposed at each step",
 }
 KINDS = (  # first match names a kernel's kind
@@ -65,7 +65,7 @@ def our_step(
     import torch
 
     from bench.random_transformer import random_transformer
-    from qwen_image.float8.linear import keep_transposed, quantise_blocks
+    from qwen_image.float8.linear import keep_transposed, quantize_blocks
     from qwen_image.kernel_check import distrust_kernels
     from qwen_image.model.modulation import replace_by_table
     from qwen_image.model.prompt import Prompt
@@ -89,7 +89,7 @@ def our_step(
     if "direct" not in words:
         replace_by_table(transformer, [k / 1000 for k in range(1, 1001)])
     if "float8" in words:
-        quantise_blocks(transformer, fuse="unfused" not in words)
+        quantize_blocks(transformer, fuse="unfused" not in words)
     inject_lora(transformer, LoraSpec(ATTENTION, 32, 32.0), dtype=dtype)
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad and "lora_B" in name:

@@ -1,4 +1,4 @@
-"""A VAE of the real class with hand-set weights: it keeps the colours of 8 × 8 pixels and paints them back smoothly.
+"""A VAE of the real class with hand-set weights: it keeps the colors of 8 × 8 pixels and paints them back smoothly.
 
 With random weights a decoded image is noise and the demo's pictures would show nothing. Nothing is learned here either:
 the residual branches are switched off, the strided convolutions average, the upsampling ones interpolate, and
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-COLOURS = 3
+COLORS = 3
 FEATURES = 5  # red, green, blue and the luminance's slopes to the right and downwards
 HOLD = 16.0  # value of the constant channels; pixels lie in -1 … 1
 
@@ -25,7 +25,7 @@ HOLD = 16.0  # value of the constant channels; pixels lie in -1 … 1
 def set_blur_weights(vae: AutoencoderKLQwenImage, generator: torch.Generator) -> None:
     """Overwrite the weights of `vae` (in place); `generator` draws how the five features mix in 16 latent channels.
 
-    Needs a base width of at least 8: three colours, their negatives and two constants.
+    Needs a base width of at least 8: three colors, their negatives and two constants.
     """
     import torch
 
@@ -33,18 +33,18 @@ def set_blur_weights(vae: AutoencoderKLQwenImage, generator: torch.Generator) ->
     encoder, decoder = vae.encoder, vae.decoder
     mixing = torch.linalg.qr(torch.randn(vae.config.z_dim, FEATURES, generator=generator)).Q  # [16, 5], orthonormal
 
-    _set_taps(encoder.conv_in, torch.eye(COLOURS), _one_pixel(3))
+    _set_taps(encoder.conv_in, torch.eye(COLORS), _one_pixel(3))
     downs = [block.resample[1] for block in encoder.down_blocks if hasattr(block, "resample")]
     average = torch.zeros(3, 3)
     average[:2, :2] = 0.25
     for conv in downs[:-1]:
-        _set_taps(conv, torch.eye(COLOURS), average)
+        _set_taps(conv, torch.eye(COLORS), average)
     last = downs[-1]
-    _set_taps(last, torch.cat([torch.eye(COLOURS), torch.zeros(2, COLOURS)]), average)
+    _set_taps(last, torch.cat([torch.eye(COLORS), torch.zeros(2, COLORS)]), average)
     for feature, axis in ((3, 1), (4, 0)):
         slope = torch.zeros(3, 3)
         slope[:2, :2] = torch.tensor([0.5, -0.5]).view((1, 2) if axis else (2, 1))
-        last.weight[feature, :COLOURS] += slope / COLOURS
+        last.weight[feature, :COLORS] += slope / COLORS
     last.weight[FEATURES : 2 * FEATURES] = -last.weight[:FEATURES]
     last.bias[2 * FEATURES :] = HOLD
     scale = _undo_norm(encoder.norm_out, pairs=FEATURES)
@@ -53,15 +53,15 @@ def set_blur_weights(vae: AutoencoderKLQwenImage, generator: torch.Generator) ->
     _set_taps(vae.quant_conv, torch.eye(2 * vae.config.z_dim), _one_pixel(1))
 
     _set_taps(vae.post_quant_conv, torch.eye(vae.config.z_dim), _one_pixel(1))
-    _set_taps(decoder.conv_in, mixing[:, :COLOURS].T, _one_pixel(3))
+    _set_taps(decoder.conv_in, mixing[:, :COLORS].T, _one_pixel(3))
     ups = [block.upsamplers[0].resample[1] for block in decoder.up_blocks if block.upsamplers is not None]
     tent = torch.tensor([0.25, 0.5, 0.25])
-    for conv in ups:  # after nearest-neighbour upsampling, [¼ ½ ¼] is linear interpolation
-        _set_taps(conv, torch.eye(COLOURS), tent[:, None] * tent)
-    ups[-1].weight[COLOURS : 2 * COLOURS] = -ups[-1].weight[:COLOURS]
-    ups[-1].bias[2 * COLOURS :] = HOLD
-    scale = _undo_norm(decoder.norm_out, pairs=COLOURS)
-    _set_taps(decoder.conv_out, torch.cat([torch.eye(COLOURS), -torch.eye(COLOURS)], 1) * scale, _one_pixel(3))
+    for conv in ups:  # after nearest-neighbor upsampling, [¼ ½ ¼] is linear interpolation
+        _set_taps(conv, torch.eye(COLORS), tent[:, None] * tent)
+    ups[-1].weight[COLORS : 2 * COLORS] = -ups[-1].weight[:COLORS]
+    ups[-1].bias[2 * COLORS :] = HOLD
+    scale = _undo_norm(decoder.norm_out, pairs=COLORS)
+    _set_taps(decoder.conv_out, torch.cat([torch.eye(COLORS), -torch.eye(COLORS)], 1) * scale, _one_pixel(3))
 
 
 def _switch_off_residual_branches(vae: AutoencoderKLQwenImage) -> None:

@@ -88,7 +88,7 @@ def build_tiny_model(
     """Write a model with random weights drawn from `seed` into `folder` and return the folder.
 
     `layers`, `heads` × `head_dim` shape the transformer (60, 24 × 128 in the real one), `text_layers` and `text_dim`
-    the text encoder (28, 3584), `vae_dim` is the VAE's base width (96). `blur_vae` gives the VAE weights that keep colours
+    the text encoder (28, 3584), `vae_dim` is the VAE's base width (96). `blur_vae` gives the VAE weights that keep colors
     (demo/blur_vae.py). `dtype` ("float32" or "bfloat16") is that of the saved weights; `max_shard_size` splits them
     over several files, as the real checkpoint's are.
     Raises ValueError for shapes that the rotary positions cannot divide.
@@ -103,7 +103,7 @@ def build_tiny_model(
 
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)  # the classes' own initialisation draws from the global generator
+        torch.manual_seed(seed)  # the classes' own initialization draws from the global generator
         tokenizer = _tokenizer()
         parts = {
             "transformer": _transformer(layers, heads, head_dim, axes_dims, text_dim, seed),
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text_dim", type=int, default=64, help="width of the text encoder (default 64)")
     parser.add_argument("--vae_dim", type=int, default=8, help="base width of the VAE (default 8)")
     parser.add_argument(
-        "--blur_vae", action="store_true", help="a VAE that keeps colours, so that images show something"
+        "--blur_vae", action="store_true", help="a VAE that keeps colors, so that images show something"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the saved weights")
     parser.add_argument("--max_shard_size", default="10GB", help="largest weight file, such as 100MB (default 10GB)")

@@ -22,7 +22,7 @@ TEXT, ROWS, COLUMNS = 37, 6, 8  # of the samples that are compared
 PADDING = 5  # tokens of the second of two samples
 LONGER = 144  # more tokens for FlashAttention, which has another backward kernel for up to 128 keys (or 80 queries)
 RANK, SCALE = 32, 32**-0.5  # of a LoRA whose updates are as large as what they are added to
-FARTHEST = 0.03  # root mean square of the difference, relative: bf16 gives 0.003, float8's neighbours 0.02
+FARTHEST = 0.03  # root mean square of the difference, relative: bf16 gives 0.003, float8's neighbors 0.02
 
 Results = tuple[torch.Tensor, ...]
 
@@ -56,7 +56,7 @@ def distrust_kernels(
         Check("FlashAttention", flash_attention, "HAS_FLASH", lambda: _flash_attention(config, dtype, device)),
     ]
     if float8:
-        checks.append(Check("float8 GELU", float8_mlp, "HAS_TRITON", lambda: _quantised_gelu(config, dtype, device)))
+        checks.append(Check("float8 GELU", float8_mlp, "HAS_TRITON", lambda: _quantized_gelu(config, dtype, device)))
     checks = [check for check in checks if getattr(check.module, check.switch)]
     for check in checks:  # each is off until it has passed, so that only one at a time is in doubt
         setattr(check.module, check.switch, False)
@@ -177,9 +177,9 @@ def _attended(config: TransformerConfig, dtype: torch.dtype, keep: torch.Tensor,
     return attended.detach(), *gradients
 
 
-def _quantised_gelu(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Results:
+def _quantized_gelu(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Results:
     """GELU and its gradient, multiplied out again."""
     y, gradient = (_random(device, dtype, TEXT, 4 * config.inner_dim) for _ in range(2))
     weight_scale = torch.linspace(0.5, 2, y.shape[1], device=device)[None]
-    quantised = float8_mlp.quantised_gelu(y), float8_mlp.quantised_gelu_gradient(gradient, y, weight_scale)
-    return tuple(values.float() * scales for values, scales in quantised)
+    quantized = float8_mlp.quantized_gelu(y), float8_mlp.quantized_gelu_gradient(gradient, y, weight_scale)
+    return tuple(values.float() * scales for values, scales in quantized)

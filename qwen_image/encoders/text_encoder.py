@@ -1,7 +1,8 @@
 """Captions to prompt embeddings, exactly as Qwen-Image's inference pipeline makes them (diffusers 0.42.1).
 
-The caption goes into a fixed chat template, through Qwen2.5-VL's language model (after its final norm), and the tokens
-that the template puts before the caption are dropped. The five tokens after the caption stay, so "" has five tokens.
+The hidden states of a language model, after its last norm, are what the transformer attends to. The caption goes into a fixed
+chat template, through Qwen2.5-VL's language model, and the tokens that the template puts before the caption are dropped. The
+five tokens after the caption stay, so "" has five tokens.
 """
 
 from typing import Any

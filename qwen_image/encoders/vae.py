@@ -1,6 +1,7 @@
-"""Images to normalised latents and back, with diffusers' AutoencoderKLQwenImage.
+"""The variational autoencoder (VAE): images to normalized latents and back, with diffusers' AutoencoderKLQwenImage.
 
-z = (x − latents_mean) / latents_std per channel; mean and std come from the checkpoint's own configuration.
+A VAE's encoder gives a normal distribution for each latent; its mode is what training and sampling use. Diffusion wants
+latents of about unit variance: z = (x − latents_mean) / latents_std per channel, by the checkpoint's own numbers.
 """
 
 from typing import Any
@@ -45,12 +46,12 @@ class VAE:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Posterior mode of images [B, 3, H, W] in [−1, 1], normalised: float32 [B, 16, 1, H/8, W/8]."""
+        """Posterior mode of images [B, 3, H, W] in [−1, 1], normalized: float32 [B, 16, 1, H/8, W/8]."""
         return self.encode_moments(images)[0]
 
     @torch.no_grad()
     def encode_moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mode and standard deviation, both normalised float32 [B, 16, 1, H/8, W/8]."""
+        """Posterior mode and standard deviation, both normalized float32 [B, 16, 1, H/8, W/8]."""
         check_image_size(*images.shape[-2:])
         parameter = next(self.model.parameters())
         posterior = self.model.encode(images.to(parameter.device, parameter.dtype).unsqueeze(2)).latent_dist
@@ -59,10 +60,10 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents [B, 16, 1, H/8, W/8] → images [B, 3, H, W], about [−1, 1], in the VAE's dtype."""
+        """Normalized latents [B, 16, 1, H/8, W/8] → images [B, 3, H, W], about [−1, 1], in the VAE's dtype."""
         parameter = next(self.model.parameters())
-        denormalised = latents.to(parameter.device, torch.float32) * self.latents_std + self.latents_mean
-        return self.model.decode(denormalised.to(parameter.dtype), return_dict=False)[0][:, :, 0]
+        denormalized = latents.to(parameter.device, torch.float32) * self.latents_std + self.latents_mean
+        return self.model.decode(denormalized.to(parameter.dtype), return_dict=False)[0][:, :, 0]
 
 
 def pixels_from_uint8(images: torch.Tensor) -> torch.Tensor:

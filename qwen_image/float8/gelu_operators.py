@@ -1,4 +1,4 @@
-"""GELU and its gradient with float8 quantisation as operators on CUDA tensors; torch.compile sees through them.
+"""GELU and its gradient with float8 quantization as operators on CUDA tensors; torch.compile sees through them.
 
 Widest row, and warps, by compiling for an H100 at 12288 columns: 8 warps take 64 registers forward and 78 backward, so that
 four and three programs share a multiprocessor; 16 need 32 KB of shared memory to fold the tiles. Nothing spills up to 16384.
@@ -27,7 +27,7 @@ def _empty_rows(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return y.new_empty(y.shape, dtype=FLOAT8), y.new_empty((y.shape[0], 1), dtype=torch.float32)
 
 
-@triton_op("qwen_image::quantised_gelu", mutates_args=())
+@triton_op("qwen_image::quantized_gelu", mutates_args=())
 def forward_op(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, K] contiguous → gelu(y) as float8 [M, K] and scales float32 [M, 1]."""
     values, scales = _empty_rows(y)
@@ -40,7 +40,7 @@ def _(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _empty_rows(y)
 
 
-@triton_op("qwen_image::quantised_gelu_gradient", mutates_args=())
+@triton_op("qwen_image::quantized_gelu_gradient", mutates_args=())
 def backward_op(
     gradient: torch.Tensor, y: torch.Tensor, weight_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

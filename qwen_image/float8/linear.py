@@ -1,13 +1,13 @@
-"""Frozen linear layers in float8 (e4m3): half of bf16's memory, and up to twice its speed on a GPU that multiplies float8.
+"""Linear layers of a frozen base in float8: half of bf16's memory, and up to twice its speed on a GPU that multiplies float8.
 
     use_float8(transformer, torch.bfloat16)  # on the meta device; qwen_image/loading/staged.py fills it
-    quantise_blocks(transformer)             # or layer by layer when the weights are there already
+    quantize_blocks(transformer)             # or layer by layer when the weights are there already
     keep_transposed(transformer, 12)         # the first 12 blocks are recomputed: they do with one layout
 
-Weights have one float32 scale an output row, set once. Inputs and output gradients get one a token, at each product: a row is
-then read once where the kernel that made it (AdaLN, GELU) is still at it, which one scale a tensor would not allow, and
-an outlier costs its own token precision, not all. Nothing but the input gradient is computed backwards: no trained weight
-is in here, and float8 inputs are not kept. The numbers themselves: qwen_image/float8/weight.py.
+A layer y = x·Wᵀ + b has three products in training: the output x·Wᵀ, the input's gradient g·W, and the weight's gradient
+gᵀ·x. The base is frozen, so the last falls away, and with it the need to keep x. W is quantized once, while loading; x and g
+are at each product, row by row. How that works: qwen_image/float8/weight.py. Biases, norms, the modulation and the LoRA keep
+the model's dtype; with a LoRA on it, a layer's factors see x as it was.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from qwen_image.float8.mlp import float8_mlp, has_kernel
-from qwen_image.float8.weight import FLOAT8, Float8Weight, quantise_rows
+from qwen_image.float8.weight import FLOAT8, Float8Weight, quantize_rows
 from qwen_image.model.layers import Linear
 from qwen_image.model.transformer import Block, QwenImageTransformer
 
-ROWS_AT_ONCE = 2048  # of a weight while it is quantised: its float32 copy stays below 100 MB
+ROWS_AT_ONCE = 2048  # of a weight while it is quantized: its float32 copy stays below 100 MB
 FIRST_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply float8
 
 
@@ -65,13 +65,13 @@ class Float8Linear(Linear):
             self.register_buffer(name, None, persistent=False)
 
     @torch.no_grad()
-    def quantise(self, weight: torch.Tensor) -> None:
+    def quantize(self, weight: torch.Tensor) -> None:
         """Take `weight` [out, in] of any floating type; it is not kept."""
         data = torch.empty(weight.shape, dtype=FLOAT8, device=weight.device)
         self.scale = torch.empty(1, len(weight), dtype=torch.float32, device=weight.device)
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            data[rows], scale = quantise_rows(weight[rows])
+            data[rows], scale = quantize_rows(weight[rows])
             self.scale[:, rows] = scale.t()
         self.ones = torch.ones(1, weight.shape[1], dtype=torch.float32, device=weight.device)
         self.weight = nn.Parameter(data, requires_grad=False)
@@ -82,11 +82,11 @@ class Float8Linear(Linear):
         if keep != (self.transposed is not None):
             self.transposed = self.weight.detach().t().contiguous() if keep else None
 
-    def quantised(self) -> Float8Weight:
+    def quantized(self) -> Float8Weight:
         return Float8Weight(self.weight, self.scale, self.ones, self.transposed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return float8_linear(x, self.quantised(), self.bias)
+        return float8_linear(x, self.quantized(), self.bias)
 
 
 def fused_mlp(x: torch.Tensor, up: nn.Module, down: nn.Module) -> torch.Tensor | None:
@@ -95,7 +95,7 @@ def fused_mlp(x: torch.Tensor, up: nn.Module, down: nn.Module) -> torch.Tensor |
     With a LoRA on it a layer is of another type, and its input is needed.
     """
     if type(up) is Float8Linear and type(down) is Float8Linear and has_kernel(x, up.out_features):
-        return float8_mlp(x, up.quantised(), up.bias, down.quantised(), down.bias)
+        return float8_mlp(x, up.quantized(), up.bias, down.quantized(), down.bias)
     return None
 
 
@@ -125,10 +125,10 @@ def use_float8(transformer: QwenImageTransformer, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def quantise_blocks(transformer: QwenImageTransformer, fuse: bool = True) -> None:
+def quantize_blocks(transformer: QwenImageTransformer, fuse: bool = True) -> None:
     """Turn the blocks' layers of a frozen transformer that has its weights into float8, one after the other.
 
-    `fuse`: False leaves GELU and its quantisation to the compiler, for comparison.
+    `fuse`: False leaves GELU and its quantization to the compiler, for comparison.
     """
     dtype = transformer.proj_out.weight.dtype
     for name in [name for name, _ in block_linears(transformer)]:  # no list of layers: it would keep their weights
@@ -136,7 +136,7 @@ def quantise_blocks(transformer: QwenImageTransformer, fuse: bool = True) -> Non
         assert isinstance(layer, nn.Linear)
         replacement = Float8Linear(layer.in_features, layer.out_features, dtype)
         replacement.bias = layer.bias
-        replacement.quantise(layer.weight)
+        replacement.quantize(layer.weight)
         transformer.set_submodule(name, replacement)
     if fuse:
         fuse_mlps(transformer)
@@ -157,7 +157,7 @@ def keep_transposed(transformer: QwenImageTransformer, checkpointed_blocks: int)
 def float8_bytes(transformer: QwenImageTransformer, checkpointed_blocks: int) -> tuple[int, int]:
     """(parameters, bytes) that the blocks' float8 layers hold: data, scales, and the second layout where it is kept.
 
-    The transformer may be on the meta device and need not be quantised. Biases are not counted.
+    The transformer may be on the meta device and need not be quantized. Biases are not counted.
     """
     parameters = total = 0
     for name, layer in block_linears(transformer):

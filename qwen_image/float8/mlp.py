@@ -1,8 +1,9 @@
-"""The MLP of a frozen float8 base as one function, in which GELU and its gradient are quantised where they are computed.
+"""The MLP of a frozen float8 base, gelu(x·Upᵀ + b)·Downᵀ + b, as one function with a gradient for x alone.
 
-At 1024² an H100's compiler took 143 µs a block for GELU and quantising it, and 176 µs for the gradients, because a row's
-scale is known only at its end: it wrote what it had and read it again. Reading and writing each byte once takes 52 and
-86 µs; qwen_image/kernels/gelu_kernels.py does that where Triton is. As before, the up projection's output is all that is kept.
+GELU stands between two float8 products, so its output is quantized as soon as it is computed; backwards so is gelu'(y)·g. A
+row's scale is known only when its largest value is: the compiler writes what it has computed and reads it again, where one
+Triton kernel (qwen_image/kernels/gelu_kernels.py) keeps a row in registers meanwhile. All that is kept for the backward pass
+is y, the up projection's output; GELU is computed again from it.
 """
 
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen_image.float8.weight import Float8Weight, quantise_rows
+from qwen_image.float8.weight import Float8Weight, quantize_rows
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
@@ -28,24 +29,24 @@ def has_kernel(x: torch.Tensor, width: int) -> bool:
     )
 
 
-def quantised_gelu(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M, K] → quantise_rows(gelu(y)), computed in float32: float8 [M, K] and scales [M, 1]."""
+def quantized_gelu(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, K] → quantize_rows(gelu(y)), computed in float32: float8 [M, K] and scales [M, 1]."""
     if has_kernel(y, y.shape[1]):
-        values, scales = torch.ops.qwen_image.quantised_gelu(y.contiguous())
+        values, scales = torch.ops.qwen_image.quantized_gelu(y.contiguous())
         return values, scales
-    return quantise_rows(F.gelu(y.float(), approximate="tanh"))
+    return quantize_rows(F.gelu(y.float(), approximate="tanh"))
 
 
-def quantised_gelu_gradient(
+def quantized_gelu_gradient(
     gradient: torch.Tensor, y: torch.Tensor, weight_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """gelu(y)'s gradient and y [M, K], weight_scale [1, K] → quantise_rows(gradient · gelu'(y) · weight_scale)."""
+    """gelu(y)'s gradient and y [M, K], weight_scale [1, K] → quantize_rows(gradient · gelu'(y) · weight_scale)."""
     if has_kernel(y, y.shape[1]):
-        values, scales = torch.ops.qwen_image.quantised_gelu_gradient(
+        values, scales = torch.ops.qwen_image.quantized_gelu_gradient(
             gradient.contiguous(), y.contiguous(), weight_scale
         )
         return values, scales
-    return quantise_rows(torch.ops.aten.gelu_backward(gradient.float(), y.float(), approximate="tanh") * weight_scale)
+    return quantize_rows(torch.ops.aten.gelu_backward(gradient.float(), y.float(), approximate="tanh") * weight_scale)
 
 
 class _MLP(torch.autograd.Function):
@@ -56,7 +57,7 @@ class _MLP(torch.autograd.Function):
         up, down = Float8Weight(*weights[:4]), Float8Weight(*weights[4:])
         y = up.output(x.flatten(0, -2), up_bias)
         ctx.save_for_backward(y, *weights)
-        return down.output_of_rows(*quantised_gelu(y), down_bias, x.dtype).unflatten(0, x.shape[:-1])
+        return down.output_of_rows(*quantized_gelu(y), down_bias, x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -64,7 +65,7 @@ class _MLP(torch.autograd.Function):
         y, *weights = ctx.saved_tensors
         up, down = Float8Weight(*weights[:4]), Float8Weight(*weights[4:])
         of_gelu = down.input_gradient(gradient.flatten(0, -2))
-        of_x = up.input_gradient_of_rows(*quantised_gelu_gradient(of_gelu, y, up.scale), gradient.dtype)
+        of_x = up.input_gradient_of_rows(*quantized_gelu_gradient(of_gelu, y, up.scale), gradient.dtype)
         return of_x.unflatten(0, gradient.shape[:-1]), *[None] * 10
 
 

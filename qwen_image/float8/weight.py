@@ -1,9 +1,19 @@
-"""Rows of float8 (e4m3) with a scale each, and products of them: a frozen weight's output and its input's gradient.
+"""Float8 (e4m3): rows of 8-bit numbers with a scale each, and products of them.
 
-In the input gradient g·W the weight's row scales s lie along the sum: Σₙ gₙ sₙ Wₙ, so g·s is what gets quantised. float8
-products take operands whose rows lie along the sum alone, so the backward pass needs the weight transposed: kept beside the
-other, or made each time. Format: OCP 8-bit floating point, E4M3 (largest value 448, three bits of mantissa: a relative
-error of at most 1/16 in the normal range).
+How it works. An e4m3 number has a sign, 4 bits of exponent and 3 of mantissa: the largest is 448, the smallest 2⁻⁹, and in
+the normal range (from 2⁻⁶) rounding errs by at most 1/16. Tensor cores multiply such numbers at twice the rate of bf16 and
+add the products up in float32. That the narrow range is well used, values are divided by a scale before they are rounded, so
+that the largest becomes 448, and the product is multiplied by the scales of both operands afterwards:
+
+    x ≈ sₓ · qₓ,  W ≈ s_W · q_W   →   x·Wᵀ ≈ (qₓ · q_Wᵀ) · sₓ · s_Wᵀ
+
+A scale can be factored out of a sum only if it does not vary along it: one for a whole tensor always may be, one for each row
+of x (a token) and each row of W (an output channel) too, as the sum runs over the columns of both. Rows are what is used
+here: an outlier costs its own token precision, not all, and a row can be scaled as soon as it was made.
+
+What is special. In the input's gradient g·W the weight's row scales s lie along the sum, Σₙ gₙ sₙ Wₙ: so g·s is what gets
+quantized. And float8 products take operands whose rows lie along the sum alone, so the backward pass needs the weight
+transposed: kept beside the other, or made each time. Format: OCP 8-bit floating point specification, E4M3.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +29,7 @@ SMALLEST_SCALE = 1e-30  # for rows of zeros; gradients times weight scales reach
 FEWEST_ROWS = 128
 
 
-def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values [M, K] → float8 [M, K] and scales float32 [M, 1] with values ≈ float8 · scale; NaN and ∞ spoil their row."""
     scale = (values.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
     return (values.float() * scale.reciprocal()).to(FLOAT8), scale
@@ -76,7 +86,7 @@ def _(
 
 
 class Float8Weight(NamedTuple):
-    """A quantised weight: data [N, K] · scaleᵀ. The backward pass takes `transposed` [K, N] if there, and `ones` [1, K]."""
+    """A quantized weight: data [N, K] · scaleᵀ. The backward pass takes `transposed` [K, N] if there, and `ones` [1, K]."""
 
     data: torch.Tensor
     scale: torch.Tensor  # float32 [1, N]
@@ -85,19 +95,19 @@ class Float8Weight(NamedTuple):
 
     def output(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [M, K] → x·Wᵀ + bias [M, N]."""
-        return self.output_of_rows(*quantise_rows(x), bias, x.dtype)
+        return self.output_of_rows(*quantize_rows(x), bias, x.dtype)
 
     def output_of_rows(
         self, rows: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The same from x quantised: float8 [M, K] and scales [M, 1]."""
+        """The same from x quantized: float8 [M, K] and scales [M, 1]."""
         return scaled_product(rows, scales, self.data, self.scale, bias, dtype)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """The output's gradient [M, N] → the input's, [M, K]."""
-        return self.input_gradient_of_rows(*quantise_rows(gradient.float() * self.scale), gradient.dtype)
+        return self.input_gradient_of_rows(*quantize_rows(gradient.float() * self.scale), gradient.dtype)
 
     def input_gradient_of_rows(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The same from gradient · `scale` quantised: float8 [M, N] and scales [M, 1]."""
+        """The same from gradient · `scale` quantized: float8 [M, N] and scales [M, 1]."""
         transposed = self.data.t().contiguous() if self.transposed is None else self.transposed
         return scaled_product(rows, scales, transposed, self.ones, None, dtype)

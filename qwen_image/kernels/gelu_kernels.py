@@ -1,4 +1,4 @@
-"""Triton kernels of GELU with float8 quantisation (qwen_image/float8/mlp.py): a row a program, each byte moved once.
+"""Triton kernels of GELU with float8 quantization (qwen_image/float8/mlp.py): a row a program, each byte moved once.
 
 A row stays in registers between finding its largest value and dividing by it, as two tiles of powers of two: 12288 is
 8192 + 4096, and masked lanes (a quarter of 16384) would cost as much arithmetic as others. Arithmetic is float32
@@ -60,7 +60,7 @@ def _gelu_gradient(grad, y, scale):
 
 
 @triton.jit
-def _store_quantised(
+def _store_quantized(
     first,
     second,
     values,
@@ -99,14 +99,14 @@ def gelu_kernel(
     LARGEST: tl.constexpr,
     SMALLEST_SCALE: tl.constexpr,
 ):
-    """gelu(y) quantised. FIRST + SECOND ≥ WIDTH > FIRST ≥ SECOND, both powers of two."""
+    """gelu(y) quantized. FIRST + SECOND ≥ WIDTH > FIRST ≥ SECOND, both powers of two."""
     MASKED: tl.constexpr = FIRST + SECOND > WIDTH
     row, left, right = _place(FIRST, SECOND)
     y += row * WIDTH
     first = _load(y, left, WIDTH, False)
     second = _load(y, right, WIDTH, MASKED)
     first, second = _gelu(first), _gelu(second)
-    _store_quantised(first, second, values, scales, row, left, right, WIDTH, MASKED, LARGEST, SMALLEST_SCALE)
+    _store_quantized(first, second, values, scales, row, left, right, WIDTH, MASKED, LARGEST, SMALLEST_SCALE)
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def gelu_gradient_kernel(
     LARGEST: tl.constexpr,
     SMALLEST_SCALE: tl.constexpr,
 ):
-    """grad · gelu'(y) · weight_scale quantised."""
+    """grad · gelu'(y) · weight_scale quantized."""
     MASKED: tl.constexpr = FIRST + SECOND > WIDTH
     row, left, right = _place(FIRST, SECOND)
     grad += row * WIDTH
@@ -134,4 +134,4 @@ def gelu_gradient_kernel(
     second_y = _load(y, right, WIDTH, MASKED)
     first = _gelu_gradient(first_grad, first_y, _load(weight_scale, left, WIDTH, False))
     second = _gelu_gradient(second_grad, second_y, _load(weight_scale, right, WIDTH, MASKED))
-    _store_quantised(first, second, values, scales, row, left, right, WIDTH, MASKED, LARGEST, SMALLEST_SCALE)
+    _store_quantized(first, second, values, scales, row, left, right, WIDTH, MASKED, LARGEST, SMALLEST_SCALE)

@@ -23,7 +23,7 @@ def _tile(GROUP: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def _quarter_turn(x, GROUP: tl.constexpr, DIM: tl.constexpr):
-    """(x₀, x₁) → (−x₁, x₀) in each pair of neighbouring channels."""
+    """(x₀, x₁) → (−x₁, x₀) in each pair of neighboring channels."""
     even, odd = tl.split(tl.reshape(x, [GROUP, DIM // 2, 2]))
     return tl.reshape(tl.join(-odd, even), [GROUP, DIM])
 

@@ -68,7 +68,7 @@ def _joined(even, odd, BLOCK: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def _angles(cos, sin, token, inside, BLOCK: tl.constexpr, DIM: tl.constexpr):
-    """cos and sin of each pair of channels, [BLOCK, DIM / 2]: neighbours share an angle."""
+    """cos and sin of each pair of channels, [BLOCK, DIM / 2]: neighbors share an angle."""
     place = token[:, None] * DIM + tl.arange(0, DIM)[None, :]
     cosine, _ = _pairs(tl.load(cos + place, mask=inside[:, None], other=0.0), BLOCK, DIM)
     sine, _ = _pairs(tl.load(sin + place, mask=inside[:, None], other=0.0), BLOCK, DIM)

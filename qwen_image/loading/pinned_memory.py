@@ -24,7 +24,7 @@ def pinned_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def unforked_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised memory that child processes don't inherit. Raises MemoryError.
+    """Uninitialized memory that child processes don't inherit. Raises MemoryError.
 
     Linux copies page-locked memory at every fork, because a device may write to it at any time: two loader workers made
     three of a base of 41 GB.

@@ -41,7 +41,7 @@ def load_staged(
     """The frozen transformer on `device`, in evaluation mode.
 
     Args:
-        base_float8: quantise the blocks' projections and MLPs (qwen_image/float8/linear.py).
+        base_float8: quantize the blocks' projections and MLPs (qwen_image/float8/linear.py).
         sigmas: put a modulation table for them in the place of the modulation layers; None: keep the layers.
         change: applied to each linear layer's weight, in `dtype`, before anything else is made of it.
 
@@ -105,7 +105,7 @@ class Stage:
             values = self.change(name.removesuffix(".weight"), values)
         layer = self.transformer.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, Float8Linear) and name.endswith(".weight"):
-            layer.quantise(values)
+            layer.quantize(values)
             return
         replace_parameter(self.transformer, name, nn.Parameter(values, requires_grad=False))
         if self.builder is not None and name.split(".")[2] in TABULATED:

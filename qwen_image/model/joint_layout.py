@@ -1,12 +1,13 @@
 """From the q, k and v projections of text and image to attention's operands over both: normed, rotated, side by side.
 
-Compiled from PyTorch's operations this cost 26 ms of a training step on an H100 (60 blocks, 4,224 tokens), three times
-what reading and writing each byte once takes; qwen_image/kernels/joint_kernels.py does that where Triton is. It also frees the
-projections: the backward pass gets their normed values back from attention's own operands, since a rotation can be
-undone and the norm's weight divided out.
+Each head's q and k go through an RMS norm (QK-norm keeps the scores bounded) and are rotated by their positions (RoPE); then
+text and image stand one after the other in one sequence. That is little arithmetic on much memory, so what counts is how often
+each byte is moved: qwen_image/kernels/joint_kernels.py reads and writes it once, where Triton is. It also frees the
+projections: the backward pass gets their normed values back from attention's own operands, since a rotation can be undone and
+the norm's weight divided out.
 
 LoRA updates of the projections may be left to it: added on the way by qwen_image/kernels/low_rank_kernels.py they cost no
-pass over the projections of their own, 8 ms of a step.
+pass over the projections of their own.
 """
 
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ if HAS_TRITON:
     )
 HAS_LOW_RANK_KERNEL = HAS_TRITON
 
-# Neighbouring channels are rotated and rounded together, so dividing by the smaller of their two weights magnifies the
+# Neighboring channels are rotated and rounded together, so dividing by the smaller of their two weights magnifies the
 # larger one's rounding error by their ratio. Up to this root mean square of the ratios the gradients in bf16 are nearer to
 # float64's than the plain operations' are (error 3e-3; weights e^N(0,1) have ratios of 4–7); beyond, projections are kept.
 LARGEST_WEIGHT_RATIO = 8.0

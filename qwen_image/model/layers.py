@@ -14,7 +14,7 @@ SINUSOID_SCALE = 1000
 
 
 class Linear(nn.Linear):
-    """nn.Linear that leaves its memory uninitialised: weights always come from a checkpoint."""
+    """nn.Linear that leaves its memory uninitialized: weights always come from a checkpoint."""
 
     def reset_parameters(self) -> None:
         pass

@@ -1,7 +1,9 @@
-"""Rotary positions of text and image tokens, with real numbers only (complex ones fall out of torch.compile).
+"""Rotary position embedding (RoPE) of text and image tokens, with real numbers only (complex ones fall out of torch.compile).
 
-Source: diffusers 0.42.1 `QwenEmbedRope` with `scale_rope=True`. Three axes (frame, row, column); rows and columns are
-centred; text continues on the diagonal, after the longer half of the image.
+Each pair of a head's channels is turned by an angle, position · θ^(−2i/dim), so a product of query and key depends on their
+distance alone (Su et al. 2021). Here positions have three axes (frame, row, column) with channels of their own; rows and
+columns are centered; text continues on the diagonal, after the longer half of the image. Source: diffusers 0.42.1
+`QwenEmbedRope` with `scale_rope=True`.
 """
 
 from functools import lru_cache
@@ -50,7 +52,7 @@ def _angles(positions: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring channels (x₀, x₁), (x₂, x₃) … of x [B, L, heads, head_dim] in float32; keeps x's dtype."""
+    """Rotate neighboring channels (x₀, x₁), (x₂, x₃) … of x [B, L, heads, head_dim] in float32; keeps x's dtype."""
     pairs = x.float().unflatten(-1, (-1, 2))
     rotated = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
     return (x.float() * cos + rotated * sin).to(x.dtype)

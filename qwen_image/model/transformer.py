@@ -1,7 +1,11 @@
 """Qwen-Image's MMDiT: 60 double-stream blocks over text and image tokens. Parameter names are the checkpoint's.
 
-Source of the architecture: diffusers 0.42.1 `QwenImageTransformer2DModel`. Differences, none of which changes the
-output: rotary positions use real numbers, the mask exists only where padding exists, modulation is computed outside
+A multimodal diffusion transformer (MMDiT; Esser et al. 2024) is a transformer over two streams, text and image, each with its
+own projections, norms and MLP; they meet in one attention over both. The noise level enters as adaptive layer norm: shifts,
+scales and gates of each block (qwen_image/model/modulation_table.py). The output is the velocity of each image token.
+
+Source of the architecture: diffusers 0.42.1 `QwenImageTransformer2DModel`. Differences, none of which changes the output
+beyond rounding: rotary positions use real numbers, the mask exists only where padding exists, modulation is computed outside
 the blocks (so that a table can replace it), and the last block skips the text half that nobody reads.
 """
 

@@ -1,4 +1,4 @@
-"""The demo's own parts: the photographs, the VAE that keeps colours, the report; the whole run is a slow test."""
+"""The demo's own parts: the photographs, the VAE that keeps colors, the report; the whole run is a slow test."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         write_photo_folder(tmp_path / "photos")
 
 
-def test_the_blur_vae_gives_colours_back(tmp_path: Path):
+def test_the_blur_vae_gives_colors_back(tmp_path: Path):
     """A picture that is smooth at the scale of 8 pixels survives encoding and decoding."""
     import torch
     from diffusers import AutoencoderKLQwenImage

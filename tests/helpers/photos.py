@@ -13,7 +13,7 @@ from data_prep.sources.found_input import Input
 
 
 def photo(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """Smooth colour fields with edges and grain, [H, W, 3] uint8; the quadrants differ, so that a turn shows."""
+    """Smooth color fields with edges and grain, [H, W, 3] uint8; the quadrants differ, so that a turn shows."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) / max(width, height)
     planes = [np.sin(7 * x * (c + 1) + 3 * y + seed) + np.cos(5 * y * (c + 2) - 2 * x) for c in range(3)]

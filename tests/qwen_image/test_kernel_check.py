@@ -14,7 +14,7 @@ from qwen_image.model.sizes import TransformerConfig
 
 CONFIG = TransformerConfig(num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
 CPU = torch.device("cpu")
-CHECKS = ("_joint_layout", "_low_rank_layout", "_flash_attention", "_quantised_gelu")
+CHECKS = ("_joint_layout", "_low_rank_layout", "_flash_attention", "_quantized_gelu")
 
 
 def fail(error: Exception) -> tuple[torch.Tensor, ...]:
@@ -98,7 +98,7 @@ def test_only_what_the_base_needs_is_compared(all_on, monkeypatch, float8):
     for check in CHECKS:
         monkeypatch.setattr(trusted_kernels, check, lambda *_, check=check: met.append(check) or (torch.ones(4),))
     assert distrust_kernels(CONFIG, torch.float32, torch.device("cuda"), float8) == []
-    assert set(CHECKS) - set(met) == (set() if float8 else {"_quantised_gelu"})
+    assert set(CHECKS) - set(met) == (set() if float8 else {"_quantized_gelu"})
 
 
 def test_where_images_are_only_sampled_few_kernels_are_compared_and_the_others_not_used(all_on, monkeypatch):

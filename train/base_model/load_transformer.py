@@ -133,7 +133,7 @@ def base_bytes(config: TrainConfig, transformer: QwenImageTransformer, tabulated
         tabulated: parameters that the modulation table replaces.
     """
     parameters = sum(parameter.numel() for parameter in transformer.parameters()) - tabulated
-    quantised = size = 0
+    quantized = size = 0
     if config.base_precision == "float8":
-        quantised, size = float8_bytes(transformer, checkpointed_blocks)
-    return (parameters - quantised) * DTYPES[config.dtype].itemsize + size
+        quantized, size = float8_bytes(transformer, checkpointed_blocks)
+    return (parameters - quantized) * DTYPES[config.dtype].itemsize + size

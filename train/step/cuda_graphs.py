@@ -1,8 +1,9 @@
 """Forward and backward pass as CUDA graphs, one pair for each shape of a batch.
 
-A step of Qwen-Image is some 6,000 kernels, which a host launches hardly faster than an H100 runs them: 25 ms of a step of
-333 are gaps, and at 512² most of it is. A graph launches them all at once, and whatever the host does next (DeepSpeed's
-hooks on 720 small LoRA matrices, the next batch) happens while the GPU works.
+A CUDA graph is a recording of kernel launches, with the addresses that they work on, which the host then launches as one. A
+step of Qwen-Image is some 3,200 kernels (before the kernels of qwen_image/kernels/, 6,000), which a host launches hardly
+faster than an H100 runs them: the GPU waits in between, at 512² most of the time. A graph takes the host out of it, and
+whatever the host does next (DeepSpeed's hooks, the next batch) happens while the GPU works.
 
 All shapes share one pool of memory: at any time only one of them is between its forward and its backward pass. What a
 graph reads and writes has fixed addresses: inputs are copied into its own buffers, and all gradients leave through one

@@ -17,7 +17,7 @@ from train.step.flat_parameter import FlatGradient, flatten
 
 
 class FlowMatchingModule(nn.Module):
-    """The transformer and its loss: the training step in five lines, with inference's own `predict_velocity`.
+    """The transformer and its flow-matching loss, by inference's own `predict_velocity`.
 
     Attributes:
         flat: all trained matrices as one parameter, once `use_flat` was called; they are then views of it.

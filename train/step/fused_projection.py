@@ -2,7 +2,7 @@
 
 A block then launches fewer products: on an H100 the host could not launch the separate ones as fast as the card ran them.
 The frozen weights are laid side by side once and the layers keep views of them, so nothing is stored twice and every
-parameter keeps its name. A float8 base (qwen_image/float8/linear.py) quantises its input once for all of them.
+parameter keeps its name. A float8 base (qwen_image/float8/linear.py) quantizes its input once for all of them.
 
 Where the joint layout's kernel adds the updates (qwen_image/model/joint_layout.py), only their factors x·Aᵀ are computed here.
 Elsewhere, left to autograd and its compiler, they cost 7 ms of a step in small kernels and copies: a block-diagonal matrix
@@ -50,7 +50,7 @@ class _Base(NamedTuple):
     ones: torch.Tensor | None
     transposed: torch.Tensor | None
 
-    def quantised(self) -> Float8Weight | None:
+    def quantized(self) -> Float8Weight | None:
         """The same as what float8 products take; None in another type."""
         if self.scale is None or self.ones is None:
             return None
@@ -58,15 +58,15 @@ class _Base(NamedTuple):
 
     def output(self, flat: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """flat [M, K] → [M, rows]."""
-        quantised = self.quantised()
-        return F.linear(flat, self.weight, bias) if quantised is None else quantised.output(flat, bias)
+        quantized = self.quantized()
+        return F.linear(flat, self.weight, bias) if quantized is None else quantized.output(flat, bias)
 
     def input_gradient(
         self, gradient: torch.Tensor, of_factors: torch.Tensor, downs: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """The output's gradient [M, rows] and the factors' [M, Σr] → the input's [M, K]."""
-        quantised = self.quantised()
-        of_x = gradient @ self.weight if quantised is None else quantised.input_gradient(gradient)
+        quantized = self.quantized()
+        of_x = gradient @ self.weight if quantized is None else quantized.input_gradient(gradient)
         add_products_(of_x, of_factors, [torch.cat(list(downs)).t()], [1.0], [0])
         return of_x
 
@@ -185,8 +185,8 @@ class FusedProjection(nn.Module):
         adapters += [layer.lora_B[ADAPTER].weight for layer in adapted]
         if adapters:
             return _Projection.apply(x, self.bias, self.scales, self.columns, *self.base(), *adapters)
-        quantised = self.base().quantised()
-        return F.linear(x, self.weight, self.bias) if quantised is None else float8_linear(x, quantised, self.bias)
+        quantized = self.base().quantized()
+        return F.linear(x, self.weight, self.bias) if quantized is None else float8_linear(x, quantized, self.bias)
 
     def unfinished(self, x: torch.Tensor, layers: Sequence[Any]) -> tuple[torch.Tensor, Updates]:
         """The same without the updates of a `uniform` LoRA, and these: the joint layout's kernel adds them."""

@@ -1,4 +1,4 @@
-"""What makes a step faster or smaller without changing its result, switched on where it holds."""
+"""What makes a step faster or smaller and changes its result by rounding at most, switched on where it helps."""
 
 import os
 

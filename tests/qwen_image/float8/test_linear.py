@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwen_image.float8 import linear as float8
-from qwen_image.float8.linear import FLOAT8, Float8Linear, check_float8, keep_transposed, quantise_blocks, quantise_rows
+from qwen_image.float8.linear import FLOAT8, Float8Linear, check_float8, keep_transposed, quantize_blocks, quantize_rows
 from qwen_image.float8.weight import product_of_few_rows, scaled_product
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.model.prompt import Prompt
@@ -16,10 +16,10 @@ from train.step.fused_projection import FusedProjection, fuse_projections
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def tiny(tiny_model, dtype=torch.float32, quantised=True):
+def tiny(tiny_model, dtype=torch.float32, quantized=True):
     transformer = load_transformer(resolve_model(ModelSource(str(tiny_model)), ("transformer",)), dtype)
-    if quantised:
-        quantise_blocks(transformer)
+    if quantized:
+        quantize_blocks(transformer)
     return transformer
 
 
@@ -46,7 +46,7 @@ def layer(dtype, in_features=96, out_features=160):
     weight = torch.randn(out_features, in_features, generator=generator)
     weight *= torch.logspace(-3, 0, out_features)[:, None]
     made = Float8Linear(in_features, out_features, dtype)
-    made.quantise(weight)
+    made.quantize(weight)
     made.bias = torch.nn.Parameter(torch.randn(out_features, generator=generator).to(dtype), requires_grad=False)
     x = torch.randn(2, 7, in_features, generator=generator)
     x[1, 3, 5] = 3000
@@ -56,16 +56,16 @@ def layer(dtype, in_features=96, out_features=160):
 def test_a_value_is_off_by_a_sixteenth_at_most():
     values = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 50)[:, None]
     values[7] = 0
-    quantised, scale = quantise_rows(values)
-    assert quantised.dtype == FLOAT8 and scale.shape == (50, 1)
-    off = (quantised.double() * scale.double() - values.double()).abs()
+    quantized, scale = quantize_rows(values)
+    assert quantized.dtype == FLOAT8 and scale.shape == (50, 1)
+    off = (quantized.double() * scale.double() - values.double()).abs()
     # half a step of three mantissa bits; below the smallest normal number half of the smallest step, 2⁻⁹
     assert (off <= torch.maximum(values.double().abs() / 16, scale.double() * 2**-10) * (1 + 1e-6)).all()
-    assert (quantised.float().abs().amax(1)[values.abs().amax(1) > 0] == 448).all()
+    assert (quantized.float().abs().amax(1)[values.abs().amax(1) > 0] == 448).all()
     for bad in (float("nan"), float("inf")):
         values[3, 4] = bad
-        quantised, scale = quantise_rows(values)
-        assert (quantised.float() * scale)[3].isnan().any() and (quantised.float() * scale)[4:].isfinite().all()
+        quantized, scale = quantize_rows(values)
+        assert (quantized.float() * scale)[3].isnan().any() and (quantized.float() * scale)[4:].isfinite().all()
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["one layout", "both"])
@@ -76,17 +76,17 @@ def test_product_and_input_gradient(dtype, transposed):
     gradient = (torch.randn(2, 7, 160, generator=torch.Generator().manual_seed(2)) * 1e-9).to(dtype)
     output = made(x)
     output.backward(gradient)
-    dequantised = made.weight.double() * made.scale.double().t()
-    assert relative(dequantised, weight) < 0.03
+    dequantized = made.weight.double() * made.scale.double().t()
+    assert relative(dequantized, weight) < 0.03
 
     def rounded(values):
-        quantised, scale = quantise_rows(values)
-        return quantised.double() * scale.double()
+        quantized, scale = quantize_rows(values)
+        return quantized.double() * scale.double()
 
     exact = 1e-6 if dtype == torch.float32 else 4e-3
-    assert relative(output, rounded(x.detach()) @ dequantised.t() + made.bias.double()) < exact
+    assert relative(output, rounded(x.detach()) @ dequantized.t() + made.bias.double()) < exact
     scaled = rounded(gradient.float() * made.scale) / made.scale.double()
-    assert relative(x.grad, scaled @ dequantised) < exact
+    assert relative(x.grad, scaled @ dequantized) < exact
     assert relative(output - made.bias, x.detach().double() @ weight.t()) < 0.05
     assert relative(x.grad, gradient.double() @ weight) < 0.05
     assert made.weight.grad is None and output.dtype == x.grad.dtype == dtype
@@ -102,7 +102,7 @@ def test_few_tokens_on_a_gpu(tokens, in_features):
     """cuBLAS lacks some of these products; compiled without a length in mind they are the same."""
     generator = torch.Generator().manual_seed(2)
     made = Float8Linear(in_features, 3072)
-    made.quantise(torch.randn(3072, in_features, generator=generator) * in_features**-0.5)
+    made.quantize(torch.randn(3072, in_features, generator=generator) * in_features**-0.5)
     made.bias = torch.nn.Parameter(torch.randn(3072, generator=generator).bfloat16(), requires_grad=False)
     x = torch.randn(1, tokens, in_features, generator=generator).bfloat16()
     expected = made(x)
@@ -115,7 +115,7 @@ def test_few_tokens_on_a_gpu(tokens, in_features):
 def test_zero_rows_below_change_nothing(with_bias):
     generator = torch.Generator().manual_seed(3)
     left, right, bias = (torch.randn(*shape, generator=generator) for shape in ((5, 24), (7, 24), (7,)))
-    (left, left_scale), (right, right_scale) = quantise_rows(left), quantise_rows(right)
+    (left, left_scale), (right, right_scale) = quantize_rows(left), quantize_rows(right)
     arguments = left, left_scale, right, right_scale.t(), bias if with_bias else None, torch.bfloat16
     result = product_of_few_rows(*arguments)
     torch.testing.assert_close(result, scaled_product(*arguments))
@@ -129,8 +129,8 @@ def test_rows_of_their_own_cost_no_accuracy_and_protect_small_ones():
     made, weight, x = layer(torch.float32)
 
     def whole(values):
-        quantised, scale = quantise_rows(values.reshape(1, -1))
-        return (quantised.double() * scale.double()).view(values.shape)
+        quantized, scale = quantize_rows(values.reshape(1, -1))
+        return (quantized.double() * scale.double()).view(values.shape)
 
     for outlier, spoilt in ((3000, False), (3e6, True)):
         x.data[1, 3, 5] = outlier
@@ -181,7 +181,7 @@ def test_one_layout_or_two(tiny_model):
     assert one == [size, size]
     keep_transposed(transformer, 1)
     assert held() == [size, 2 * size]
-    expected = float8.float8_bytes(tiny(tiny_model, quantised=False), 1)
+    expected = float8.float8_bytes(tiny(tiny_model, quantized=False), 1)
     assert expected[0] == 2 * size and 3 * size < expected[1] < 3.2 * size
     keep_transposed(transformer, 2)
     assert held() == [size, size]
@@ -208,11 +208,11 @@ def test_fused_equals_separate(tiny_model):
     assert relative(of_x, gradients[0]) < 0.05  # gradients of three layers are rounded as one row
 
 
-def test_training_follows_the_unquantised_run(tiny_model):
+def test_training_follows_the_unquantized_run(tiny_model):
     """50 steps towards a velocity that a LoRA can reach: the loss falls by half, and float8 stays within 1 % of it."""
     curves = []
-    for quantised in (False, True):
-        transformer = tiny(tiny_model, quantised=quantised)
+    for quantized in (False, True):
+        transformer = tiny(tiny_model, quantized=quantized)
         inject_lora(transformer, LoraSpec((*ATTENTION, "proj_out", "img_mlp.net.2"), 8, 8.0))
         fuse_projections(transformer)
         target = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(5))
@@ -234,7 +234,7 @@ def test_sampling_and_peft_leave_the_base_alone(tiny_model):
     transformer = tiny(tiny_model, torch.bfloat16)
     with torch.no_grad():
         before = velocity(transformer, torch.bfloat16)
-    plain = velocity(tiny(tiny_model, torch.bfloat16, quantised=False), torch.bfloat16)
+    plain = velocity(tiny(tiny_model, torch.bfloat16, quantized=False), torch.bfloat16)
     assert 0 < relative(before, plain) < 0.1
     inject_lora(transformer, LoraSpec(("to_q", "net.2"), 4, 4.0, dropout=0.5), dtype=torch.bfloat16)
     assert {p.dtype for p in lora_parameters(transformer).values()} == {torch.bfloat16}

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen_image.float8 import linear as float8
 from qwen_image.float8 import mlp as float8_mlp
-from qwen_image.float8.linear import Float8Linear, keep_transposed, quantise_blocks
-from qwen_image.float8.mlp import quantised_gelu, quantised_gelu_gradient
-from qwen_image.float8.weight import FLOAT8, LARGEST, SMALLEST_SCALE, quantise_rows
+from qwen_image.float8.linear import Float8Linear, keep_transposed, quantize_blocks
+from qwen_image.float8.mlp import quantized_gelu, quantized_gelu_gradient
+from qwen_image.float8.weight import FLOAT8, LARGEST, SMALLEST_SCALE, quantize_rows
 from qwen_image.model.layers import FeedForward
 from tests.helpers.small_transformer import small_transformer
 from train.lora.inject import inject_lora, lora_parameters
@@ -56,7 +56,7 @@ def exact_gradient(gradient, y, scale):
     return y.grad * scale.double()
 
 
-def assert_quantises(values, scales, exact):
+def assert_quantizes(values, scales, exact):
     """values · scales are the exact values in float32's precision, with the largest of each row at 448."""
     largest = exact.abs().amax(1, keepdim=True)
     torch.testing.assert_close(scales.double(), (largest / LARGEST).clamp(min=SMALLEST_SCALE), rtol=1e-5, atol=0)
@@ -72,8 +72,8 @@ def test_kernels_equal_the_definition(count, width, dtype):
     """Two whole tiles, two equal ones, a masked one, the smallest, one column in the second tile."""
     y, gradient = rows(count, width).to(dtype), rows(count, width, 1, 1e-3).to(dtype)
     scale = torch.logspace(-8, 0, width)[None]
-    assert_quantises(*unrounded("gelu_kernel", y), F.gelu(y.double(), approximate="tanh"))
-    assert_quantises(*unrounded("gelu_gradient_kernel", gradient, y, scale), exact_gradient(gradient, y, scale))
+    assert_quantizes(*unrounded("gelu_kernel", y), F.gelu(y.double(), approximate="tanh"))
+    assert_quantizes(*unrounded("gelu_gradient_kernel", gradient, y, scale), exact_gradient(gradient, y, scale))
 
 
 @needs_kernel
@@ -81,11 +81,11 @@ def test_large_and_tiny_values():
     y = torch.tensor([[-1e4, -30, -6, -1e-3, 0, 1e-6, 7, 2e4], [-40, -20, -10, -5, -5e-5, -5e-9, -0.0, -3]])
     exact = F.gelu(y.double(), approximate="tanh")
     values, scales = unrounded("gelu_kernel", y)
-    assert_quantises(values, scales, exact)
+    assert_quantizes(values, scales, exact)
     near_zero = y[1:].abs() < 4
     torch.testing.assert_close((values * scales)[1:][near_zero].double(), exact[1:][near_zero], rtol=1e-5, atol=0)
     values, scales = unrounded("gelu_gradient_kernel", torch.ones_like(y), y, torch.ones(1, 8))
-    assert_quantises(values, scales, exact_gradient(torch.ones_like(y), y, torch.ones(1, 8)))
+    assert_quantizes(values, scales, exact_gradient(torch.ones_like(y), y, torch.ones(1, 8)))
 
 
 @needs_kernel
@@ -110,7 +110,7 @@ def test_what_is_not_finite_spoils_its_row_alone(bad, column):
 @needs_kernel
 def test_the_operators_are_registered_as_the_compiler_wants_them():
     y, gradient, scale = (x.to(DEVICE) for x in (rows(3, 96), rows(3, 96, 1), torch.ones(1, 96)))
-    for name, inputs in (("quantised_gelu", (y,)), ("quantised_gelu_gradient", (gradient, y, scale))):
+    for name, inputs in (("quantized_gelu", (y,)), ("quantized_gelu_gradient", (gradient, y, scale))):
         torch.library.opcheck(
             getattr(torch.ops.qwen_image, name), inputs, test_utils=("test_schema", "test_faketensor")
         )
@@ -122,9 +122,9 @@ def test_operators_equal_plain_operations(width):
     """The same float8 numbers but where float32 rounds across a boundary, at the size of the real model too."""
     y, gradient = rows(37, width).bfloat16(), rows(37, width, 1, 1e-6).bfloat16()
     scale = torch.logspace(-6, -3, width)[None]
-    plain = quantised_gelu(y), quantised_gelu_gradient(gradient, y, scale)
+    plain = quantized_gelu(y), quantized_gelu_gradient(gradient, y, scale)
     y, gradient, scale = y.cuda(), gradient.cuda(), scale.cuda()
-    ours = quantised_gelu(y), quantised_gelu_gradient(gradient, y, scale)
+    ours = quantized_gelu(y), quantized_gelu_gradient(gradient, y, scale)
     for (values, scales), (expected, expected_scales) in zip(ours, plain, strict=True):
         torch.testing.assert_close(scales.cpu(), expected_scales, rtol=1e-5, atol=0)
         values, expected = values.cpu().float(), expected.float()
@@ -133,12 +133,12 @@ def test_operators_equal_plain_operations(width):
 
 
 def feed_forward(dtype, dim=48, seed=0):
-    """A float8 MLP with all that `quantise_blocks` gives it."""
+    """A float8 MLP with all that `quantize_blocks` gives it."""
     generator = torch.Generator().manual_seed(seed)
     made = FeedForward(dim)
     for owner, name, (width, height) in ((made.net[0], "proj", (dim, 4 * dim)), (made.net, "2", (4 * dim, dim))):
         layer = Float8Linear(width, height, dtype)
-        layer.quantise(torch.randn(height, width, generator=generator) * width**-0.5)
+        layer.quantize(torch.randn(height, width, generator=generator) * width**-0.5)
         layer.bias = torch.nn.Parameter(torch.randn(height, generator=generator).to(dtype), requires_grad=False)
         setattr(owner, name, layer)
     made.fused = float8.fused_mlp
@@ -207,7 +207,7 @@ def test_only_the_inner_product_is_kept_for_the_backward_pass():
 
 def transformer_with(targets, fuse=True):
     transformer = small_transformer()
-    quantise_blocks(transformer, fuse=fuse)
+    quantize_blocks(transformer, fuse=fuse)
     inject_lora(transformer, LoraSpec(targets, 4, 8.0))
     for name, parameter in lora_parameters(transformer).items():
         if name.endswith("lora_B"):
@@ -274,10 +274,10 @@ def test_on_a_gpu_the_function_equals_the_layers(tokens, compiled):
 def test_plain_operations_are_the_definition():
     y, gradient, scale = rows(5, 96), rows(5, 96, 1), torch.logspace(-4, 0, 96)[None]
     for ours, exact in (
-        (quantised_gelu(y), F.gelu(y.double(), approximate="tanh")),
-        (quantised_gelu_gradient(gradient, y, scale), exact_gradient(gradient, y, scale)),
+        (quantized_gelu(y), F.gelu(y.double(), approximate="tanh")),
+        (quantized_gelu_gradient(gradient, y, scale), exact_gradient(gradient, y, scale)),
     ):
-        values, scales = quantise_rows(exact.float())
+        values, scales = quantize_rows(exact.float())
         assert ours[0].dtype == FLOAT8
         torch.testing.assert_close(ours[1], scales, rtol=1e-5, atol=0)
         assert (ours[0].float() != values.float()).float().mean() < 0.01

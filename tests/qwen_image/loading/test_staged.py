@@ -1,11 +1,11 @@
-"""Loading tensor by tensor: the same model as loading whole, and never much of it unquantised in memory."""
+"""Loading tensor by tensor: the same model as loading whole, and never much of it unquantized in memory."""
 
 import weakref
 
 import pytest
 import torch
 
-from qwen_image.float8.linear import FLOAT8, quantise_blocks
+from qwen_image.float8.linear import FLOAT8, quantize_blocks
 from qwen_image.loading import staged as staged_loading
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.loading.safetensors_ranges import RangeReader
@@ -33,7 +33,7 @@ def test_equal_to_loading_whole_bit_for_bit(files, base_float8, sigmas):
     if sigmas is not None:
         replace_by_table(whole, sigmas)
     if base_float8:
-        quantise_blocks(whole)
+        quantize_blocks(whole)
     staged = load_staged(files, torch.bfloat16, "cpu", base_float8=base_float8, sigmas=sigmas)
     expected, found = tensors_of(whole), tensors_of(staged)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -45,7 +45,7 @@ def test_equal_to_loading_whole_bit_for_bit(files, base_float8, sigmas):
         assert staged.modulation_table.replaced == whole.modulation_table.replaced > 0
 
 
-def test_little_is_unquantised_at_any_time(files, monkeypatch):
+def test_little_is_unquantized_at_any_time(files, monkeypatch):
     """Counted: every destination that threads read into, until nobody holds it."""
     alive, peak = {}, 0
 

@@ -85,12 +85,12 @@ def test_presets_are_merged_before_weights_are_rounded(tiny_model, tmp_path):
         torch.testing.assert_close(ours.get_submodule(name).weight, exact.get_submodule(name).weight)
     query = ours.get_submodule(layers[0])
     expected = Float8Linear(query.in_features, query.out_features)
-    expected.quantise(exact.get_submodule(layers[0]).weight)
+    expected.quantize(exact.get_submodule(layers[0]).weight)
     assert torch.equal(query.weight.float() * query.scale.t(), expected.weight.float() * expected.scale.t())
 
 
 def test_trainer_with_a_float8_base(tmp_path, capsys, monkeypatch):
-    """ZeRO-2 leaves float8 weights alone, the loss is the unquantised run's within 2 %, and resuming needs the same base."""
+    """ZeRO-2 leaves float8 weights alone, the loss is the unquantized run's within 2 %, and resuming needs the same base."""
     write_random_model(tmp_path / "model", layers=2, heads=2, text_dim=64)
     data = write_random_encoded(tmp_path / "data", 8, 64, 64, 9, 64)
     engines = []
