@@ -110,8 +110,11 @@ def test_a_broken_link_is_found(tmp_path: Path):
 
 
 def named_paths(text: str) -> set[str]:
-    """Paths of this project in a text (`train/lora/`, slurm/common.sh); URLs, patterns and placeholders are none."""
-    text = re.sub(r"https?://\S+", "", text)
+    """Paths of this project in a text (`train/lora/`, slurm/common.sh); URLs, patterns and placeholders are none.
+
+    Nor are those after `git log --`, which finds what is gone.
+    """
+    text = re.sub(r"https?://\S+|`git log[^`]*`", "", text)
     inside_a_word = r"(?<![\w./$<~-])"
     paths = re.findall(rf"{inside_a_word}\.?\w[\w.-]*(?:/[\w.*<>{{}}-]+)+/?", text)
     paths = [path for path in paths if (ROOT / path.split("/")[0]).is_dir() and ours(path.split("/")[0])]
