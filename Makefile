@@ -12,7 +12,7 @@ PEERS_STAMP := $(BENCH_SITE)/.installed
 KERNELS_SITE := .triton_site
 KERNELS_STAMP := $(KERNELS_SITE)/.installed
 KERNEL_TESTS := tests/qwen_image/model/test_joint_layout.py tests/qwen_image/model/test_low_rank_layout.py \
-  tests/qwen_image/float8/test_mlp.py
+  tests/qwen_image/kernels/test_written_arguments.py tests/qwen_image/float8/test_mlp.py
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
