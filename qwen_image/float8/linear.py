@@ -76,6 +76,12 @@ class Float8Linear(Linear):
         self.ones = torch.ones(1, weight.shape[1], dtype=torch.float32, device=weight.device)
         self.weight = nn.Parameter(data, requires_grad=False)
 
+    def allocate(self, device: torch.device) -> None:
+        """Uninitialized memory for what `quantise` would make: another process sends it."""
+        self.weight = nn.Parameter(torch.empty(self.weight.shape, dtype=FLOAT8, device=device), requires_grad=False)
+        self.scale = torch.empty(1, self.out_features, dtype=torch.float32, device=device)
+        self.ones = torch.ones(1, self.in_features, dtype=torch.float32, device=device)
+
     def keep_transposed(self, keep: bool) -> None:
         """Hold the weight in the backward pass's layout too: as much memory again, and no transposing at each step."""
         keep = keep and not self.fused
@@ -148,10 +154,11 @@ def keep_transposed(transformer: QwenImageTransformer, checkpointed_blocks: int)
 
     To be called whenever `transformer.checkpointed_blocks` changes; without float8, and the second time, it does nothing.
     """
+    streamed = () if transformer.block_stream is None else transformer.block_stream.blocks
     for index, block in enumerate(transformer.transformer_blocks):
         for module in block.modules():
             if callable(keep := getattr(module, "keep_transposed", None)):
-                keep(index >= checkpointed_blocks)
+                keep(index >= checkpointed_blocks and index not in streamed)  # a slot holds now this, now that block
 
 
 def float8_bytes(transformer: QwenImageTransformer, checkpointed_blocks: int) -> tuple[int, int]:

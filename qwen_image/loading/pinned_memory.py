@@ -3,9 +3,13 @@
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+ARENA_ALIGNMENT = 256  # bytes; for copies by DMA and vector loads
+ARENA_BYTES = 2 << 30  # pinned at once, while threads already read into the arena before
 
 
 def pinned_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -59,3 +63,28 @@ def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for tensor, data in zip(tensors, home, strict=True):
             tensor.data = data
+
+
+@dataclass
+class Arena:
+    """Memory of one kind in aligned pieces; page-locked memory is taken in large ones, because each locking takes long."""
+
+    device: torch.device
+    dtype: torch.dtype
+    pinned: bool
+    remaining: int  # elements that will still be taken, at most
+    _arena: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    _used: int = 0
+
+    def take(self, size: int) -> torch.Tensor:
+        """An uninitialised tensor of `size` elements."""
+        self.remaining -= size
+        if not self.pinned:
+            return torch.empty(size, dtype=self.dtype, device=self.device)
+        alignment = ARENA_ALIGNMENT // self.dtype.itemsize
+        start = -(-self._used // alignment) * alignment
+        if start + size > self._arena.numel():
+            elements = max(size, min(self.remaining + size, ARENA_BYTES // self.dtype.itemsize))
+            self._arena, start = pinned_memory(elements, self.dtype), 0
+        self._used = start + size
+        return self._arena[start : start + size]

@@ -3,15 +3,19 @@
     transformer = load_staged(files, torch.bfloat16, "cuda", base_float8=True, sigmas=[k / 1000 for k in range(1, 1001)])
 
 A tensor in the model's dtype lives only between the disk and what is made of it, so a float8 model of 13 GB never needs the
-41 GB of the bf16 one. Threads read ahead by STAGED_BYTES while the device works.
+41 GB of the bf16 one. Threads read ahead by one block while the device works. With `readers`, ranks that can reach the same
+files take turns: each block is read, merged and quantized by one of them and broadcast to the others, so each byte comes from
+the disk once.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from qwen_image.float8.linear import Float8Linear, use_float8
@@ -21,11 +25,50 @@ from qwen_image.loading.weights import empty_transformer, match_weights, replace
 from qwen_image.model.modulation import TableBuilder
 from qwen_image.model.transformer import QwenImageTransformer
 
-STAGED_BYTES = 512 << 20  # read ahead: a second of a fast disk, and more than the largest tensor (113 MB)
 TABULATED = ("img_mod", "txt_mod")
 BLOCKS = "transformer_blocks."
+OUTSIDE = -1  # stands for the number of a block: what is in none
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]  # a layer's full name and weight → what to use instead
+
+
+class Readers:
+    """The ranks of a process group as they share the reading: block i is number i mod size's.
+
+    `group`: None stands for this process alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+    def reads(self, block: int) -> bool:
+        return self.reader(block) == self.rank
+
+    def reader(self, block: int) -> int:
+        return max(block, 0) % self.size
+
+    def agree(self, block: int, problem: Exception | None) -> None:
+        """Raise on every rank what kept the reader of `block` from it; a collective."""
+        if self.group is None:
+            if problem is not None:
+                raise problem
+            return
+        told: list[Any] = [None if problem is None else (type(problem).__name__, str(problem))]
+        dist.broadcast_object_list(told, group=self.group, group_src=self.reader(block))
+        if problem is not None:
+            raise problem
+        if told[0] is not None:
+            kind, text = told[0]
+            raise {"FileNotFoundError": FileNotFoundError, "OSError": OSError}.get(kind, ValueError)(
+                f"{text} (on rank {dist.get_global_rank(self.group, self.reader(block))})"
+            )
+
+    def share(self, block: int, values: torch.Tensor) -> None:
+        """Broadcast what the reader of `block` has, contiguous, into everybody's `values`."""
+        if self.group is not None:
+            assert values.is_contiguous()
+            dist.broadcast(values.view(-1).view(torch.uint8), group=self.group, group_src=self.reader(block))
 
 
 def load_staged(
@@ -37,6 +80,8 @@ def load_staged(
     sigmas: Iterable[float] | None = None,
     change: Change | None = None,
     progress: bool = False,
+    readers: Readers | None = None,
+    finished: Callable[[QwenImageTransformer, int], None] | None = None,
 ) -> QwenImageTransformer:
     """The frozen transformer on `device`, in evaluation mode.
 
@@ -44,72 +89,107 @@ def load_staged(
         base_float8: quantize the blocks' projections and MLPs (qwen_image/float8/linear.py).
         sigmas: put a modulation table for them in the place of the modulation layers; None: keep the layers.
         change: applied to each linear layer's weight, in `dtype`, before anything else is made of it.
+        readers: the ranks that read together; all of them must call this, a collective.
+        finished: called with each block that is complete, in order; what it does with the block's weights is its own matter.
 
     Raises ValueError when names or shapes are another model's, before any weight is read.
     """
+    device, readers = torch.device(device), readers or Readers()
     transformer = empty_transformer(files)
     stored = match_weights(transformer, files["transformer"].weights)
     linear = {f"{name}.weight" for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     if base_float8:
         use_float8(transformer, dtype)
-    outside = [name for name in stored if not name.startswith(BLOCKS)]
-    inside = [name for name in stored if name.startswith(BLOCKS)]
-    total = sum(tensor.numel * tensor.dtype.itemsize for tensor in stored.values())
+    names: dict[int, list[str]] = {block: [] for block in (OUTSIDE, *range(transformer.config.num_layers))}
+    for name in stored:  # in the files' order within a block
+        names[_block(name)].append(name)
+    own = [block for block in names if readers.reads(block)]
+    total = sum(stored[name].numel * stored[name].dtype.itemsize for block in own for name in names[block])
     with RangeReader(progress, total) as reader:
-        stage = Stage(transformer, change, linear)
+        stage = Stage(transformer, change, linear, device, dtype)
+        later = iter(own)
 
-        def read(names: list[str]) -> None:
-            for name in names:
+        def read_ahead() -> None:
+            for name in names.get(next(later, -2), ()):
                 values = torch.empty(stored[name].shape, dtype=dtype, device=device)
-                stage.add(name, values, reader.read(stored[name], values))
-            stage.drain()
+                stage.waiting.append((name, values, reader.read(stored[name], values)))
 
-        read(outside)
-        if sigmas is not None:
-            stage.builder = TableBuilder(transformer, sigmas)
-        read(sorted(inside, key=_block))  # stable: the files' order within a block
+        read_ahead()
+        for block in names:
+            problem: Exception | None = None
+            if readers.reads(block):
+                try:
+                    read_ahead()
+                    stage.finish(len(names[block]))
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                    problem = error
+            readers.agree(block, problem)
+            stage.complete(block, readers)
+            if block == OUTSIDE and sigmas is not None:
+                stage.builder = TableBuilder(transformer, sigmas)
+            if block != OUTSIDE and finished is not None:
+                finished(transformer, block)
     if stage.builder is not None:
         stage.builder.finish()
     return transformer.eval()
 
 
 def _block(name: str) -> int:
-    return int(name.split(".")[1])
+    return int(name.split(".")[1]) if name.startswith(BLOCKS) else OUTSIDE
 
 
 @dataclass
 class Stage:
-    """Tensors on their way from the disk, oldest first; what is complete is put into the transformer."""
+    """Tensors on their way from the disk, oldest first; what has arrived is put into the transformer."""
 
     transformer: QwenImageTransformer
     change: Change | None
     linear: set[str]  # names of linear layers' weights
+    device: torch.device
+    dtype: torch.dtype
     builder: TableBuilder | None = None
     waiting: deque[tuple[str, torch.Tensor, list[Future[None]]]] = field(default_factory=deque)
 
-    def add(self, name: str, values: torch.Tensor, arriving: list[Future[None]]) -> None:
-        """`values` will be full when all of `arriving` is done."""
-        self.waiting.append((name, values, arriving))
-        while sum(values.numel() * values.element_size() for _, values, _ in self.waiting) > STAGED_BYTES:
-            self._finish_oldest()
+    def finish(self, count: int) -> None:
+        """Wait for the `count` oldest tensors."""
+        for _ in range(count):
+            name, values, arriving = self.waiting.popleft()
+            for future in arriving:
+                future.result()
+            if self.change is not None and name in self.linear:
+                values = self.change(name.removesuffix(".weight"), values)
+            layer = self.transformer.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, Float8Linear) and name.endswith(".weight"):
+                layer.quantize(values)
+            else:
+                replace_parameter(self.transformer, name, nn.Parameter(values, requires_grad=False))
 
-    def drain(self) -> None:
-        while self.waiting:
-            self._finish_oldest()
-
-    def _finish_oldest(self) -> None:
-        name, values, arriving = self.waiting.popleft()
-        for future in arriving:
-            future.result()
-        if self.change is not None and name in self.linear:
-            values = self.change(name.removesuffix(".weight"), values)
-        layer = self.transformer.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, Float8Linear) and name.endswith(".weight"):
-            layer.quantize(values)
+    def complete(self, block: int, readers: Readers) -> None:
+        """Give every rank what one of them read of a block, its modulation as columns of the table."""
+        if block == OUTSIDE:
+            for name, part in self.transformer.named_children():
+                if name + "." != BLOCKS:
+                    self._share(part, block, readers)
             return
-        replace_parameter(self.transformer, name, nn.Parameter(values, requires_grad=False))
-        if self.builder is not None and name.split(".")[2] in TABULATED:
-            block = self.transformer.get_submodule(BLOCKS + name.split(".")[1])
-            parts = [parameter for part in TABULATED for parameter in block.get_submodule(part).parameters()]
-            if not any(parameter.is_meta for parameter in parts):
-                self.builder.add_block(_block(name))
+        module = self.transformer.transformer_blocks[block]
+        if self.builder is not None:
+            columns = self.builder.columns(block) if readers.reads(block) else self.builder.room(self.device)
+            readers.share(block, columns)
+            self.builder.add_block(block, columns)
+        self._share(module, block, readers)
+
+    def _share(self, module: nn.Module, block: int, readers: Readers) -> None:
+        if readers.group is None:
+            return
+        quantized = [layer for layer in module.modules() if isinstance(layer, Float8Linear)]
+        for layer in quantized:
+            if layer.weight.is_meta:
+                layer.allocate(self.device)
+        for name, parameter in list(module.named_parameters()):
+            if parameter.is_meta:
+                values = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
+                parameter = nn.Parameter(values, requires_grad=False)
+                replace_parameter(module, name, parameter)
+            readers.share(block, parameter.data)
+        for layer in quantized:
+            readers.share(block, layer.scale)

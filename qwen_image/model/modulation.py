@@ -37,13 +37,22 @@ class TableBuilder:
         self.rows[:, 12 * self.blocks * self.width :] = final
 
     @torch.no_grad()
-    def add_block(self, index: int) -> None:
-        """Compute the columns of block `index` and drop its weights."""
+    def columns(self, index: int) -> torch.Tensor:
+        """The table's columns of block `index` from its weights: [time inputs, 12·D] on their device."""
         block = self.transformer.transformer_blocks[index]
         assert isinstance(block, Block)
-        rows = [torch.cat(block.modulation(temb), dim=-1).flatten(1) for temb in self.embedded]
+        return torch.cat([torch.cat(block.modulation(temb), dim=-1).flatten(1) for temb in self.embedded])
+
+    def room(self, device: torch.device) -> torch.Tensor:
+        """Uninitialized columns, for what another process computes."""
+        return torch.empty(len(self.times), 12 * self.width, dtype=self.rows.dtype, device=device)
+
+    def add_block(self, index: int, columns: torch.Tensor | None = None) -> None:
+        """Put in the `columns` of block `index` (None: compute them) and drop the weights that they stand for."""
+        block = self.transformer.transformer_blocks[index]
+        assert isinstance(block, Block)
         width = 12 * self.width
-        self.rows[:, index * width : (index + 1) * width] = torch.cat(rows)
+        self.rows[:, index * width : (index + 1) * width] = self.columns(index) if columns is None else columns
         self._drop(block.img_mod, block.txt_mod)
 
     def finish(self) -> int:

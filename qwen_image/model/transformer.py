@@ -12,6 +12,7 @@ the blocks (so that a table can replace it), and the last block skips the text h
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,18 @@ from qwen_image.model.sizes import TransformerConfig
 
 # Modules of the last block that only feed its unused text output: they get no gradient, so LoRA must not target them.
 DEAD_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+
+
+class BlockSource(Protocol):
+    """Brings the weights of `blocks` to the device, where they don't stay (qwen_image/streaming/block_stream.py)."""
+
+    blocks: list[int]
+
+    def enter(self, block: int) -> None:
+        """Before block number `block` computes."""
+
+    def leave(self, block: int, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """After it: its outputs, to be used from here on."""
 
 
 class Block(nn.Module):
@@ -83,6 +96,7 @@ class QwenImageTransformer(nn.Module):
         saved_inputs: a context around each of these that decides where their inputs wait for the backward pass.
         draws_random_numbers: in its blocks (a LoRA's dropout), which recomputing must draw again.
         dense_padding: padded text costs no attention mask (qwen_image/model/attention.py); off, it costs a masked kernel.
+        block_stream: brings the weights of blocks that don't stay on the device; None: all do.
         modulation_table: stands in for the modulation layers (qwen_image/model/modulation_table.py); None: they are computed.
     """
 
@@ -95,6 +109,7 @@ class QwenImageTransformer(nn.Module):
         self.draws_random_numbers = False
         self.dynamic_lengths = False
         self.dense_padding = True
+        self.block_stream: BlockSource | None = None
         self.modulation_table: ModulationTable | None = None
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
         self.txt_norm = RMSNorm(config.joint_attention_dim)
@@ -131,6 +146,8 @@ class QwenImageTransformer(nn.Module):
         keep = None if prompt_mask is None else F.pad(prompt_mask, (0, image.shape[1]), value=True)
         for index, block in enumerate(self.transformer_blocks):
             assert isinstance(block, Block)
+            if self.block_stream is not None:
+                self.block_stream.enter(index)
             if self.dynamic_lengths:
                 mark_lengths(image, text, rotary, keep)
             streams = block.modulation(temb) if modulation is None else modulation.blocks[index].unbind()
@@ -142,6 +159,8 @@ class QwenImageTransformer(nn.Module):
                     )
             else:
                 image, text = block(*arguments)
+            if self.block_stream is not None:
+                image, text = self.block_stream.leave(index, image, text)
         scale, shift = final.chunk(2, dim=-1)
         image = F.layer_norm(image, image.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
         return self.proj_out(image)

@@ -6,7 +6,6 @@ where they stay, so that loading needs no communication, each byte is read once 
 more), and the peak is the rank's share.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,13 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from qwen_image.loading.model_files import ModelFiles
-from qwen_image.loading.pinned_memory import pinned_memory
+from qwen_image.loading.pinned_memory import Arena
 from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor
 from qwen_image.loading.weights import empty_transformer, match_weights, replace_parameter
 from qwen_image.model.transformer import QwenImageTransformer
-
-ARENA_ALIGNMENT = 256  # bytes; for copies by DMA and vector loads
-ARENA_BYTES = 2 << 30  # pinned at once, while threads already read into the arena before
 
 
 def load_partitioned(
@@ -65,7 +61,7 @@ def _load(
     init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype)
     world = dist.get_world_size()
     offload = deepspeed_config["zero_optimization"].get("offload_param") or {}
-    home = Home(
+    home = Arena(
         device=torch.device("cpu") if offload.get("device") == "cpu" else init.local_device,
         dtype=dtype,
         pinned=bool(offload.get("pin_memory")) and init.local_device.type == "cuda",
@@ -90,7 +86,7 @@ def share_of(numel: int, world: int) -> int:
     return -(-numel // world)
 
 
-def partition(init: Any, parameter: Any, home: "Home") -> None:
+def partition(init: Any, parameter: Any, home: Arena) -> None:
     """Make a DeepSpeed parameter of `parameter` whose partition, still unfilled, lies in `home`.
 
     What DeepSpeed 0.19.8 does in Init._partition_param when it partitions for the first time, without a whole tensor.
@@ -126,28 +122,3 @@ def read_part(reader: RangeReader, stored: StoredTensor, part: torch.Tensor, ran
     part[real:].zero_()
     if real:
         reader.read(stored, part[:real], first)
-
-
-@dataclass
-class Home:
-    """Where partitions of `dtype` stay. Pinned host memory comes in arenas."""
-
-    device: torch.device
-    dtype: torch.dtype
-    pinned: bool
-    remaining: int  # elements that will still be taken, at most
-    _arena: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    _used: int = 0
-
-    def take(self, size: int) -> torch.Tensor:
-        """An uninitialised tensor of `size` elements."""
-        self.remaining -= size
-        if not self.pinned:
-            return torch.empty(size, dtype=self.dtype, device=self.device)
-        alignment = ARENA_ALIGNMENT // self.dtype.itemsize
-        start = -(-self._used // alignment) * alignment
-        if start + size > self._arena.numel():
-            elements = max(size, min(self.remaining + size, ARENA_BYTES // self.dtype.itemsize))
-            self._arena, start = pinned_memory(elements, self.dtype), 0
-        self._used = start + size
-        return self._arena[start : start + size]

@@ -199,7 +199,19 @@ class FusedProjection(nn.Module):
 
 
 def side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The rows of all weights in one tensor; float8 too, which torch.cat does not know everywhere."""
+    """The rows of all weights in one tensor; float8 too, which torch.cat does not know everywhere.
+
+    Weights that lie side by side already (those of a streamed block do) are not copied: the tensor is a view of them.
+    """
+    first, end = weights[0], weights[0].data_ptr()
+    rows = sum(len(weight) for weight in weights)
+    for weight in weights:
+        if not weight.is_contiguous() or weight.data_ptr() != end:
+            break
+        end += weight.numel() * weight.itemsize
+    else:
+        if first.untyped_storage().data_ptr() == weights[-1].untyped_storage().data_ptr():
+            return first.as_strided((rows, first.shape[1]), (first.shape[1], 1)).data
     if weights[0].itemsize > 1:
         return torch.cat(list(weights))
     return torch.cat([weight.view(torch.uint8) for weight in weights]).view(weights[0].dtype)

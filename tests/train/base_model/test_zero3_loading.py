@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from demo.random_model import write_random_model
 from qwen_image.loading.model_files import ModelSource, resolve_model
+from qwen_image.loading.pinned_memory import Arena
 from tests.helpers.forked_ranks import run_ranks
-from train.base_model.zero3_loading import Home, load_partitioned
+from train.base_model.zero3_loading import load_partitioned
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -126,10 +127,10 @@ def test_pinned_partitions_lie_in_arenas(monkeypatch: pytest.MonkeyPatch) -> Non
         taken.append(elements)
         return torch.empty(elements, dtype=dtype)
 
-    monkeypatch.setattr("train.base_model.zero3_loading.pinned_memory", pinned)
-    monkeypatch.setattr("train.base_model.zero3_loading.ARENA_BYTES", 2000)
+    monkeypatch.setattr("qwen_image.loading.pinned_memory.pinned_memory", pinned)
+    monkeypatch.setattr("qwen_image.loading.pinned_memory.ARENA_BYTES", 2000)
     sizes = [300, 5, 640, 2000, 7]
-    home = Home(torch.device("cpu"), torch.bfloat16, pinned=True, remaining=sum(sizes))
+    home = Arena(torch.device("cpu"), torch.bfloat16, pinned=True, remaining=sum(sizes))
     parts = [home.take(size) for size in sizes]
     for number, part in enumerate(parts):
         part.fill_(number)

@@ -1,0 +1,1 @@
+"""The frozen blocks as a stream: their matrices lie elsewhere and are on the device while their block computes."""
