@@ -1,5 +1,6 @@
 """The full-size transformer with random weights, made where it is used: nothing is read from a disk."""
 
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ def drawn_instead_of_read() -> Iterator[None]:
     add = staged_loading.Stage.add
 
     def draw(stage: staged_loading.Stage, name: str, values: torch.Tensor, arriving: list[Future[None]]) -> None:
+        torch.manual_seed(zlib.crc32(name.encode()))  # the same weights whichever rank draws them, in whichever order
         fill(name, values)
         add(stage, name, values, arriving)
 

@@ -112,7 +112,7 @@ def load_staged(
         def read_ahead() -> None:
             for name in names.get(next(later, -2), ()):
                 values = torch.empty(stored[name].shape, dtype=dtype, device=device)
-                stage.waiting.append((name, values, reader.read(stored[name], values)))
+                stage.add(name, values, reader.read(stored[name], values))
 
         read_ahead()
         for block in names:
@@ -149,6 +149,10 @@ class Stage:
     dtype: torch.dtype
     builder: TableBuilder | None = None
     waiting: deque[tuple[str, torch.Tensor, list[Future[None]]]] = field(default_factory=deque)
+
+    def add(self, name: str, values: torch.Tensor, arriving: list[Future[None]]) -> None:
+        """`values` will be full when all of `arriving` is done."""
+        self.waiting.append((name, values, arriving))
 
     def finish(self, count: int) -> None:
         """Wait for the `count` oldest tensors."""
