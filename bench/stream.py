@@ -107,6 +107,7 @@ def measure(module: FlowMatchingModule, size: int, repeats: int, device: torch.d
         loss = module(latents, noise, torch.tensor([SIGMA]), prompt).mean()
         loss.backward()
         if world > 1:
+            assert flat.grad is not None
             dist.all_reduce(flat.grad)
             flat.grad.div_(world)
         optimizer.step()

@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 
+from demo.random_model import write_random_model
 from qwen_image.float8.linear import FLOAT8, quantize_blocks
-from qwen_image.loading import staged as staged_loading
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.loading.safetensors_ranges import RangeReader
 from qwen_image.loading.staged import load_staged
@@ -45,7 +45,7 @@ def test_equal_to_loading_whole_bit_for_bit(files, base_float8, sigmas):
         assert staged.modulation_table.replaced == whole.modulation_table.replaced > 0
 
 
-def test_little_is_unquantized_at_any_time(files, monkeypatch):
+def test_little_is_unquantized_at_any_time(tmp_path, monkeypatch):
     """Counted: every destination that threads read into, until nobody holds it."""
     alive, peak = {}, 0
 
@@ -59,16 +59,18 @@ def test_little_is_unquantized_at_any_time(files, monkeypatch):
 
     plain = RangeReader.read
     monkeypatch.setattr(RangeReader, "read", read)
-    budget = 200_000
-    monkeypatch.setattr(staged_loading, "STAGED_BYTES", budget)
+    write_random_model(tmp_path / "model", layers=10, heads=1, text_dim=64)
+    files = resolve_model(ModelSource(str(tmp_path / "model")), ("transformer",))
     transformer = load_staged(files, torch.bfloat16, "cpu", base_float8=True, sigmas=GRID)
     kept = sum(p.nbytes for p in transformer.parameters() if p.dtype != FLOAT8)
     whole = load_transformer(files, torch.bfloat16)
     sizes = {name: p.nbytes for name, p in whole.named_parameters()}
-    block = sum(size for name, size in sizes.items() if name.startswith("transformer_blocks.0.") and "_mod." in name)
+    block = sum(size for name, size in sizes.items() if name.startswith("transformer_blocks.0."))
     outside = sum(size for name, size in sizes.items() if "transformer_blocks" not in name)
-    assert peak <= max(kept, outside) + budget + max(sizes.values()) + 2 * block
-    assert peak < 0.65 * sum(sizes.values())  # else this says nothing
+    assert (
+        peak <= max(kept, outside) + 3 * block
+    )  # one is made into what it becomes, one is read, one may not be freed yet
+    assert peak < 0.4 * sum(sizes.values())  # else this says nothing
 
 
 def test_a_change_comes_before_rounding(files):
