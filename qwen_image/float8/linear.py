@@ -77,7 +77,7 @@ class Float8Linear(Linear):
         self.weight = nn.Parameter(data, requires_grad=False)
 
     def allocate(self, device: torch.device) -> None:
-        """Uninitialized memory for what `quantise` would make: another process sends it."""
+        """Uninitialized memory for what `quantize` would make: another process sends it."""
         self.weight = nn.Parameter(torch.empty(self.weight.shape, dtype=FLOAT8, device=device), requires_grad=False)
         self.scale = torch.empty(1, self.out_features, dtype=torch.float32, device=device)
         self.ones = torch.ones(1, self.in_features, dtype=torch.float32, device=device)
