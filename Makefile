@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 BENCH_ARGS ?=
 BENCH_SITE := .bench_site
 PEERS_STAMP := $(BENCH_SITE)/.installed
@@ -13,21 +14,21 @@ KERNELS_SITE := .triton_site
 KERNELS_STAMP := $(KERNELS_SITE)/.installed
 KERNEL_TESTS := tests/qwen_image/model/test_joint_layout.py tests/qwen_image/model/test_low_rank_layout.py \
   tests/qwen_image/kernels/test_written_arguments.py tests/qwen_image/float8/test_mlp.py
+GPU_TESTS := $(shell grep -rl --include='test_*.py' cuda tests | sort)
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels check lint types format bench-data bench-loader bench-step bench-command
+.PHONY: help setup demo test test-gpu test-kernels check lint types format bench-data bench-loader bench-step bench-command
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## virtual environment with everything (done by the others when needed)
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed: make PYTHON=python3.12 …" >&2; exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -38,7 +39,12 @@ demo: $(STAMP)  ## photos -> shards -> latents -> LoRA -> sample images, with a 
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python demo/run.py --output_path $(DEMO_OUTPUT)
 
 test: $(STAMP)  ## all tests but the slow ones
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)  ## what needs a GPU; adds a line with date, card, versions and outcome to bench/gpu_tests.log
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "error: torch finds no GPU here" >&2; exit 2; }
+	$(BIN)/python -m pytest -p tests.helpers.gpu_log $(GPU_TESTS) $(PYTEST_ARGS)
 
 test-kernels: $(KERNELS_STAMP) $(STAMP)  ## the Triton kernels without a GPU, in Triton's interpreter; sets it up in .triton_site
 	TRITON_INTERPRET=1 PYTHONPATH="$(abspath $(KERNELS_SITE))" $(BIN)/python -m pytest $(KERNEL_TESTS)
@@ -70,9 +76,10 @@ bench-command: $(STAMP)  ## what the real command gives on this machine's GPU: a
 
 check: lint types test  ## what CI runs
 
-lint: $(STAMP)  ## ruff: rules and format
+lint: $(STAMP)  ## ruff: rules and format; shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck slurm/*.sh .ci/run
 
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy

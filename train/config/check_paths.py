@@ -8,6 +8,16 @@ from pathlib import Path
 
 from train.config.train_config import TrainConfig
 
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"  # of the checkout, or of the installed package
+
+
+def find_deepspeed(path: Path) -> Path:
+    """`path`; or, where there is no such file, this project's own of that name (`zero2.json`, `ds_configs/zero2.json`)."""
+    ours = DS_CONFIGS / path.name
+    if not path.exists() and path.parent in (Path(), Path("ds_configs")) and ours.is_file():
+        return ours
+    return path
+
 
 def check_paths(config: TrainConfig) -> None:
     """Look at every path of `config` before anything heavy is read; creates nothing.
@@ -15,7 +25,8 @@ def check_paths(config: TrainConfig) -> None:
     Raises FileNotFoundError, NotADirectoryError or PermissionError with one line that names the option and the path.
     """
     if not config.deepspeed.is_file():
-        raise FileNotFoundError(f"deepspeed: no file at {config.deepspeed} (ds_configs/ holds four to choose from)")
+        ours = ", ".join(f"ds_configs/{path.name}" for path in sorted(DS_CONFIGS.glob("*.json")))
+        raise FileNotFoundError(f"deepspeed: no file at {config.deepspeed}; this project brings {ours}")
     check_model(config)
     if config.lora_checkpoint is not None and not config.lora_checkpoint.is_file():
         raise FileNotFoundError(f"lora_checkpoint: no file at {config.lora_checkpoint}")

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from train.config.check_paths import find_deepspeed
 from train.config.train_config import COMMA_LISTS, HEADINGS, HINTS, REQUIRED, TrainConfig
 from train.config.typed_fields import FlagParser, add_flag, convert, did_you_mean, read_yaml
 
@@ -65,4 +67,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     missing = [f"--{name}" for name in REQUIRED if name not in values]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}: give the flag, or the name in a file for --config")
+    given, values["deepspeed"] = values["deepspeed"], find_deepspeed(values["deepspeed"])
+    if values["deepspeed"] != given and os.environ.get("RANK", "0") == "0":
+        print(f"deepspeed: no {given} here, so this project's own is taken: {values['deepspeed']}")
     return TrainConfig(**values)

@@ -242,7 +242,7 @@ PATH_ERRORS: list[tuple[dict[str, str], str]] = [
     ({"revision": "main"}, "revision (main) belongs to a hub id"),
     ({"data": "{}/none"}, "data: no folder at"),
     ({"data": "{}/model"}, "data: no shards in"),
-    ({"deepspeed": "{}/none.json"}, "deepspeed: no file at"),
+    ({"deepspeed": "{}/none.json"}, "none.json; this project brings ds_configs/zero2.json, ds_configs/zero2_offload"),
     ({"lora_checkpoint": "{}/none"}, "lora_checkpoint: no file at"),
     ({"resume": "{}/none"}, "resume: no checkpoint at"),
     ({"vae_path": "{}/*.bin"}, "vae_path: nothing matches"),
@@ -256,6 +256,20 @@ def test_a_wrong_path_is_named(files: dict[str, Path], tmp_path: Path, changes: 
     with pytest.raises((OSError, ValueError), match=re.escape(message)) as caught:
         check_paths(make_config(**files | options))
     assert "\n" not in str(caught.value)
+
+
+def test_the_projects_own_deepspeed_files_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("zero2.json", "ds_configs/zero3_offload.json"):
+        found = parse([*REQUIRED, "--deepspeed", name]).deepspeed
+        assert found.is_file() and found.name == Path(name).name
+        assert capsys.readouterr().out == f"deepspeed: no {name} here, so this project's own is taken: {found}\n"
+    (tmp_path / "zero2.json").touch()
+    for name in ("zero2.json", "elsewhere/zero2.json", "ds_configs/zero9.json", str(tmp_path / "zero3.json")):
+        assert parse([*REQUIRED, "--deepspeed", name]).deepspeed == Path(name)
+    assert not capsys.readouterr().out
 
 
 def test_a_folder_without_permission_is_named(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
