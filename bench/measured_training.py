@@ -58,10 +58,11 @@ def watched(
     from bench.random_transformer import drawn_instead_of_read
     from bench.run_watch import Watch
     from train import train_lora
+    from train.config.command_line import parse
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    watch = Watch(profiled)
+    watch = Watch(parse(list(flags)).max_steps or 0, profiled)
     start = time.perf_counter()
     with watch.installed(), drawn_instead_of_read() if hollow else nullcontext():
         code = train_lora.main(list(flags))

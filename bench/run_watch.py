@@ -14,15 +14,16 @@ class Watch:
     """One run of train_lora.py seen from outside, by hooks around the engine, the compiler and the CUDA graphs.
 
     Args:
+        total: optimizer steps of the run.
         profiled: so many last steps run under torch.profiler (device activity alone), on a GPU.
     """
 
-    def __init__(self, profiled: int) -> None:
+    def __init__(self, total: int, profiled: int) -> None:
         import torch
 
         self.cuda = torch.cuda.is_available()
         self.profiled = profiled if self.cuda else 0
-        self.total = 0
+        self.total = total
         self.began = time.perf_counter()
         self.first_step_after: float | None = None
         self.engine: Any = None
@@ -41,18 +42,17 @@ class Watch:
         import torch._dynamo.callback as dynamo
 
         import train.engine.deepspeed_engine
-        import train.fit.activation_checkpointing
+        import train.fit.fit_step
         from train.step.cuda_graphs import StepGraphs
 
         initialize, plan, capture = (
             train.engine.deepspeed_engine.initialize,
-            train.fit.activation_checkpointing.plan_recomputation,
+            train.fit.fit_step.plan_checkpointing,
             StepGraphs.capture,
         )
 
-        def watched_initialize(module: Any, config: Any, *arguments: Any) -> Any:
-            self.total = config.max_steps or 0
-            self.engine = initialize(module, config, *arguments)
+        def watched_initialize(*arguments: Any) -> Any:
+            self.engine = initialize(*arguments)
             self.engine.forward = self._forward(self.engine.forward)
             self.engine.step = self._step(self.engine.step)
             return self.engine
@@ -73,7 +73,7 @@ class Watch:
         try:
             with (
                 patch.object(train.engine.deepspeed_engine, "initialize", watched_initialize),
-                patch.object(train.fit.activation_checkpointing, "plan_recomputation", watched_plan),
+                patch.object(train.fit.fit_step, "plan_checkpointing", watched_plan),
                 patch.object(StepGraphs, "capture", watched_capture),
             ):
                 yield
@@ -150,7 +150,7 @@ class Watch:
         }
         if self.plan is not None:
             predicted = self.plan.predicted
-            result["recomputed"], result["blocks"] = self.plan.recomputed, self.plan.blocks
+            result["recomputed"], result["blocks"] = self.plan.checkpointed_blocks, self.plan.blocks
             result["predicted_gib"] = None if predicted is None else predicted / 2**30
         if self.cuda:
             free, total = torch.cuda.mem_get_info()

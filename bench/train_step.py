@@ -66,16 +66,13 @@ def our_step(
 
     from bench.random_transformer import random_transformer
     from qwen_image.float8.linear import keep_transposed, quantize_blocks
-    from qwen_image.kernel_check import distrust_kernels
     from qwen_image.model.modulation import replace_by_table
     from qwen_image.model.prompt import Prompt
     from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
     from train.data.batch_shapes import BatchShape
-    from train.fit.activation_checkpointing import plan_recomputation
-    from train.lora.inject import inject_lora
+    from train.fit.activation_checkpointing import plan_checkpointing
     from train.lora.spec import LoraSpec
-    from train.step.flow_matching_module import FlowMatchingModule
-    from train.step.fused_projection import fuse_projections
+    from train.step.build import StepOptions, build_step
     from train.step.speedups import choose_workspaces
 
     choose_workspaces(device, deterministic=False)
@@ -84,24 +81,28 @@ def our_step(
     height, width, batch = size
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = random_transformer(layers, device, dtype)
-    for warning in distrust_kernels(transformer.config, dtype, device, "float8" in words):
-        print("…", warning, flush=True)
     if "direct" not in words:
         replace_by_table(transformer, [k / 1000 for k in range(1, 1001)])
     if "float8" in words:
         quantize_blocks(transformer, fuse="unfused" not in words)
-    inject_lora(transformer, LoraSpec(ATTENTION, 32, 32.0), dtype=dtype)
+    transformer.dense_padding = "masked" not in words
+    options = StepOptions(
+        dtype=dtype,
+        lora_dtype=dtype,
+        device=device,
+        float8="float8" in words,
+        fuse="separate" not in words,
+        compile="eager" not in words and device.type == "cuda",
+        dynamic="static" not in words,
+        checkpointed_blocks=layers if "full" in words else layers // 2 if "half" in words else 0,
+    )
+    module, _, lines = build_step(transformer, LoraSpec(ATTENTION, 32, 32.0), options)
+    print(*(f"… {line}" for line in lines), sep="\n", flush=True)
+    if "onelayout" in words:
+        keep_transposed(transformer, layers)
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
             parameter.data.normal_(0, 0.02)
-    if "separate" not in words:
-        fuse_projections(transformer)
-    transformer.checkpointed_blocks = layers if "full" in words else layers // 2 if "half" in words else 0
-    keep_transposed(transformer, layers if "onelayout" in words else transformer.checkpointed_blocks)
-    transformer.dense_padding = "masked" not in words
-    if "eager" not in words and device.type == "cuda":
-        transformer.compile_blocks(dynamic="static" not in words)
-    module = FlowMatchingModule(transformer, "none", dtype)
     latents = torch.randn(batch, LATENT_CHANNELS, 1, height // VAE_FACTOR, width // VAE_FACTOR, device=device)
     noise = torch.randn_like(latents)
     sigma = torch.tensor([0.3 + 0.5 * i / batch for i in range(batch)]).mul(1000).round() / 1000
@@ -114,7 +115,7 @@ def our_step(
     if "auto" in words:
         moments = 2 * sum(p.numel() * p.element_size() for p in trained)
         shape = BatchShape(batch, height, width, text, padding > 0)
-        plan = plan_recomputation("auto", module, shape, moments, 2, device)
+        plan = plan_checkpointing("auto", module, shape, moments, False, device)
         print("…", *plan.lines(), flush=True)
     through_engine = engine_step(module, (latents, noise, sigma, prompt), batch) if "engine" in words else None
     if device.type == "cuda" and "launched" not in words:
@@ -149,8 +150,9 @@ def engine_step(module: FlowMatchingModule, arguments: tuple[Any, ...], batch: i
     import torch
 
     from train.config.command_line import parse
-    from train.config.deepspeed_json import load_deepspeed_config
+    from train.config.zero_plan import ZeroPlan
     from train.engine.deepspeed_engine import initialize
+    from train.engine.optimizer import AdamW
     from train.process.ranks import join_process_group
 
     settings = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
@@ -158,7 +160,7 @@ def engine_step(module: FlowMatchingModule, arguments: tuple[Any, ...], batch: i
     flags = f"--model - --data - --output_path - --batch_size {batch} --dtype {dtype}".split()
     config = parse(["--deepspeed", str(settings), *flags])
     ranks = join_process_group()
-    engine = initialize(module, config, load_deepspeed_config(config.deepspeed, config, ranks.world))
+    engine = initialize(module, AdamW.from_config(config), ZeroPlan.from_config(config, ranks.world))
 
     def step() -> torch.Tensor:
         loss = engine(*arguments).mean()

@@ -11,20 +11,33 @@ lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Ex
 start again to go on).
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import time
-from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files.shown import one_line, tolerant_output
 from train.config.check_paths import check_paths
 from train.config.command_line import parse
 from train.config.train_config import TrainConfig
+from train.process.exit_codes import BAD_INPUT, DONE, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED
 from train.process.out_of_memory import memory_ran_out
 
-BAD_INPUT = 2
-NOT_FINITE = 3
-OUT_OF_MEMORY = 4
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from train.base_model.online_encoder import OnlineEncoder
+    from train.data.batch import Batch
+    from train.data.worker_loader import Batches
+    from train.fit.activation_checkpointing import PeakWatch
+    from train.process.preemption import Preemption
+    from train.saving.checkpoints import Checkpoints, Resumed
+    from train.saving.lora_export import LoraExport
+    from train.watching.metrics import Metrics
+    from train.watching.sample_images import Preview
+    from train.watching.validation import Validation
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,37 +70,26 @@ def tell(error: str) -> None:
 
 def train(config: TrainConfig) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
-    import torch
-
-    from qwen_image.float8.linear import keep_transposed
-    from qwen_image.model.dtypes import DTYPES
+    from train.base_model.base_plan import BasePlan
     from train.base_model.load_pipeline import load_pipeline
-    from train.base_model.load_transformer import check_base, read_presets
     from train.base_model.online_encoder import OnlineEncoder
-    from train.config.deepspeed_json import load_deepspeed_config, warnings
-    from train.data.batch_shapes import batch_shapes, largest_batch, text_padding
-    from train.data.from_config import make_loader, make_order, open_data, sigma_sampling
-    from train.data.sample_order import steps_of
+    from train.config.zero_plan import ZeroPlan
+    from train.data.from_config import RunData
     from train.engine.deepspeed_engine import initialize
-    from train.engine.lr_scheduler import learning_rate, set_learning_rate
-    from train.engine.optimizer_state import trainable_shapes
-    from train.fit.activation_checkpointing import PeakWatch, plan_recomputation
-    from train.fit.cuda_graphs_choice import start_graphs
-    from train.fit.memory_plan import engine_bytes, memory_plan, planned_sizes
-    from train.lora.inject import inject_lora, start_from
-    from train.lora.lora_file import read_lora
+    from train.engine.optimizer import AdamW
+    from train.fit.cheapest_change import check_memory
+    from train.fit.fit_step import fit_step
+    from train.fit.memory_plan import Setup
+    from train.flow.timestep_sampling import SigmaSampling
     from train.lora.spec import LoraSpec
     from train.process.determinism import seed_everything
-    from train.process.preemption import PREEMPTED, Preemption
+    from train.process.preemption import Preemption
     from train.process.ranks import join_process_group
-    from train.saving.checkpoints import Checkpoints, check_same
+    from train.saving.checkpoints import Checkpoints
     from train.saving.lora_export import LoraExport
-    from train.saving.run_folder import needed_bytes, prepare_run_folder
-    from train.step.flow_matching_module import FlowMatchingModule
-    from train.step.offload_activations import ActivationOffload
-    from train.step.speedups import apply_speedups, choose_workspaces, shapes_met
-    from train.watching.late_row import LateRow
-    from train.watching.loss_watch import LossWatch
+    from train.saving.run_folder import prepare_run_folder
+    from train.step.build import StepOptions, build_step
+    from train.step.speedups import choose_workspaces
     from train.watching.metrics import Metrics
     from train.watching.sample_images import Preview
     from train.watching.validation import Validation
@@ -96,185 +98,174 @@ def train(config: TrainConfig) -> int:
     ranks = join_process_group()
     choose_workspaces(ranks.device, config.deterministic)
     preemption = Preemption()
-    deepspeed_config = load_deepspeed_config(config.deepspeed, config, ranks.world)
-    for warning in warnings(deepspeed_config):
-        ranks.say(f"warning: {warning}")
-    seed_everything(config)
-    dataset = open_data(config, ranks.say)
-    if config.text_padding is None:
-        config = replace(config, text_padding=text_padding(config, dataset, ranks.device))
-    order = make_order(config, dataset)
-    accumulation = config.gradient_accumulation_steps
-    global_batch = config.batch_size * accumulation * ranks.world
-    total_steps = config.max_steps or 0
-    if not total_steps:
-        assert order is not None, "only a run with an order knows epochs"
-        total_steps = steps_of(config.num_epochs or 1, order.length, ranks.world, accumulation)
+    zero = ZeroPlan.from_config(config, ranks.world)
+    ranks.say(*zero.warnings())
+    seed_everything(config.seed, config.deterministic)
+    data = RunData.from_config(config, ranks)
     spec = LoraSpec.from_config(config)
-    for line in check_base(config, deepspeed_config, spec, ranks.device):
-        ranks.say(line)
-    presets = read_presets(config)
-    sizes = planned_sizes(config, deepspeed_config, spec)
-    disk_bytes = needed_bytes(config, sizes.trainable, total_steps)
-    plan = memory_plan(config, deepspeed_config, sizes, dataset, ranks)
-    for line in plan.lines():
-        ranks.say(line)
-    versions = prepare_run_folder(config, deepspeed_config, disk_bytes) if ranks.is_main else {}
-    checkpoints = Checkpoints(
-        config.output_path, config.keep_checkpoints, config.keep_every, config.on_save_error, ranks.say
-    )
-    resumed = checkpoints.find(config.resume)
+    base = BasePlan.from_config(config, zero, spec)
+    ranks.say(*base.lines(ranks.device))
+    setup = Setup.from_config(config, zero, spec, base, data, ranks)
+    memory = check_memory(setup, ranks)
+    facts = prepare_run_folder(config, zero.settings, setup.trainable, data.steps, data.decided, ranks.is_main)
+    checkpoints = Checkpoints.from_config(config, ranks.say)
+    found = checkpoints.find(config.resume)
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
-    pipeline = load_pipeline(config, deepspeed_config, dataset, ranks, plan.encoders, spec, presets)
-    options = config.max_prompt_tokens, config.text_multiple, ranks.device, plan.encoders == "swap"
-    encoder = OnlineEncoder(pipeline.vae, pipeline.text_encoder, *options)
-    preview = Preview(config, pipeline, encoder, ranks)
-    transformer = pipeline.transformer
-    assert transformer is not None
-    adapted = inject_lora(transformer, spec, config.seed, DTYPES[config.trained_dtype])
-    if config.lora_checkpoint is not None:
-        filled = start_from(transformer, read_lora(config.lora_checkpoint, transformer), spec)
-        ranks.say(f"starting from {config.lora_checkpoint}: {filled} of {len(adapted)} layers")
-    speedups = apply_speedups(config, pipeline, spec, deepspeed_config["zero_optimization"]["stage"], ranks.device)
-    transformer.checkpointed_blocks = sizes.checkpointed_blocks
-    keep_transposed(transformer, sizes.checkpointed_blocks)
-    if config.offload_activations:
-        transformer.saved_inputs = ActivationOffload(ranks.device)
-    module = FlowMatchingModule(transformer, config.loss_weighting, DTYPES[config.dtype])
-    engine = initialize(module, config, deepspeed_config)
-    export = LoraExport(config, spec, pipeline, dataset, ranks)
-    validation = Validation(dataset, encoder, ranks.rank, ranks.world, ranks.device)
+    pipeline = load_pipeline(base, zero, data.dataset, memory.encoders, ranks)
+    encoder = OnlineEncoder.of(pipeline, data, memory.encoders)
+    preview = Preview.from_config(config, pipeline, encoder, ranks)
+    options = StepOptions.from_config(config, zero, ranks.device, setup.checkpointed_blocks)
+    assert pipeline.transformer is not None
+    step = build_step(pipeline.transformer, spec, options, ranks.say)
+    engine = initialize(step.module, AdamW.from_config(config), zero)
+    export = LoraExport.from_config(config, spec, pipeline.files, data.dataset.fingerprint, ranks)
+    validation = Validation(data.dataset, encoder, ranks.rank, ranks.world, ranks.device)
 
-    # ── Going on where an earlier run stopped ─────────────────────────────────────────────────────────────────────────
-    facts = {
-        "model": {"transformer": pipeline.files.fingerprint("transformer")}
-        | ({"presets": [preset.identity() for preset in presets]} if presets else {})
-        | ({"base_precision": config.base_precision} if config.base_precision != "dtype" else {}),
-        "lora": spec.to_dict(),
-        "data": dataset.fingerprint,
-        "order": {"loader": "webdataset"} if order is None else order.state(),
-        "global_batch": global_batch,
-        "config": config.to_dict(),
-    }
-    step = consumed = 0
-    if resumed is not None:
-        same_data = check_same(resumed, facts, config.resume_ignore_data, ranks.say)
-        checkpoints.load(engine, resumed)
-        step = resumed.step
-        consumed = resumed.client["consumed"] if same_data else 0
-        ranks.say(f"resumed from {resumed.path}")
-        if step < total_steps and config.save_steps and step % config.save_steps == 0:
-            export.write(engine, step)  # a kill may have come between the checkpoint and this file
-
-    # ── What is about to happen, in numbers ───────────────────────────────────────────────────────────────────────────
-    trainable = sum(torch.Size(shape).numel() for shape in trainable_shapes(engine).values())
-    epochs = ""
-    if order is not None:
-        ranks.say(order.summary())
-        epochs = f", {total_steps * global_batch / config.batch_size / order.length:.2f} epochs"
-    ranks.say(
-        f"{total_steps} steps of {global_batch} samples ({ranks.world} ranks × {accumulation} accumulated × "
-        f"{config.batch_size}){epochs}"
-    )
-    ranks.say(
-        f"LoRA of rank {spec.rank}, scale {spec.scale:g}, on {len(adapted)} layers: {trainable:,} trainable parameters"
-    )
-    largest = largest_batch(config, dataset)
-    added = engine_bytes(deepspeed_config, trainable, config, ranks.world, resumed is not None)
-    stage = deepspeed_config["zero_optimization"]["stage"]
-    recomputation = plan_recomputation(config.activation_checkpointing, module, largest, added, stage, ranks.device)
-    shapes, left = batch_shapes(config, dataset, config.text_multiple).shapes, (total_steps - step) * accumulation
-    graphs = start_graphs(config, module, largest, shapes, left, stage, ranks.device)
-    for line in [*speedups, *recomputation.lines(), *graphs]:
-        ranks.say(line)
+    # ── Going on where an earlier run stopped; then numbers, and what is fastest that fits ────────────────────────────
+    identity = base.identity(pipeline.files) | spec.identity() | data.identity() | config.identity(**data.decided)
+    resumed = checkpoints.resume(engine, found, identity, config.resume_ignore_data)
+    if 0 < resumed.step < data.steps:
+        export.write_again(engine, resumed.step)
+    ranks.say(*data.lines(), spec.line(len(step.adapted), setup.trainable))
+    fit = fit_step(config, setup, step.module, data, resumed.step, ranks.device)
+    ranks.say(*step.lines, *fit.lines)
 
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    own = resumed is not None and resumed.path.resolve().is_relative_to(checkpoints.folder.resolve())
-    wandb_id = resumed.client.get("wandb_id") if resumed is not None and own else None  # no other run's
-    shown = {**versions, "trainable": trainable}
-    metrics = Metrics(config, total_steps, global_batch, step, ranks.rank, shown, wandb_id)
-    sampling = sigma_sampling(config, pipeline)
-    loader = make_loader(config, dataset, order, sampling, ranks, consumed, metrics.say)
+    facts |= data.decided | {"trainable": setup.trainable}
+    sizes = data.steps, data.global_batch, resumed.step
+    metrics = Metrics.from_config(config, *sizes, ranks.rank, facts, resumed.wandb_id)
+    loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.say)
+    loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, fit.peak_watch(metrics.say), preemption)
+    return loop.run(Outputs(validation, preview, export, checkpoints, identity))
 
-    def due(every: int) -> bool:
-        return step == total_steps or (every > 0 and step % every == 0)
 
-    def validate() -> None:
-        if len(validation):
-            with metrics.paused():
-                metrics.record(step, validation_loss=validation.loss(module))
+class Outputs(NamedTuple):
+    """What a run writes every so many steps; `identity` is what a checkpoint remembers of the run."""
 
-    def save_checkpoint() -> None:
-        with metrics.paused():
-            state = {"consumed": loader.consumed, "loss": watch.state(), "wandb_id": metrics.wandb_id}
-            checkpoints.save(engine, step, facts | state)
+    validation: Validation
+    preview: Preview
+    export: LoraExport
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
 
-    batches = iter(loader)
-    written_every = config.validate_every, config.sample_every, config.save_steps, config.checkpoint_every
-    watch = LossWatch(metrics.say, ranks.device, resumed.client.get("loss") if resumed is not None else None)
-    peak = PeakWatch(recomputation, largest, ranks.device, metrics.say)
-    late: LateRow | None = None
-    if step == 0:
-        validate()
-    engine.train()
-    while step < total_steps:
-        for _ in range(accumulation):
+
+class Loop:
+    """Optimizer steps, and what is watched and written between them.
+
+    Attributes:
+        step: optimizer steps done, those before a resumed run began included.
+        total_steps: of the whole run.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        total_steps: int,
+        resumed: Resumed,
+        engine: Any,
+        encoder: OnlineEncoder,
+        loader: Batches,
+        metrics: Metrics,
+        peak: PeakWatch,
+        preemption: Preemption,
+    ) -> None:
+        from train.engine.lr_scheduler import LearningRate
+        from train.watching.loss_watch import LossWatch
+
+        self.config, self.total_steps, self.step = config, total_steps, resumed.step
+        self.engine, self.encoder, self.loader, self.metrics = engine, encoder, loader, metrics
+        self.peak, self.preemption = peak, preemption
+        self.learning_rate = LearningRate.from_config(config, total_steps)
+        self.watch = LossWatch(metrics.say, engine.device, resumed.loss)
+
+    def run(self, outputs: Outputs) -> int:
+        """Train until the last step is done, one is not finite, or the run is asked to leave; returns the exit code."""
+        config, metrics, watch = self.config, self.metrics, self.watch
+        written_every = config.validate_every, config.sample_every, config.save_steps, config.checkpoint_every
+        batches, code = iter(self.loader), DONE
+        if self.step == 0:
+            self.validate(outputs.validation)
+        self.engine.train()
+        while self.step < self.total_steps and code == DONE:
+            self.optimizer_step(batches)
+            leave = self.preemption.agreed() and self.step < self.total_steps
+            writes = leave or any(map(self.due, written_every))
+            if not watch.took(all_steps=writes) and config.on_nonfinite == "stop":
+                code = NOT_FINITE
+                break
+            self.loader.stepped()
+            metrics.advance()
+            if self.due(config.log_steps):
+                rate, norm = self.learning_rate.at(self.step - 1), self.engine.get_global_grad_norm()
+                metrics.log(self.step, loss=watch.mean(), lr=rate, grad_norm=norm, epoch=self.loader.epoch)
+            if writes:
+                metrics.flush()
+                self.write(outputs, leave)
+            if leave:
+                code = PREEMPTED
+        return self.end(outputs.export, code)
+
+    def optimizer_step(self, batches: Iterator[Batch]) -> None:
+        """Forward and backward pass of each micro-batch, then AdamW. Waits for nothing."""
+        import torch
+
+        for _ in range(self.config.gradient_accumulation_steps):
             batch = next(batches)
-            latents, prompt = encoder(batch)
-            if config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
-                torch.manual_seed(config.seed * 1_000_003 + batch.place)
-            losses = engine(latents, batch.noise, batch.sigma, prompt)
-            engine.backward(losses.mean())
-            watch.saw(batch, losses)
-            peak.saw(latents, prompt)
-            set_learning_rate(engine, learning_rate(step, config, total_steps))
-            engine.step()
-        step += 1
-        watch.stepped(step, engine)
-        leave = preemption.agreed() and step < total_steps
-        writes = leave or any(due(every) for every in written_every)
-        if not watch.took(all_steps=writes) and config.on_nonfinite == "stop":
-            export.finish()
-            metrics.close()
-            return NOT_FINITE
-        loader.stepped()
-        metrics.advance()
+            latents, prompt = self.encoder(batch)
+            if self.config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
+                torch.manual_seed(self.config.seed * 1_000_003 + batch.place)
+            losses = self.engine(latents, batch.noise, batch.sigma, prompt)
+            self.engine.backward(losses.mean())
+            self.watch.saw(batch, losses)
+            self.peak.saw(latents, prompt)
+            self.learning_rate.set(self.engine, self.step)
+            self.engine.step()
+        self.step += 1
+        self.watch.stepped(self.step, self.engine)
 
-        if late is not None:
-            late.write(metrics)
-            late = None
-        if due(config.log_steps):
-            rate, norm = learning_rate(step - 1, config, total_steps), engine.get_global_grad_norm()
-            late = LateRow.of(step, loss=watch.mean(), lr=rate, grad_norm=norm, epoch=loader.epoch)
-        if late is not None and writes:
-            late.write(metrics)
-            late = None
-        if due(config.validate_every):
-            validate()
-        if due(config.sample_every):
-            with metrics.paused():
-                grid = preview.write(step)
+    def due(self, every: int) -> bool:
+        """Whether what comes `every` so many steps (0: at the end only) comes now."""
+        return self.step == self.total_steps or (every > 0 and self.step % every == 0)
+
+    def write(self, outputs: Outputs, leave: bool) -> None:
+        """What is due at this step, in this order; a checkpoint always when the run leaves."""
+        if self.due(self.config.validate_every):
+            self.validate(outputs.validation)
+        if self.due(self.config.sample_every):
+            with self.metrics.paused():
+                grid = outputs.preview.write(self.step)
                 if grid is not None:
-                    metrics.image(step, "samples", grid)
-        if due(config.save_steps) and step < total_steps:
-            with metrics.paused():
-                export.write(engine, step)
-        if leave or due(config.checkpoint_every):
-            save_checkpoint()
-        if leave:
-            export.finish()
-            metrics.say(f"asked to leave: checkpoint of step {step} saved, exit code {PREEMPTED}")
-            metrics.close()
-            return PREEMPTED
+                    self.metrics.image(self.step, "samples", grid)
+        if self.due(self.config.save_steps) and self.step < self.total_steps:
+            with self.metrics.paused():
+                outputs.export.write(self.engine, self.step)
+        if leave or self.due(self.config.checkpoint_every):
+            with self.metrics.paused():
+                progress = {"consumed": self.loader.consumed, "loss": self.watch.state()}
+                state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id}
+                outputs.checkpoints.save(self.engine, self.step, state)
 
-    # ── The result ────────────────────────────────────────────────────────────────────────────────────────────────────
-    peak.tell()
-    path = export.write_final(engine, step)
-    metrics.say("; ".join([f"LoRA of step {step}: {path}", *shapes_met(module)]))
-    metrics.close()
-    loader.close()
-    return 0
+    def validate(self, validation: Validation) -> None:
+        if len(validation):
+            with self.metrics.paused():
+                self.metrics.record(self.step, validation_loss=validation.loss(self.engine.module))
+
+    def end(self, export: LoraExport, code: int) -> int:
+        """The one ending: the LoRA if the run is done, files that are being written, a last line, then all is closed."""
+        from train.step.speedups import shapes_met
+
+        lines = {PREEMPTED: f"asked to leave: checkpoint of step {self.step} saved, exit code {PREEMPTED}"}
+        if code == DONE:
+            self.peak.tell()
+            path = export.write_final(self.engine, self.step)
+            lines[DONE] = "; ".join([f"LoRA of step {self.step}: {path}", *shapes_met(self.engine.module)])
+        export.finish()
+        if code in lines:
+            self.metrics.say(lines[code])
+        self.metrics.close()
+        self.loader.close()
+        return code
 
 
 if __name__ == "__main__":

@@ -1,72 +1,65 @@
 """The frozen pipeline of a run: which components it needs, and whether its data was made for it."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from data_prep.encoding.encoder_facts import LATENTS, PROMPTS, check_encoding
 from qwen_image.loading.model_files import (
     ModelSource,
     resolve_model,
-    transformer_config,
 )
 from qwen_image.loading.pinned_memory import pin
-from qwen_image.model.dtypes import DTYPES
 from qwen_image.pipeline import QwenImagePipeline
+from train.base_model.base_plan import BasePlan
 from train.base_model.load_transformer import load_base
 from train.base_model.online_encoder import EncoderPlace
-from train.config.train_config import TrainConfig
+from train.config.zero_plan import ZeroPlan
 from train.data.sample import DataSet
-from train.lora.preset_loras import Preset
-from train.lora.spec import LoraSpec
 from train.process.ranks import Ranks
 
 
 def load_pipeline(
-    config: TrainConfig,
-    deepspeed_config: dict[str, Any],
+    base: BasePlan,
+    zero: ZeroPlan,
     dataset: DataSet,
-    ranks: Ranks,
     encoder_place: EncoderPlace,
-    spec: LoraSpec,
-    presets: Sequence[Preset],
+    ranks: Ranks,
 ) -> QwenImagePipeline:
     """The transformer, and both encoders when the shards hold images; these go where `encoder_place` says.
 
     Raises ValueError when the shards were encoded for another model, before weights are read.
     """
-    source, dtype = ModelSource.from_options(config), DTYPES[config.dtype]
+    source = base.source
     files = resolve_model(source, ("transformer", "scheduler"))
     if dataset.encoded:
-        check_data(config, dataset, transformer_config(files).joint_attention_dim)
+        check_data(source, dataset, base.empty.config.joint_attention_dim)
     pipeline = QwenImagePipeline.from_pretrained(
         source,
         components=() if dataset.encoded else ("text_encoder", "vae"),
-        dtype=dtype,
+        dtype=base.dtype,
         device=ranks.device if encoder_place == "device" else "cpu",
     )
     if encoder_place == "swap" and pipeline.vae is not None and pipeline.text_encoder is not None:
         pipeline.vae.to(ranks.device)
         if ranks.device.type == "cuda":
             pin(pipeline.text_encoder.language_model)
-    transformer = load_base(config, deepspeed_config, files, pipeline.schedule, spec, presets, ranks)
+    transformer = load_base(base, zero, files, pipeline.schedule, ranks)
     return replace(pipeline, transformer=transformer, files=files)
 
 
-def check_data(config: TrainConfig, dataset: DataSet, prompt_width: int) -> None:
+def check_data(source: ModelSource, dataset: DataSet, prompt_width: int) -> None:
     """Refuse encoded shards of another model: by their conventions, the prompts' width, and the encoders if at hand."""
     encoding = dataset.manifest.encoding or {}
     own: dict[str, str] = {"latents": LATENTS, "prompts": PROMPTS}
     for component in ("vae", "text_encoder"):
         try:
-            files = resolve_model(ModelSource.from_options(config), (component,), local_only=True)
+            files = resolve_model(source, (component,), local_only=True)
             own[component] = files.fingerprint(component)
         except FileNotFoundError:
             continue  # training needs no encoder, so it may well lie elsewhere
-    check_encoding(config.data, encoding, own, config.model)
+    check_encoding(dataset.name, encoding, own, source.model)
     assert dataset.empty_prompt is not None
     if dataset.empty_prompt.shape[1] != prompt_width:
         raise ValueError(
-            f"{config.data}: prompt embeddings are {dataset.empty_prompt.shape[1]} wide, but {config.model} takes "
+            f"{dataset.name}: prompt embeddings are {dataset.empty_prompt.shape[1]} wide, but {source.model} takes "
             f"{prompt_width}: the shards were encoded for another model"
         )

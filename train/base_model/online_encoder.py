@@ -9,7 +9,9 @@ from qwen_image.encoders.text_encoder import TextEncoder
 from qwen_image.encoders.vae import VAE, pixels_from_uint8
 from qwen_image.loading.pinned_memory import lent
 from qwen_image.model.prompt import Prompt
+from qwen_image.pipeline import QwenImagePipeline
 from train.data.batch import STORED_DTYPE, Batch
+from train.data.from_config import RunData
 
 EncoderPlace = Literal["device", "swap", "cpu"]  # on the device, in host memory but lent to it, on the CPU for good
 
@@ -25,7 +27,7 @@ class OnlineEncoder:
         vae: VAE | None,
         text_encoder: TextEncoder | None,
         max_prompt_tokens: int,
-        text_multiple: int,
+        text_padding: int,
         device: torch.device,
         swap: bool = False,
     ):
@@ -34,7 +36,13 @@ class OnlineEncoder:
         self.device = device
         self.swap = swap
         self.max_prompt_tokens = max_prompt_tokens
-        self.text_multiple = text_multiple
+        self.text_padding = text_padding
+
+    @classmethod
+    def of(cls, pipeline: QwenImagePipeline, data: RunData, place: EncoderPlace) -> "OnlineEncoder":
+        """Of the pipeline's encoders, if it has them, which lie at `place`."""
+        options = data.options.max_prompt_tokens, data.text_padding, torch.device(data.reading.device)
+        return cls(pipeline.vae, pipeline.text_encoder, *options, swap=place == "swap")
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, Prompt]:
         """Latents [B, 16, 1, H/8, W/8] and the padded prompt, both in STORED_DTYPE."""
@@ -45,7 +53,7 @@ class OnlineEncoder:
         assert batch.pixels is not None
         latents = self.vae.encode(pixels_from_uint8(batch.pixels)).to(self.device, STORED_DTYPE)
         embeds = self.encode_prompts(batch.captions)
-        return latents, Prompt.from_list([item.to(STORED_DTYPE) for item in embeds], self.text_multiple)
+        return latents, Prompt.from_list([item.to(STORED_DTYPE) for item in embeds], self.text_padding)
 
     def encode_prompts(self, captions: list[str]) -> list[torch.Tensor]:
         """One [T_i, D] a caption, on `device`."""

@@ -17,12 +17,13 @@ from qwen_image.loading.pinned_memory import Arena
 from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor
 from qwen_image.loading.weights import empty_transformer, match_weights, replace_parameter
 from qwen_image.model.transformer import QwenImageTransformer
+from train.config.zero_plan import ZeroPlan
 
 
 def load_partitioned(
-    files: ModelFiles, dtype: torch.dtype, deepspeed_config: dict[str, Any], progress: bool = False
+    files: ModelFiles, dtype: torch.dtype, zero: ZeroPlan, progress: bool = False
 ) -> QwenImageTransformer:
-    """The frozen transformer, partitioned over all ranks as `deepspeed_config` says, ready for LoRA and the engine.
+    """The frozen transformer, partitioned over all ranks as `zero` says, ready for LoRA and the engine.
 
     Partitions lie on the GPU, or in host memory (pinned if asked) with offload_param. A collective at its end, so that
     all ranks raise what one of them met: ValueError for another model's or damaged files, MemoryError, OSError.
@@ -30,7 +31,7 @@ def load_partitioned(
     problem: Exception | None = None
     transformer: QwenImageTransformer | None = None
     try:
-        transformer = _load(files, dtype, deepspeed_config, progress)
+        transformer = _load(files, dtype, zero, progress)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         problem = error
     raise_together(problem)
@@ -50,21 +51,18 @@ def raise_together(problem: Exception | None) -> None:
             raise kind(f"{other[1]} (on rank {rank})")
 
 
-def _load(
-    files: ModelFiles, dtype: torch.dtype, deepspeed_config: dict[str, Any], progress: bool
-) -> QwenImageTransformer:
+def _load(files: ModelFiles, dtype: torch.dtype, zero: ZeroPlan, progress: bool) -> QwenImageTransformer:
     import deepspeed
 
     transformer = empty_transformer(files)
     stored = match_weights(transformer, files["transformer"].weights)
     # Not entered as a context: that would patch torch's constructors. Only its conversion of a parameter is used.
-    init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype)
+    init = deepspeed.zero.Init(config_dict_or_path=zero.settings, dtype=dtype)
     world = dist.get_world_size()
-    offload = deepspeed_config["zero_optimization"].get("offload_param") or {}
     home = Arena(
-        device=torch.device("cpu") if offload.get("device") == "cpu" else init.local_device,
+        device=torch.device("cpu") if zero.offload_param else init.local_device,
         dtype=dtype,
-        pinned=bool(offload.get("pin_memory")) and init.local_device.type == "cuda",
+        pinned=zero.pin_param and init.local_device.type == "cuda",
         remaining=sum(share_of(tensor.numel, world) for tensor in stored.values()),
     )
     groups = [world] + ([init.num_ranks_in_param_group] if init.zero_param_process_group is not None else [])

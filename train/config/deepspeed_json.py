@@ -236,6 +236,3 @@ def warnings(settings: dict[str, Any]) -> list[str]:
     if zero["stage"] == 3 and values.get("zero_optimization.stage3_param_persistence_threshold") != 0:
         lines.append("stage3_param_persistence_threshold is not 0: small tensors are gathered one by one at each step")
     return lines
-
-
-PARTITIONED = 3  # the ZeRO stage that spreads frozen weights over the ranks

@@ -247,11 +247,6 @@ class TrainConfig:
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
 
     @property
-    def text_multiple(self) -> int:
-        """Prompts are padded to a multiple of so many tokens. On a GPU train_lora.py fills text_padding in."""
-        return self.text_padding or 1
-
-    @property
     def trained_dtype(self) -> Literal["bfloat16", "float32"]:
         """Type of the LoRA weights in the forward pass: `lora_dtype`, or `dtype`."""
         return self.dtype if self.lora_dtype is None else self.lora_dtype
@@ -271,20 +266,27 @@ class TrainConfig:
         """Optimizer steps between two sets of sample images; 0 = at the end only."""
         return self.save_steps if self.sample_steps is None else self.sample_steps
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values (str, int, float, bool, list, None), for YAML, JSON and W&B."""
+    def to_dict(self, **decided: Any) -> dict[str, Any]:
+        """The fields as plain values (str, int, float, bool, list, None), for YAML, JSON and W&B.
+
+        `decided` stands in for options that were left open and that the run has decided.
+        """
         plain: dict[str, Any] = {}
         for name in HINTS:
-            value = getattr(self, name)
+            value = decided.get(name, getattr(self, name))
             plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         return plain
 
-    def to_yaml(self) -> str:
+    def identity(self, **decided: Any) -> dict[str, Any]:
+        """What a checkpoint remembers of the options: others are allowed when it is resumed, but told. JSON."""
+        return {"config": self.to_dict(**decided)}
+
+    def to_yaml(self, **decided: Any) -> str:
         """The resolved configuration as a file for `--config`: reading it back gives an equal configuration."""
         import yaml
 
         lines: list[str] = []
-        for name, value in self.to_dict().items():
+        for name, value in self.to_dict(**decided).items():
             if name in HEADINGS:
                 lines.append(f"{'' if not lines else chr(10)}# {HEADINGS[name]}\n")
             lines.append(yaml.safe_dump({name: value}, allow_unicode=True, width=10_000))

@@ -57,9 +57,9 @@ class Batch:
 
 
 def collate(
-    samples: Sequence[Sample], draws: Sequence[Draws], empty_prompt: torch.Tensor | None = None, text_multiple: int = 1
+    samples: Sequence[Sample], draws: Sequence[Draws], empty_prompt: torch.Tensor | None = None, text_padding: int = 1
 ) -> dict[str, Any]:
-    """The fields of Batch from `keys` to `prompt_mask`; prompts are padded to a multiple of `text_multiple` tokens."""
+    """The fields of Batch from `keys` to `prompt_mask`; prompts are padded to a multiple of `text_padding` tokens."""
     drop = [draw.drop_caption for draw in draws]
     batch: dict[str, Any] = {
         "keys": [sample.key for sample in samples],
@@ -74,7 +74,7 @@ def collate(
         return batch | {"pixels": torch.stack([s.pixels for s in samples if s.pixels is not None])}
     assert empty_prompt is not None, "encoded samples need the embedding of the empty caption"
     prompts = [empty_prompt if d else s.prompt_embeds for s, d in zip(samples, drop, strict=True)]
-    embeds, mask = Prompt.from_list([prompt for prompt in prompts if prompt is not None], text_multiple)
+    embeds, mask = Prompt.from_list([prompt for prompt in prompts if prompt is not None], text_padding)
     latents = torch.stack([s.latent for s in samples if s.latent is not None]).unsqueeze(2)
     return batch | {"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask}
 
@@ -85,7 +85,7 @@ def make_batch(
     epoch: int,
     indices: Sequence[int],
     draw: DrawSample,
-    text_multiple: int = 1,
+    text_padding: int = 1,
     attempts: int = ATTEMPTS,
 ) -> Batch:
     """The micro-batch that `Order.micro_batch(place)` gave as (epoch, indices): a pure function, in whatever process.
@@ -98,7 +98,7 @@ def make_batch(
     width, height = samples[0].width, samples[0].height
     latent_shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
     draws = [draw(epoch, int(index), latent_shape) for index in indices]
-    tensors = collate(samples, draws, dataset.empty_prompt, text_multiple)
+    tensors = collate(samples, draws, dataset.empty_prompt, text_padding)
     return Batch(place=place, epoch=epoch, indices=[int(index) for index in indices], broken=broken, **tensors)
 
 

@@ -1,11 +1,19 @@
-"""The run's data by its options: which data set, in which order, through which loader."""
+"""The run's data by its options: which data set, in which order, in batches of which shapes, through which loader."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from qwen_image.pipeline import QwenImagePipeline
 from train.config.train_config import TrainConfig
+from train.data.batch_shapes import (
+    BatchOptions,
+    BatchShape,
+    batch_shapes,
+    choose_text_padding,
+    largest_batch,
+)
 from train.data.indexed_loader import BatchLoader
-from train.data.sample_order import Order
+from train.data.sample_order import Order, steps_of
 from train.data.shard_dataset import ShardDataset
 from train.data.webdataset_stream import StreamedSet, StreamLoader
 from train.data.worker_loader import Batches, Reading
@@ -16,6 +24,113 @@ WEAKER = (
     "warning: loader webdataset: the order depends on the number of ranks and workers, samples may come twice before "
     "others come once, and a resumed run sees other samples than an uninterrupted one would"
 )
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything about a run's data that is known before its model is.
+
+    Attributes:
+        order: which samples stand in which micro-batch; None for a stream, which has no order.
+        options: what decides the shape of a micro-batch.
+        text_padding: prompts are padded to a multiple of so many tokens.
+        shapes: how many shapes of a batch there are at the most.
+        largest: the micro-batch with the most tokens that can occur.
+        steps: optimizer steps of the whole run.
+        reading: how this rank reads; where it starts is yet open.
+        cache_bytes: of remote shards that this rank copies ahead.
+    """
+
+    dataset: ShardDataset | StreamedSet
+    order: Order | None
+    options: BatchOptions
+    text_padding: int
+    shapes: int
+    largest: BatchShape
+    steps: int
+    reading: Reading
+    seed: int
+    cache_bytes: int
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, ranks: Ranks) -> "RunData":
+        """Open the data set and count. Raises FileNotFoundError, ValueError or another OSError with one line."""
+        dataset = open_data(config, ranks.say)
+        order = make_order(config, dataset)
+        options = BatchOptions(config.batch_size, config.max_prompt_tokens, config.caption_dropout)
+        text_padding = config.text_padding or choose_text_padding(options, dataset, ranks.device)
+        accumulation, steps = config.gradient_accumulation_steps, config.max_steps
+        if steps is None:
+            assert order is not None, "only a run with an order knows epochs"
+            steps = steps_of(config.num_epochs or 1, order.length, ranks.world, accumulation)
+        reading = Reading(
+            caption_dropout=config.caption_dropout,
+            rank=ranks.rank,
+            world=ranks.world,
+            accumulation=accumulation,
+            num_workers=config.num_workers,
+            device=ranks.device,
+            text_padding=text_padding,
+            on_broken_sample=config.on_broken_sample,
+        )
+        return cls(
+            dataset,
+            order,
+            options,
+            text_padding,
+            batch_shapes(options, dataset, text_padding).shapes,
+            largest_batch(options, dataset, text_padding),
+            steps,
+            reading,
+            config.seed,
+            cache_bytes=int(config.data_cache_gb * 1e9) if ranks.local_rank == 0 else 0,
+        )
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step over all ranks."""
+        return self.options.batch_size * self.reading.accumulation * self.reading.world
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """Options that were left open and are decided here, for whoever writes the configuration down."""
+        return {"text_padding": self.text_padding}
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the data: a run on other data, or in another order, is another run."""
+        return {
+            "data": self.dataset.fingerprint,
+            "order": {"loader": "webdataset"} if self.order is None else self.order.state(),
+            "global_batch": self.global_batch,
+        }
+
+    def lines(self) -> list[str]:
+        """For people, before step 0: the order, and how much of it the run takes."""
+        size, accumulation, world = self.options.batch_size, self.reading.accumulation, self.reading.world
+        epochs = ""
+        if self.order is not None:
+            epochs = f", {self.steps * self.global_batch / size / self.order.length:.2f} epochs"
+        return [
+            *([] if self.order is None else [self.order.summary()]),
+            f"{self.steps} steps of {self.global_batch} samples ({world} ranks × {accumulation} accumulated × {size}){epochs}",
+        ]
+
+    def loader(self, sampling: SigmaSampling, consumed: int, say: Callable[[str], None]) -> Batches:
+        """This rank's micro-batches, from the global stream's place `consumed` on. One rank of each node fills the cache."""
+        reading = replace(self.reading, consumed=consumed, say=say)
+        if isinstance(self.dataset, StreamedSet):
+            return StreamLoader(
+                self.dataset.urls,
+                self.options.batch_size,
+                sampling,
+                reading,
+                seed=self.seed,
+                empty_prompt=self.dataset.empty_prompt,
+                max_prompt_tokens=self.options.max_prompt_tokens,
+                total=len(self.dataset),
+            )
+        assert self.order is not None
+        return BatchLoader(self.dataset, self.order, sampling, reading, self.cache_bytes)
 
 
 def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset | StreamedSet:
@@ -35,47 +150,3 @@ def make_order(config: TrainConfig, dataset: ShardDataset | StreamedSet) -> Orde
     if isinstance(dataset, StreamedSet):
         return None
     return dataset.order(config.batch_size, config.seed, config.shuffle_window, config.tail, config.dataset_repeat)
-
-
-def make_loader(
-    config: TrainConfig,
-    dataset: ShardDataset | StreamedSet,
-    order: Order | None,
-    sampling: SigmaSampling,
-    ranks: Ranks,
-    consumed: int,
-    say: Callable[[str], None],
-) -> Batches:
-    """This rank's micro-batches, from the global stream's place `consumed` on. One rank of each node fills the cache."""
-    reading = Reading(
-        caption_dropout=config.caption_dropout,
-        rank=ranks.rank,
-        world=ranks.world,
-        accumulation=config.gradient_accumulation_steps,
-        consumed=consumed,
-        num_workers=config.num_workers,
-        device=ranks.device,
-        text_multiple=config.text_multiple,
-        on_broken_sample=config.on_broken_sample,
-        say=say,
-    )
-    if isinstance(dataset, StreamedSet):
-        return StreamLoader(
-            dataset.urls,
-            config.batch_size,
-            sampling,
-            reading,
-            seed=config.seed,
-            empty_prompt=dataset.empty_prompt,
-            max_prompt_tokens=config.max_prompt_tokens,
-            total=len(dataset),
-        )
-    assert order is not None
-    cache_bytes = int(config.data_cache_gb * 1e9) if ranks.local_rank == 0 else 0
-    return BatchLoader(dataset, order, sampling, reading, cache_bytes)
-
-
-def sigma_sampling(config: TrainConfig, pipeline: QwenImagePipeline) -> SigmaSampling:
-    return SigmaSampling(
-        config.timestep_sampling, config.logit_mean, config.logit_std, config.timestep_shift, pipeline.schedule
-    )

@@ -54,7 +54,7 @@ class BatchLoader(Batches):
     ) -> None:
         self.order = order
         draw = partial(draw_sample, order.seed, sampling, reading.caption_dropout)
-        maker = BatchMaker(dataset, draw, reading.text_multiple, reading.attempts)
+        maker = BatchMaker(dataset, draw, reading.text_padding, reading.attempts)
         tasks = TaskStream(order, reading)
         super().__init__(maker, tasks, reading, order.state(), order.length, "replaced by its neighbour")
         self._ahead: ShardsAhead | None = None
@@ -95,8 +95,8 @@ class TaskStream(Sampler[Task]):
 class BatchMaker(Dataset[Any]):
     """What runs in the workers: a task in, a batch out."""
 
-    def __init__(self, dataset: ShardDataset, draw: DrawSample, text_multiple: int, attempts: int) -> None:
-        self.dataset, self.draw, self.options = dataset, draw, (text_multiple, attempts)
+    def __init__(self, dataset: ShardDataset, draw: DrawSample, text_padding: int, attempts: int) -> None:
+        self.dataset, self.draw, self.options = dataset, draw, (text_padding, attempts)
 
     def __getitem__(self, task: Task) -> Batch | BrokenSample | Unreachable:
         try:

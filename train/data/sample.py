@@ -31,6 +31,7 @@ class DataSet(Protocol):
     """What a run knows of its data before it reads a sample: of indexed shards (ShardDataset) or a stream (StreamedSet).
 
     Attributes:
+        name: where it lies, as it was given, for messages.
         encoded: the shards hold latents and prompt embeddings.
         fingerprint: names this data set; a checkpoint of another one is refused.
         empty_prompt: [5, D] embedding of the empty caption for caption dropout; None for image shards.
@@ -38,6 +39,7 @@ class DataSet(Protocol):
         training: int64 indices of the samples that are not held out; none for a stream.
     """
 
+    name: str
     manifest: Manifest
     encoded: bool
     empty_prompt: torch.Tensor | None

@@ -55,6 +55,7 @@ class ShardDataset:
         cache_folder: where the local copies of a remote set go.
 
     Attributes:
+        name: `folder` as it was given, for messages.
         encoded: the shards hold latents and prompt embeddings.
         training, validation: int64 arrays of sample indices; together all samples.
         empty_prompt: [5, D] embedding of the empty caption for caption dropout; None for image shards.
@@ -72,6 +73,7 @@ class ShardDataset:
         say: Callable[[str], None] = print,
         cache_folder: Path = Path("~/.cache/qwen_image_lora"),
     ) -> None:
+        self.name = str(folder)
         remote = open_remote(str(folder), cache_folder.expanduser()) if is_remote(folder) else None
         self.folder = remote[0] if remote else Path(folder)
         self.manifest, self.index = open_folder(self.folder, say, local=remote is None)

@@ -53,6 +53,7 @@ class StreamedSet:
     """
 
     def __init__(self, data: str, say: Callable[[str], None], cache_folder: Path) -> None:
+        self.name = data
         self.urls: list[str] | str = data
         listed = not data.startswith("pipe:") and "{" not in data and not data.endswith(".tar")
         folder = copy_facts(data, cache_folder.expanduser()) if listed and is_remote(data) else Path(data)
@@ -172,7 +173,7 @@ class StreamedBatches(IterableDataset[Any]):
         self.urls, self.batch_size, self.buffer, self.shuffle_seed = urls, batch_size, buffer, shuffle_seed
         self.seed, self.sampling, self.caption_dropout = seed, sampling, reading.caption_dropout
         self.empty_prompt, self.max_prompt_tokens = empty_prompt, max_prompt_tokens
-        self.text_multiple, self.attempts = reading.text_multiple, reading.attempts
+        self.text_padding, self.attempts = reading.text_padding, reading.attempts
 
     def __iter__(self) -> Iterator[Batch | BrokenSample]:
         waiting: dict[tuple[int, int], list[Sample]] = defaultdict(list)
@@ -237,7 +238,7 @@ class StreamedBatches(IterableDataset[Any]):
             times = came[sample.key]
             draws.append(sample_draws(self.seed, times, indices[-1], shape, self.sampling, self.caption_dropout))
             came[sample.key] += 1
-        tensors = collate(samples, draws, self.empty_prompt, self.text_multiple)
+        tensors = collate(samples, draws, self.empty_prompt, self.text_padding)
         return Batch(place=0, epoch=0, indices=indices, broken=broken, **tensors)
 
 

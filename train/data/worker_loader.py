@@ -30,7 +30,7 @@ class Reading:
         rank, world, accumulation: whose micro-batches these are; an optimizer step takes world · accumulation of them.
         consumed: micro-batches that all ranks together had consumed (from `state()` of an earlier run).
         num_workers: reading processes; 0 = read in this one.
-        text_multiple: pad prompts to a multiple of this many tokens.
+        text_padding: pad prompts to a multiple of this many tokens.
         on_broken_sample: `skip` names the sample, counts it and goes on with another; `stop` raises BrokenSample.
         say: where a broken sample is named (once for each sample and run).
     """
@@ -42,7 +42,7 @@ class Reading:
     consumed: int = 0
     num_workers: int = 0
     device: torch.device | str = "cpu"
-    text_multiple: int = 1
+    text_padding: int = 1
     on_broken_sample: Literal["skip", "stop"] = "skip"
     say: Callable[[str], None] = print
 

@@ -6,45 +6,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.config.deepspeed_json import PARTITIONED
-from train.config.train_config import TrainConfig
+from train.config.zero_plan import ZeroPlan
+from train.engine.optimizer import AdamW
 from train.engine.optimizer_state import WEIGHT, gather, trainable_shapes
 from train.engine.zero2_step import can_judge_on_device, judge_on_device, lighten
 from train.step.flat_parameter import link
 from train.step.flow_matching_module import FlowMatchingModule
 
 
-def initialize(module: nn.Module, config: TrainConfig, deepspeed_config: dict[str, Any]) -> Any:
+def initialize(module: nn.Module, adamw: AdamW, zero: ZeroPlan) -> Any:
     """Wrap `module` into a DeepSpeed engine that trains its parameters with requires_grad; returns the engine.
 
-    The optimizer is torch's AdamW: DeepSpeed's own would compile C++ or CUDA at start. Under ZeRO-2 it gets the trained
-    weights of a FlowMatchingModule as one flat parameter.
+    Under ZeRO-2 the optimizer gets the trained weights of a FlowMatchingModule as one flat parameter.
     """
     import deepspeed
 
     together = None
-    if isinstance(module, FlowMatchingModule) and deepspeed_config["zero_optimization"]["stage"] < PARTITIONED:
+    if isinstance(module, FlowMatchingModule) and not zero.partitioned:
         together = module
     parameters = [together.use_flat()] if together else [p for p in module.parameters() if p.requires_grad]
-    offloaded = "offload_optimizer" in deepspeed_config["zero_optimization"]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=parameters[0].is_cuda and not offloaded,
-    )
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=optimizer,
+        optimizer=adamw.build(parameters, zero.offload_optimizer),
         model_parameters=parameters,
-        config=deepspeed_config,
+        config=zero.settings,
         dist_init_required=False,
     )
     if together is not None:
         link(together.matrices(), parameters[0])
-    if engine.zero_optimization_stage() == 2 and not offloaded:
+    if zero.stage == 2 and not zero.offload_optimizer:
         lighten(engine.optimizer)
         if can_judge_on_device(engine.optimizer):
             judge_on_device(engine.optimizer)

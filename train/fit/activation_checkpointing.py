@@ -1,7 +1,8 @@
-"""How many blocks recompute their activations: decided before step 0 by trial steps of the largest batch.
+"""Activation checkpointing (arXiv:1604.06174): how many blocks recompute their activations in the backward pass.
 
-    shape = largest_batch(config, dataset)
-    plan = plan_recomputation(config.activation_checkpointing, module, shape, added, stage, device)
+Decided before step 0 by trial steps of the largest batch:
+
+    plan = plan_checkpointing(config.activation_checkpointing, module, data.largest, added, zero.partitioned, device)
     for line in plan.lines(): print(line)
 
 A trial step is a forward and backward pass on random data without an update; its gradients are dropped. Two of them tell
@@ -13,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -20,8 +22,6 @@ import torch.distributed as dist
 from qwen_image.float8.linear import keep_transposed
 from qwen_image.model.prompt import Prompt
 from qwen_image.model.transformer import QwenImageTransformer
-from train.config.deepspeed_json import PARTITIONED
-from train.config.train_config import TrainConfig
 from train.data.batch_shapes import BatchShape, random_arguments
 from train.fit.trial_step import Trial, try_step
 from train.process.free_memory import GIB, host_bytes
@@ -35,11 +35,29 @@ FURTHER_TRIALS = 6
 REPORTED_AFTER = 3  # batches of the largest shape
 
 
-@dataclass(frozen=True)
-class RecomputationPlan:
-    """The choice and why: `predicted` = the trial's parts + `added`, beside `limit`. Bytes; None: nothing was tried."""
+Policy = int | Literal["none", "full", "auto"]
 
-    recomputed: int
+
+def checkpointed_blocks(policy: Policy, blocks: int) -> int:
+    """How many of the model's blocks `--activation_checkpointing` asks for; for auto the most there can be.
+
+    Raises ValueError for more than the model has.
+    """
+    if isinstance(policy, str):
+        return 0 if policy == "none" else blocks
+    if policy > blocks:
+        raise ValueError(f"activation_checkpointing: {policy} blocks to recompute, but the model has {blocks}")
+    return policy
+
+
+@dataclass(frozen=True)
+class CheckpointingPlan:
+    """The choice and why: `predicted` = the trial's parts + `added`, beside `limit`. Bytes; None: nothing was tried.
+
+    The leading `checkpointed_blocks` of `blocks` keep nothing but their input.
+    """
+
+    checkpointed_blocks: int
     blocks: int
     trial: Trial | None = None
     added: int = 0
@@ -53,7 +71,7 @@ class RecomputationPlan:
 
     def lines(self) -> list[str]:
         """For people: what led to the choice, then the choice."""
-        line = f"recomputing {self.recomputed} of {self.blocks} blocks"
+        line = f"recomputing {self.checkpointed_blocks} of {self.blocks} blocks"
         if self.trial is not None and self.limit is not None and self.predicted is not None:
             resident, kept, peak = self.trial
             line += (
@@ -90,7 +108,7 @@ def choose(
     usable: Callable[[], int],
     added: int,
     agree: Callable[[int], int],
-) -> RecomputationPlan | None:
+) -> CheckpointingPlan | None:
     """As few recomputed blocks as fit; None when none of the ways fits. Every rank comes to the same number.
 
     Args:
@@ -103,8 +121,8 @@ def choose(
     none it comes when a block is recomputed; so keeping the last block costs nothing.)
     """
 
-    def attempt(recomputed: int) -> Trial | None:
-        result = trial(recomputed)
+    def attempt(checkpointed: int) -> Trial | None:
+        result = trial(checkpointed)
         return None if agree(int(result is None)) else result
 
     least, few = min(1, blocks), min(3, blocks)
@@ -116,7 +134,7 @@ def choose(
     if small is None:
         return None
     limit = usable()
-    best = RecomputationPlan(chosen, blocks, small, added, limit)
+    best = CheckpointingPlan(chosen, blocks, small, added, limit)
     more = attempt(blocks - few) if few > least else small
     if more is None or chosen == blocks:
         return best
@@ -133,30 +151,31 @@ def choose(
         step = agree(max(1, blocks // 10) if result is None else max(0, math.ceil(excess / a_block)))
         if step == 0:
             assert result is not None
-            return RecomputationPlan(wanted, blocks, result, added, limit, tuple(notes))
+            return CheckpointingPlan(wanted, blocks, result, added, limit, tuple(notes))
         why = "ran out of memory" if result is None else f"took {excess / GIB:.2f} GiB more than may be used"
         notes.append(f"a trial step with {wanted} of {blocks} blocks recomputed {why}: recomputing more")
         wanted = min(chosen, wanted + step)
-    return RecomputationPlan(chosen, blocks, small, added, limit, tuple(notes))
+    return CheckpointingPlan(chosen, blocks, small, added, limit, tuple(notes))
 
 
-def set_recomputed(transformer: QwenImageTransformer, blocks: int) -> None:
+def set_checkpointed_blocks(transformer: QwenImageTransformer, blocks: int) -> None:
     """Recompute so many leading blocks; float8 weights lie in both layouts in the others alone."""
     transformer.checkpointed_blocks = blocks
     keep_transposed(transformer, blocks)
 
 
-def plan_recomputation(
-    policy: int | str,
+def plan_checkpointing(
+    policy: Policy,
     module: FlowMatchingModule,
     shape: BatchShape,
     added: int,
-    stage: int,
+    partitioned: bool,
     device: torch.device,
-) -> RecomputationPlan:
-    """Recompute blocks of `module.transformer` by the policy none | full | auto | a number; what was chosen and why.
+) -> CheckpointingPlan:
+    """Checkpoint blocks of `module.transformer` by the policy none | full | auto | a number; what was chosen and why.
 
-    Call it when weights, LoRA and optimizer are in place. `added`: bytes that training will hold besides (engine_bytes).
+    Call it when weights, LoRA and optimizer are in place. `added`: bytes that training will hold besides (engine_bytes);
+    `partitioned`: ZeRO divides the frozen weights.
 
     auto on the CPU counts what autograd keeps against the host's free memory. On a GPU the other policies are tried
     too. Raises ValueError when what was asked for runs out of memory, or nothing fits.
@@ -164,16 +183,15 @@ def plan_recomputation(
     agree = partial(largest_over_ranks, device)
     transformer = module.transformer
     blocks = transformer.config.num_layers
-    fixed = {"none": 0, "full": blocks, "auto": blocks}.get(str(policy))
-    asked = int(policy) if fixed is None else fixed
-    if stage == PARTITIONED or (device.type != "cuda" and policy != "auto"):
+    asked = checkpointed_blocks(policy, blocks)
+    if partitioned or (device.type != "cuda" and policy != "auto"):
         notes = ("auto under ZeRO-3 recomputes every block: autograd would hold on to gathered weights",)
-        set_recomputed(transformer, asked)
-        return RecomputationPlan(asked, blocks, notes=notes if policy == "auto" else ())
+        set_checkpointed_blocks(transformer, asked)
+        return CheckpointingPlan(asked, blocks, notes=notes if policy == "auto" else ())
     arguments = random_arguments(shape, transformer.config.joint_attention_dim, device)
 
-    def trial(recomputed: int) -> Trial | None:
-        return try_step(module, arguments, partial(set_recomputed, transformer, recomputed))
+    def trial(checkpointed: int) -> Trial | None:
+        return try_step(module, arguments, partial(set_checkpointed_blocks, transformer, checkpointed))
 
     if device.type == "cuda":
         trial(asked)  # compiles; what that needs doesn't count
@@ -182,18 +200,18 @@ def plan_recomputation(
     else:
         result = trial(asked)
         failed = agree(int(result is None))
-        plan = None if failed else RecomputationPlan(asked, blocks, result, added, usable_bytes(device))
+        plan = None if failed else CheckpointingPlan(asked, blocks, result, added, usable_bytes(device))
     if plan is None:
         raise ValueError(_out_of_memory(policy, asked, blocks, shape, device))
-    set_recomputed(transformer, plan.recomputed)
+    set_checkpointed_blocks(transformer, plan.checkpointed_blocks)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return plan
 
 
-def _out_of_memory(policy: int | str, recomputed: int, blocks: int, shape: BatchShape, device: torch.device) -> str:
-    asked = f"activation_checkpointing {policy}: {recomputed} of {blocks} blocks recomputed"
+def _out_of_memory(policy: Policy, checkpointed: int, blocks: int, shape: BatchShape, device: torch.device) -> str:
+    asked = f"activation_checkpointing {policy}: {checkpointed} of {blocks} blocks recomputed"
     if policy == "auto":
         asked = "activation_checkpointing auto: even with every block recomputed"
     if device.type == "cuda":
@@ -214,7 +232,7 @@ class PeakWatch:
     """Puts the real peak of a GPU's memory beside the predicted one, once the largest shape was trained a few times."""
 
     def __init__(
-        self, plan: RecomputationPlan, shape: BatchShape, device: torch.device, say: Callable[[str], None] = print
+        self, plan: CheckpointingPlan, shape: BatchShape, device: torch.device, say: Callable[[str], None] = print
     ) -> None:
         self.plan, self.tokens, self.device, self.say = plan, shape.tokens, device, say
         self.seen = self.largest = 0
@@ -241,16 +259,3 @@ class PeakWatch:
             f"peak memory {peak / GIB:.2f} GiB, predicted {self.plan.predicted / GIB:.2f} "
             f"({peak / self.plan.predicted - 1:+.1%}{batches})"
         )
-
-
-def checkpointed_blocks(config: TrainConfig, transformer: QwenImageTransformer) -> int:
-    """How many blocks recompute their activations in the backward pass; for auto the most there can be."""
-    blocks = transformer.config.num_layers
-    policy = config.activation_checkpointing
-    if policy == "none":
-        return 0
-    if policy in ("full", "auto"):
-        return blocks
-    if int(policy) > blocks:
-        raise ValueError(f"activation_checkpointing: {policy} blocks to recompute, but the model has {blocks}")
-    return int(policy)

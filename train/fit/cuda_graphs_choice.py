@@ -7,12 +7,10 @@ least, so what it decides holds for all.
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from train.config.deepspeed_json import PARTITIONED
-from train.config.train_config import TrainConfig
 from train.data.batch_shapes import KEPT, BatchShape, random_arguments
 from train.fit.activation_checkpointing import largest_over_ranks
 from train.fit.trial_step import try_step
@@ -38,13 +36,15 @@ class StepTimes(NamedTuple):
         return batches * (self.launched - self.replayed) > shapes * self.capture
 
 
+Policy = Literal["auto", "on", "off"]
+
+
 def start_graphs(
-    config: TrainConfig,
+    policy: Policy,
     module: FlowMatchingModule,
     largest: BatchShape,
     shapes: int,
     batches: int,
-    stage: int,
     device: torch.device,
 ) -> list[str]:
     """Let `module` replay CUDA graphs where it can and where that pays; lines that tell. A collective.
@@ -53,10 +53,9 @@ def start_graphs(
     batch are captured here, so that their memory then serves all others. Call it when nothing about the step changes any
     more.
     """
-    host_works = config.lora_dropout > 0 or config.offload_activations or stage == PARTITIONED
-    if config.cuda_graphs == "off" or device.type != "cuda" or host_works:
+    if policy == "off" or device.type != "cuda":
         return []
-    asked = config.cuda_graphs == "on" or config.deterministic  # what the clock decides isn't always the same
+    asked = policy == "on"
     if shapes > KEPT and not asked:
         return [f"{UNUSED}a batch has one of up to {shapes} shapes, and no more than {KEPT} are kept"]
     arguments = random_arguments(largest, module.transformer.config.joint_attention_dim, device)

@@ -1,25 +1,28 @@
 """The memory plan: what a run will hold on each GPU and in each host's memory, told and checked before weights are read.
 
+    setup = Setup.from_config(config, zero, spec, base, data, ranks)
+    plan = plan_memory(setup, Machine.of(ranks.device))
+    plan.excess()
+
 Weights, gradients and AdamW's state are counted; activations are an estimate from one measurement, which a trial step before
 step 0 replaces (train/fit/activation_checkpointing.py). What can't work is refused with numbers; what is only likely to
 fail is said.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
+from qwen_image.float8.linear import FIRST_CAPABILITY
 from qwen_image.loading.model_files import ModelFiles, ModelSource, resolve_model
 from qwen_image.loading.safetensors_ranges import read_headers
-from qwen_image.loading.weights import empty_transformer, match_weights
-from qwen_image.model.modulation import modulation_layers
-from qwen_image.model.sizes import TransformerConfig
-from train.base_model.load_transformer import base_bytes, tabulates
+from qwen_image.model.dtypes import DTYPES
+from train.base_model.base_plan import BasePlan
 from train.base_model.online_encoder import EncoderPlace
 from train.config.train_config import TrainConfig
-from train.data.batch_shapes import largest_batch
-from train.data.sample import DataSet
+from train.config.zero_plan import ZeroPlan
+from train.data.from_config import RunData
 from train.fit.activation_checkpointing import checkpointed_blocks
 from train.lora.spec import LoraSpec
 from train.lora.targets import resolve_targets
@@ -71,24 +74,29 @@ class MemoryPlan:
         lines = [f"memory {place}: {_sum(self.device)}"]
         if self.host:
             lines.append(f"memory of this host, {self.host_free / GIB:.0f} GiB free: {_sum(self.host)}")
-        if self.device_total is not None and sum(self.device.values()) > self.device_total:
-            lines.append("warning: that is likely too much; see ds_configs/README.md for smaller ways")
         return lines
 
-    def check(self) -> None:
-        """Raise ValueError when what is counted does not fit."""
+    @property
+    def bytes(self) -> int:
+        """On the device, all together."""
+        return sum(self.device.values())
+
+    @property
+    def likely_fits(self) -> bool:
+        """With the estimated parts too."""
+        device_fits = self.device_total is None or sum(self.device.values()) <= self.device_total
+        return device_fits and sum(self.host.values()) <= self.host_free
+
+    def excess(self) -> str | None:
+        """What can't work, as the beginning of a sentence: what is counted, not estimated, does not fit."""
         counted = sum(self.device[name] for name in self.certain if name in self.device)
         if self.device_total is not None and counted > self.device_total:
-            raise ValueError(
-                f"weights and optimizer take {counted / GIB:.1f} GiB on each GPU, which has {self.device_total / GIB:.1f}: "
-                "use more GPUs with ds_configs/zero3.json, or ds_configs/zero3_offload.json"
-            )
-        needed = sum(self.host.values())
-        if needed > self.host_free:
-            raise ValueError(
-                f"offloading takes {needed / GIB:.1f} GiB of host memory ({_sum(self.host)}), but {self.host_free / GIB:.1f} "
-                "are free: offload less (offload_param, --encoder_device, --offload_activations), or use more hosts"
-            )
+            total = self.device_total / GIB
+            return f"weights and optimizer take {counted / GIB:.1f} GiB on each GPU, which has {total:.1f}"
+        needed, free = sum(self.host.values()) / GIB, self.host_free / GIB
+        if needed > free:
+            return f"offloading takes {needed:.1f} GiB of host memory ({_sum(self.host)}), but {free:.1f} are free"
+        return None
 
 
 def _sum(parts: dict[str, int]) -> str:
@@ -96,89 +104,146 @@ def _sum(parts: dict[str, int]) -> str:
     return f"{named} = {sum(parts.values()) / GIB:.2f} GiB"
 
 
-def plan_memory(
-    config: TrainConfig,
-    deepspeed_config: dict[str, Any],
-    shape: TransformerConfig,
-    base: int,
-    trainable: int,
-    tokens: int,
-    checkpointed_blocks: int,
-    world: int,
-    local_world: int,
-    encoders: EncoderSizes | None,
-    device: torch.device,
-) -> MemoryPlan:
-    """The plan of a run of `world` ranks, `local_world` of them on this host.
+@dataclass(frozen=True)
+class Setup:
+    """What decides how much memory a run takes: a value, so that a plan can be made of any change to it.
 
-    Args:
-        base: bytes of the frozen transformer while it trains; `trainable`: parameters of the LoRA.
-        tokens: image and text tokens of the largest micro-batch, all its samples together.
+    Attributes:
+        trainable: parameters of the LoRA; `lora_dtype`: of its weights in the forward pass.
+        tokens: image and text tokens of the largest micro-batch, all its `batch_size` samples together.
+        checkpointed_blocks: blocks that recompute their activations in the backward pass.
+        world, local_world: ranks in all, and on this host.
         encoders: those that encode during training; None: the shards are encoded.
     """
-    zero = deepspeed_config["zero_optimization"]
-    partitioned = zero["stage"] == 3
-    itemsize = 2 if config.dtype == "bfloat16" else 4
+
+    base: BasePlan
+    zero: ZeroPlan
+    trainable: int
+    lora_dtype: torch.dtype
+    tokens: int
+    checkpointed_blocks: int
+    batch_size: int = 1
+    dora: bool = False
+    offload_activations: bool = False
+    world: int = 1
+    local_world: int = 1
+    encoders: EncoderSizes | None = None
+    encoder_device: Literal["auto", "device", "swap", "cpu"] = "auto"
+
+    @classmethod
+    def from_config(
+        cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec, base: BasePlan, data: RunData, ranks: Ranks
+    ) -> "Setup":
+        """Of a run, for its largest bucket and longest prompt. Raises ValueError for DoRA on divided weights, FileNotFoundError
+        for encoders that are missing.
+        """
+        if spec.dora and zero.partitioned:
+            raise ValueError("lora_dora needs whole weights at every step: use ds_configs/zero2.json")
+        encoders = None
+        if not data.dataset.encoded:
+            parts = ("text_encoder", "tokenizer", "vae")
+            encoders = EncoderSizes.from_files(resolve_model(ModelSource.from_options(config), parts))
+        return cls(
+            base,
+            zero,
+            trainable_parameters(spec, base),
+            DTYPES[config.trained_dtype],
+            data.largest.tokens,
+            checkpointed_blocks(config.activation_checkpointing, base.blocks),
+            config.batch_size,
+            spec.dora,
+            config.offload_activations,
+            ranks.world,
+            ranks_here(),
+            encoders,
+            config.encoder_device,
+        )
+
+
+def trainable_parameters(spec: LoraSpec, base: BasePlan) -> int:
+    """How many parameters the LoRA has: rank · (in + out) a layer, and DoRA's magnitude of each output."""
+    trainable = 0
+    for name in resolve_targets(base.empty, spec.target_modules):
+        layer = base.empty.get_submodule(name)
+        assert isinstance(layer, torch.nn.Linear)
+        trainable += spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
+    return trainable
+
+
+class Machine(NamedTuple):
+    """Bytes of this rank's GPU (None: it has none, everything is in the host's memory), and free ones of this host."""
+
+    device_total: int | None
+    host_free: int
+    multiplies_float8: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Machine":
+        if device.type != "cuda":
+            return cls(None, host_bytes())
+        return cls(device_bytes(device), host_bytes(), torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY)
+
+
+def plan_memory(setup: Setup, machine: Machine) -> MemoryPlan:
+    """What such a run holds on such a machine."""
+    zero, world, base = setup.zero, setup.world, setup.base.bytes(setup.checkpointed_blocks)
+    blocks, itemsize = setup.base.blocks, setup.base.dtype.itemsize
     on_device: dict[str, int] = {}
     on_host: dict[str, int] = {}
 
-    share = -(-base // world) if partitioned else base
-    if partitioned and zero.get("zero_hpz_partition_size", 1) > 1:
-        share += -(-base // zero["zero_hpz_partition_size"])
-    offloaded = partitioned and (zero.get("offload_param") or {}).get("device") == "cpu"
-    (on_host if offloaded else on_device)["base"] = share * (local_world if offloaded else 1)
-    if partitioned:
-        live = min(base, (zero["stage3_max_live_parameters"] + zero["stage3_prefetch_bucket_size"]) * itemsize)
+    share = -(-base // world) if zero.partitioned else base
+    if zero.partitioned and zero.hpz > 1:
+        share += -(-base // zero.hpz)
+    offloaded = zero.partitioned and zero.offload_param
+    (on_host if offloaded else on_device)["base"] = share * (setup.local_world if offloaded else 1)
+    kept = blocks - setup.checkpointed_blocks
+    if zero.partitioned:
+        live = min(base, (zero.max_live_parameters + zero.prefetch_bucket_size) * itemsize)
         # Autograd holds on to the weights of blocks that are not recomputed: DeepSpeed can't let go of them.
-        kept_weights = base * (shape.num_layers - checkpointed_blocks) // max(1, shape.num_layers)
-        on_device["gathered blocks"] = max(live, kept_weights)
+        on_device["gathered blocks"] = max(live, base * kept // max(1, blocks))
 
-    lora_itemsize = 2 if config.trained_dtype == "bfloat16" else 4
-    on_device["LoRA and gradients"] = trainable * (lora_itemsize + 4)
-    state = 3 * 4 * -(-trainable // world)  # master weights and two moments
-    if (zero.get("offload_optimizer") or {}).get("device") == "cpu":
-        on_host["AdamW"] = (state + 4 * -(-trainable // world)) * local_world  # and the gradients
+    on_device["LoRA and gradients"] = setup.trainable * (setup.lora_dtype.itemsize + 4)
+    state = 3 * 4 * -(-setup.trainable // world)  # master weights and two moments
+    if zero.offload_optimizer:
+        on_host["AdamW"] = (state + 4 * -(-setup.trainable // world)) * setup.local_world  # and the gradients
     else:
         on_device["AdamW"] = state
 
-    width = tokens * shape.inner_dim * itemsize
-    kept = shape.num_layers - checkpointed_blocks
+    width = setup.tokens * setup.base.empty.config.inner_dim * itemsize
     on_device["activations"] = int((max(kept, 1) * SAVED_PER_BLOCK + WORK) * width)  # one block at a time at least
-    if config.offload_activations:
-        on_host["activations"] = checkpointed_blocks * width * local_world
+    if setup.offload_activations:
+        on_host["activations"] = setup.checkpointed_blocks * width * setup.local_world
     else:
-        on_device["activations"] += checkpointed_blocks * width
+        on_device["activations"] += setup.checkpointed_blocks * width
 
-    where: EncoderPlace = "device"
-    if encoders is not None:
-        text, vae = encoders.text_encoder * itemsize, encoders.vae * itemsize
-        if config.encoder_device == "auto":
-            room = device.type != "cuda" or text + sum(on_device.values()) + CONTEXT_BYTES < device_bytes(device)
-            where = "device" if room else "swap"
-        else:
-            where = config.encoder_device
-        if where == "device":
-            on_device["encoders"] = text + vae
-        elif where == "cpu":
-            on_host["encoders"] = (text + vae) * local_world
-        else:
-            on_host["text encoder"] = text * local_world
-            on_device["VAE"] = vae
-    if device.type == "cuda":
+    where = place_encoders(setup, machine, on_device, on_host)
+    if machine.device_total is not None:
         on_device["context"] = CONTEXT_BYTES
-        total: int | None = device_bytes(device)
-    else:
-        total = None
     certain = ("base", "LoRA and gradients", "AdamW")
-    return MemoryPlan(on_device, on_host, certain, total, host_bytes(), where)
+    return MemoryPlan(on_device, on_host, certain, machine.device_total, machine.host_free, where)
+
+
+def place_encoders(setup: Setup, machine: Machine, on_device: dict[str, int], on_host: dict[str, int]) -> EncoderPlace:
+    """Where text encoder and VAE go, by `--encoder_device` and the room that is left; adds what they take."""
+    if setup.encoders is None:
+        return "device"
+    text, vae = (size * setup.base.dtype.itemsize for size in setup.encoders)
+    where = setup.encoder_device
+    if where == "auto":
+        total = machine.device_total
+        where = "device" if total is None or text + sum(on_device.values()) + CONTEXT_BYTES < total else "swap"
+    if where == "device":
+        on_device["encoders"] = text + vae
+    elif where == "cpu":
+        on_host["encoders"] = (text + vae) * setup.local_world
+    else:
+        on_host["text encoder"] = text * setup.local_world
+        on_device["VAE"] = vae
+    return where
 
 
 def engine_bytes(
-    deepspeed_config: dict[str, Any],
-    trainable: int,
-    config: TrainConfig,
-    world: int,
-    resumed: bool,
+    zero: ZeroPlan, trainable: int, lora_dtype: torch.dtype, world: int, accumulation: int, resumed: bool
 ) -> int:
     """What DeepSpeed's ZeRO-2 engine will yet allocate on the device when it trains `trainable` parameters.
 
@@ -186,67 +251,8 @@ def engine_bytes(
     each backward pass, and float32 gradients stay from one micro-batch to the next. Other gradients are small where
     activations are at their peak: when the backward pass begins.
     """
-    zero = deepspeed_config["zero_optimization"]
     share = 4 * -(-trainable // world)
-    offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
-    moments = 0 if resumed or offloaded else 2 * share
-    gradients = share if config.gradient_accumulation_steps > 1 and not offloaded else 0
-    itemsize = 2 if config.trained_dtype == "bfloat16" else 4
-    buffers = zero.get("reduce_bucket_size", 500_000_000) * itemsize * (2 if zero.get("overlap_comm") else 1)
-    return moments + gradients + (buffers if zero.get("contiguous_gradients", True) else 0)
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """What is known of the model and its LoRA before weights are read."""
-
-    shape: TransformerConfig
-    base: int  # bytes of the frozen weights while they train, before ZeRO's partitioning
-    trainable: int  # parameters
-    checkpointed_blocks: int  # at first; train/fit/activation_checkpointing.py decides
-
-
-def planned_sizes(config: TrainConfig, deepspeed_config: dict[str, Any], spec: LoraSpec) -> ModelSizes:
-    """Sizes from the model's configuration alone.
-
-    Raises what is wrong with the model's files, the LoRA's targets or the recomputed blocks before weights are read.
-    """
-    if spec.dora and deepspeed_config["zero_optimization"]["stage"] == 3:
-        raise ValueError("lora_dora needs whole weights at every step: use ds_configs/zero2.json")
-    files = resolve_model(ModelSource.from_options(config), ("transformer", "scheduler"))
-    transformer = empty_transformer(files)
-    match_weights(transformer, files["transformer"].weights)
-    trainable = 0
-    for name in resolve_targets(transformer, spec.target_modules):
-        layer = transformer.get_submodule(name)
-        assert isinstance(layer, torch.nn.Linear)
-        trainable += spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
-    tabulated, recomputed = 0, checkpointed_blocks(config, transformer)
-    if tabulates(config, deepspeed_config, spec, transformer):
-        tabulated = sum(p.numel() for module in modulation_layers(transformer) for p in module.parameters())
-    return ModelSizes(transformer.config, base_bytes(config, transformer, tabulated, recomputed), trainable, recomputed)
-
-
-def memory_plan(
-    config: TrainConfig, deepspeed_config: dict[str, Any], sizes: ModelSizes, dataset: DataSet, ranks: Ranks
-) -> MemoryPlan:
-    """What this run will hold, for its largest bucket and longest prompt. Raises ValueError when it can't fit."""
-    encoders = None
-    if not dataset.encoded:
-        parts = ("text_encoder", "tokenizer", "vae")
-        encoders = EncoderSizes.from_files(resolve_model(ModelSource.from_options(config), parts))
-    plan = plan_memory(
-        config,
-        deepspeed_config,
-        sizes.shape,
-        base=sizes.base,
-        trainable=sizes.trainable,
-        tokens=largest_batch(config, dataset).tokens,
-        checkpointed_blocks=sizes.checkpointed_blocks,
-        world=ranks.world,
-        local_world=ranks_here(),
-        encoders=encoders,
-        device=ranks.device,
-    )
-    plan.check()
-    return plan
+    moments = 0 if resumed or zero.offload_optimizer else 2 * share
+    gradients = share if accumulation > 1 and not zero.offload_optimizer else 0
+    buffers = zero.reduce_bucket_size * lora_dtype.itemsize * (2 if zero.overlap_comm else 1)
+    return moments + gradients + (buffers if zero.contiguous_gradients else 0)

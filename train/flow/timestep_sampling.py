@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from qwen_image.noise_schedule import SigmaSchedule, shift_sigma
+from train.config.train_config import TrainConfig
 
 SamplingName = Literal["qwen_shift", "logit_normal", "uniform", "shift", "diffsynth"]
 
@@ -31,6 +32,10 @@ class SigmaSampling:
     logit_std: float = 1.0
     shift: float = 2.2  # for `shift`: musubi-tuner's constant for Qwen-Image
     schedule: SigmaSchedule = field(default_factory=SigmaSchedule)  # for `qwen_shift`: the checkpoint's own
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, schedule: SigmaSchedule) -> "SigmaSampling":
+        return cls(config.timestep_sampling, config.logit_mean, config.logit_std, config.timestep_shift, schedule)
 
 
 def draw_sigma(sampling: SigmaSampling, image_tokens: int, generator: torch.Generator) -> float:

@@ -31,9 +31,13 @@ class LoraSpec:
             config.lora_dora,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "target_modules": sorted(self.target_modules)}
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the LoRA: another one has other weights. JSON."""
+        return {"lora": {**asdict(self), "target_modules": sorted(self.target_modules)}}
+
+    def line(self, layers: int, trainable: int) -> str:
+        """For people, before step 0."""
+        return f"LoRA of rank {self.rank}, scale {self.scale:g}, on {layers} layers: {trainable:,} trainable parameters"
 
     @property
     def scale(self) -> float:

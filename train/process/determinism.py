@@ -2,12 +2,10 @@
 
 import torch
 
-from train.config.train_config import TrainConfig
 
-
-def seed_everything(config: TrainConfig) -> None:
+def seed_everything(seed: int, deterministic: bool) -> None:
     """Seed what draws from global generators (LoRA dropout alone) and make kernels deterministic if asked."""
-    torch.manual_seed(config.seed)
-    if config.deterministic:
+    torch.manual_seed(seed)
+    if deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False

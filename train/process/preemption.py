@@ -22,7 +22,6 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-PREEMPTED = 85  # exit code: the run was asked to leave and has saved a checkpoint; start it again to go on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ECHO_SECONDS = 2.0  # signals so close together are one: a launcher passes on to its ranks what the whole group was sent
 

@@ -24,11 +24,12 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def say(self, text: str) -> None:
-        """A line on standard output, from rank 0 alone; a full disk behind it doesn't end the run."""
+    def say(self, *lines: str) -> None:
+        """Lines on standard output, from rank 0 alone; a full disk behind it doesn't end the run."""
         if self.is_main:
-            with suppress(OSError):
-                print(one_line(text), flush=True)
+            for line in lines:
+                with suppress(OSError):
+                    print(one_line(line), flush=True)
 
 
 def join_process_group() -> Ranks:

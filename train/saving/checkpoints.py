@@ -2,11 +2,9 @@
 
     checkpoints = Checkpoints(output_path, keep=2)
     found = checkpoints.find("auto")                            # verified; None: begin at the beginning
-    if found:
-        same_data = check_same(found, client, ignore_data)      # ValueError names what differs
-        checkpoints.load(engine, found)
+    resumed = checkpoints.resume(engine, found, identity)       # ValueError names what differs
     …
-    checkpoints.save(engine, step, client)                      # client: JSON; its parts model, lora, data, order are compared
+    checkpoints.save(engine, step, identity | progress)         # JSON; its parts model, lora, data, order are compared
 
 LoRA weights, AdamW's moments and the client's state are in it; the frozen base is not, only its fingerprint. What lies
 on the disk, and how it stays whole: train/saving/checkpoint_folder.py. How ZeRO's pieces become whole tensors and pieces again:
@@ -14,12 +12,14 @@ train/engine/optimizer_state.py.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from train.config.train_config import TrainConfig
 from train.engine.optimizer_state import gather, read_counters, read_kinds, restore, trainable_shapes
 from train.saving.checkpoint_folder import (
     FORMAT_VERSION,
@@ -30,6 +30,29 @@ from train.saving.checkpoint_folder import (
     prune,
     write_checkpoint,
 )
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where training begins: at the beginning, or where a checkpoint left it.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed: micro-batches that all ranks together had consumed.
+        loss: `LossWatch.state()`, so that the next row averages over the same steps as if nothing had happened.
+        wandb_id: of the W&B run to go on in; None for another run's checkpoint.
+        path: of the checkpoint; None at the beginning.
+    """
+
+    step: int = 0
+    consumed: int = 0
+    loss: dict[str, Any] | None = None
+    wandb_id: str | None = None
+    path: Path | None = None
+
+    @property
+    def from_checkpoint(self) -> bool:
+        return self.path is not None
 
 
 class Checkpoints:
@@ -52,6 +75,10 @@ class Checkpoints:
     ) -> None:
         self.output_path, self.folder = output_path, output_path / "checkpoints"
         self.keep, self.keep_every, self.on_error, self.say = keep, keep_every, on_error, say
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, say: Say) -> "Checkpoints":
+        return cls(config.output_path, config.keep_checkpoints, config.keep_every, config.on_save_error, say)
 
     def save(self, engine: Any, step: int, client: dict[str, Any]) -> Path | None:
         """Write the checkpoint of optimizer step `step`; a collective. Its folder, or None if it could not be written.
@@ -96,6 +123,24 @@ class Checkpoints:
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
+
+    def resume(
+        self, engine: Any, found: Checkpoint | None, identity: dict[str, Any], ignore_data: bool = False
+    ) -> Resumed:
+        """Go on from what `find` found, or begin. Raises ValueError for a checkpoint of another run (`check_same`)."""
+        if found is None:
+            return Resumed()
+        same_data = check_same(found, identity, ignore_data, self.say)
+        self.load(engine, found)
+        self.say(f"resumed from {found.path}")
+        own = found.path.resolve().is_relative_to(self.folder.resolve())
+        return Resumed(
+            step=found.step,
+            consumed=found.client["consumed"] if same_data else 0,
+            loss=found.client.get("loss"),
+            wandb_id=found.client.get("wandb_id") if own else None,
+            path=found.path,
+        )
 
     def load(self, engine: Any, checkpoint: Checkpoint) -> None:
         """Put a checkpoint into an engine, whatever number of ranks wrote it. No collectives; every rank reads the file.

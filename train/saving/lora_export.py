@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
+from qwen_image.loading.model_files import ModelFiles
 from qwen_image.model.dtypes import DTYPES
-from qwen_image.pipeline import QwenImagePipeline
 from train.config.train_config import TrainConfig
-from train.data.sample import DataSet
 from train.engine.deepspeed_engine import whole_weights
 from train.lora.inject import short_name
 from train.lora.lora_file import save_lora
@@ -30,20 +29,46 @@ class LoraExport:
     A file that can't be written ends the run with an OSError on all ranks (`on_save_error` stop), or is reported and
     left out (continue); the final one, which is what the run was for, always ends it. The error comes up at the next
     `write` or `finish`.
+
+    Args:
+        save_steps: how often a run writes one.
+        metadata: what the header says besides the LoRA's own shape.
     """
 
     def __init__(
-        self, config: TrainConfig, spec: LoraSpec, pipeline: QwenImagePipeline, dataset: DataSet, ranks: Ranks
+        self,
+        output_path: Path,
+        save_steps: int,
+        dtype: torch.dtype,
+        on_save_error: str,
+        spec: LoraSpec,
+        metadata: dict[str, str],
+        ranks: Ranks,
     ):
-        self.config, self.spec, self.ranks = config, spec, ranks
+        self.output_path, self.save_steps, self.dtype, self.on_save_error = (
+            output_path,
+            save_steps,
+            dtype,
+            on_save_error,
+        )
+        self.spec, self.metadata, self.ranks = spec, metadata, ranks
+        self._writer: threading.Thread | None = None
+        self._problem: OSError | None = None
+        self._path = output_path
+        self._pending = False  # the same on all ranks, though only rank 0 has a writer
+
+    @classmethod
+    def from_config(
+        cls, config: TrainConfig, spec: LoraSpec, files: ModelFiles, data_fingerprint: str, ranks: Ranks
+    ) -> "LoraExport":
         versions = collect_versions()
-        self.metadata = {
-            "base_model": pipeline.files.name,
-            "base_model_revision": pipeline.files.revision or "",
-            "base_model_fingerprint": pipeline.files.fingerprint("transformer"),
+        metadata = {
+            "base_model": files.name,
+            "base_model_revision": files.revision or "",
+            "base_model_fingerprint": files.fingerprint("transformer"),
             "preset_loras": ", ".join(config.preset_lora_path),
             "modelspec.architecture": "qwen-image/lora",
-            "data_fingerprint": dataset.fingerprint,
+            "data_fingerprint": data_fingerprint,
             "timestep_sampling": config.timestep_sampling,
             "loss_weighting": config.loss_weighting,
             "learning_rate": str(config.learning_rate),
@@ -51,14 +76,17 @@ class LoraExport:
             "git_commit": str(versions["git_commit"]),
             "versions": ", ".join(f"{name} {versions[name]}" for name in PACKAGES),
         }
-        self._writer: threading.Thread | None = None
-        self._problem: OSError | None = None
-        self._path = config.output_path
-        self._pending = False  # the same on all ranks, though only rank 0 has a writer
+        save_dtype = DTYPES[config.save_dtype]
+        return cls(config.output_path, config.save_steps, save_dtype, config.on_save_error, spec, metadata, ranks)
 
     def write(self, engine: Any, step: int) -> Path:
         """Start to write the LoRA of optimizer step `step`; a collective. Returns the file's path on every rank."""
         return self._start(engine, step, f"lora-{step}.safetensors")
+
+    def write_again(self, engine: Any, step: int) -> None:
+        """For a run that goes on from `step`: its file, if one was due. A kill may have come between checkpoint and file."""
+        if self.save_steps and step % self.save_steps == 0:
+            self.write(engine, step)
 
     def write_final(self, engine: Any, step: int) -> Path:
         """Write `lora.safetensors`, and wait until it is there; a collective."""
@@ -73,11 +101,11 @@ class LoraExport:
         if self._writer is not None:
             self._writer.join()
         problem, self._writer, self._problem, self._pending = self._problem, None, None, False
-        settle(problem, f"LoRA file {self._path} not written", on_error or self.config.on_save_error, self.ranks.say)
+        settle(problem, f"LoRA file {self._path} not written", on_error or self.on_save_error, self.ranks.say)
 
     def _start(self, engine: Any, step: int, name: str) -> Path:
         self.finish()
-        path = self._path = self.config.output_path / name
+        path = self._path = self.output_path / name
         weights = whole_weights(engine)
         if self.ranks.is_main:
             tensors = {short_name(name).removeprefix("transformer."): weight for name, weight in weights.items()}
@@ -88,6 +116,6 @@ class LoraExport:
 
     def _save(self, path: Path, tensors: dict[str, torch.Tensor], step: int) -> None:
         try:
-            save_lora(path, tensors, self.spec, {**self.metadata, "step": str(step)}, DTYPES[self.config.save_dtype])
+            save_lora(path, tensors, self.spec, {**self.metadata, "step": str(step)}, self.dtype)
         except Exception as error:  # whatever it is, the training thread has to learn of it
             self._problem = error if isinstance(error, OSError) else OSError(None, f"{type(error).__name__}: {error}")

@@ -17,15 +17,26 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetens
 
 
 def prepare_run_folder(
-    config: TrainConfig, deepspeed_settings: dict[str, Any], needed_bytes: int = 0
+    config: TrainConfig,
+    deepspeed_settings: dict[str, Any],
+    trainable: int,
+    steps: int,
+    decided: dict[str, Any],
+    is_main: bool = True,
 ) -> dict[str, Any]:
     """Create `config.output_path` and write what this start of the run is made of; returns the content of versions.json.
 
-    For rank 0. `needed_bytes` is what LoRA files and checkpoints will take. A later start (a resumed run) overwrites.
+    Rank 0 does it, others get {}. A later start (a resumed run) overwrites.
 
-    Raises PermissionError if the folder cannot be written to and OSError if it has less room than `needed_bytes`.
+    Args:
+        trainable: parameters, and `steps`: optimizer steps of the run: what LoRA files and checkpoints will take.
+        decided: options that were left open and have a value by now.
+
+    Raises PermissionError if the folder cannot be written to and OSError if it has less room than the run will need.
     """
-    folder = config.output_path
+    if not is_main:
+        return {}
+    folder, needed = config.output_path, needed_bytes(config, trainable, steps)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_test"
@@ -34,13 +45,13 @@ def prepare_run_folder(
     except OSError as error:
         raise PermissionError(f"output_path: cannot write to {folder} ({error.strerror})") from None
     free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
+    if free < needed:
         raise OSError(
-            f"output_path: {folder} has {free / 1e9:.1f} GB left, the run needs {needed_bytes / 1e9:.1f} GB: "
+            f"output_path: {folder} has {free / 1e9:.1f} GB left, the run needs {needed / 1e9:.1f} GB: "
             "free some, or save less (--keep_checkpoints, --save_steps)"
         )
     versions = collect_versions()
-    write_file(folder / "config.yaml", config.to_yaml())
+    write_file(folder / "config.yaml", config.to_yaml(**decided))
     write_file(folder / "deepspeed.json", json.dumps(deepspeed_settings, indent=2) + "\n")
     write_file(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
     return versions

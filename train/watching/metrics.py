@@ -1,6 +1,8 @@
 """The numbers of a run: rows in metrics.jsonl, a progress bar or plain lines on stderr, and Weights & Biases.
 
 Only rank 0 writes; on every other rank the same calls do nothing. W&B may fail at any time without ending the training.
+A row of the training loop is written a step late (`log`), so that the host need not wait for the device: a run that an
+error ends may lack its last row; what is resumed from a checkpoint has all before it.
 """
 
 import json
@@ -11,8 +13,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 from files.atomic_files import write_file
 from files.shown import one_line
@@ -21,42 +26,84 @@ from train.config.train_config import TrainConfig
 WANDB_TIMEOUT_SECONDS = 30.0  # an unreachable server costs this once; then the run goes on offline
 
 
+class LateRow(NamedTuple):
+    """A row whose numbers are still on their way from the device; on the host once `arrived` has happened (None: they are).
+
+    Read in the step that made them, they would keep the host from launching the next one.
+    """
+
+    step: int
+    names: tuple[str, ...]
+    numbers: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, step: int, **values: torch.Tensor | float) -> "LateRow":
+        """Send for `values`: numbers, or tensors of one element on the CPU or the current GPU. Waits for nothing."""
+        tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+        if not any(tensor.is_cuda for tensor in tensors):
+            known = [value.item() if isinstance(value, torch.Tensor) else value for value in values.values()]
+            return cls(step, tuple(values), torch.tensor(known, dtype=torch.float64), None)
+        numbers = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
+        for place, value in enumerate(values.values()):
+            numbers[place].copy_(torch.as_tensor(value, dtype=torch.float64).detach().reshape(()), non_blocking=True)
+        arrived = torch.cuda.Event(blocking=True)
+        arrived.record()
+        return cls(step, tuple(values), numbers, arrived)
+
+    def read(self) -> dict[str, float]:
+        """The numbers by name, waited for."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.numbers.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class WandbOptions:
+    """The run as W&B shows it. `config`: every option, and facts besides (versions, trainable parameters …)."""
+
+    mode: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    name: str
+    config: dict[str, Any]
+
+
 class Metrics:
     """Writes what the training loop reports.
 
     Args:
-        config: gives the run folder, the W&B options and the configuration that W&B shows.
+        output_path: the run folder.
         total_steps: optimizer steps of the whole run.
         samples_per_step: global batch, for the speed.
         start_step: optimizer steps done before; rows after it, written by a run that got further, are removed.
         rank: only 0 writes.
         wandb_id: of the W&B run to go on in; None: a new one, whose id is then the attribute `wandb_id`.
-        facts: what W&B shows besides the configuration (versions, trainable parameters, data fingerprint …).
     """
 
     def __init__(
         self,
-        config: TrainConfig,
+        output_path: Path,
+        wandb: WandbOptions,
         total_steps: int,
         samples_per_step: int,
         start_step: int = 0,
         rank: int = 0,
-        facts: dict[str, Any] | None = None,
         wandb_id: str | None = None,
     ) -> None:
         self.active = rank == 0
+        self._late: LateRow | None = None
         self.wandb_id = wandb_id or uuid.uuid4().hex[:8]
         if not self.active:
             return
         from tqdm import tqdm
 
         self.total_steps, self.samples_per_step = total_steps, samples_per_step
-        config.output_path.mkdir(parents=True, exist_ok=True)
-        path = config.output_path / "metrics.jsonl"
+        output_path.mkdir(parents=True, exist_ok=True)
+        path = output_path / "metrics.jsonl"
         remove_rows_after(start_step, path)
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
-        self._run = self._start_wandb(config, start_step, facts or {})
+        self._run = self._start_wandb(wandb, output_path, start_step)
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -67,15 +114,45 @@ class Metrics:
         )
         self._logged_step, self._logged_at = start_step, time.perf_counter()
 
+    @classmethod
+    def from_config(
+        cls,
+        config: TrainConfig,
+        total_steps: int,
+        samples_per_step: int,
+        start_step: int = 0,
+        rank: int = 0,
+        facts: dict[str, Any] | None = None,
+        wandb_id: str | None = None,
+    ) -> "Metrics":
+        """`facts`: what W&B shows besides the configuration (versions, trainable parameters …)."""
+        name = config.wandb_run_name or config.output_path.resolve().name
+        wandb = WandbOptions(config.wandb_mode, config.wandb_project, name, config.to_dict() | (facts or {}))
+        return cls(config.output_path, wandb, total_steps, samples_per_step, start_step, rank, wandb_id)
+
     def advance(self) -> None:
-        """One optimizer step is done: move the bar (it needs no value, so nothing waits for the device)."""
+        """One more optimizer step was launched: move the bar, and write the row that the step before had sent for."""
         if self.active:
             self._bar.update()
+            self.flush()
 
-    def log(self, step: int, **values: float) -> None:
-        """A row for the optimizer steps since the last call; speed is added: seconds_per_step, samples_per_second."""
-        if not self.active:
-            return
+    def log(self, step: int, **values: torch.Tensor | float) -> None:
+        """A row for the optimizer steps since the last one, written by `advance` or `flush`. Waits for nothing.
+
+        Values are numbers, or tensors of one element on the CPU or the current GPU. Speed is added: seconds_per_step,
+        samples_per_second.
+        """
+        if self.active:
+            self.flush()
+            self._late = LateRow.of(step, **values)
+
+    def flush(self) -> None:
+        """Wait for the numbers of the last `log`, and write its row."""
+        if self._late is not None:
+            late, self._late = self._late, None
+            self._log(late.step, late.read())
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
         now = time.perf_counter()
         seconds = (now - self._logged_at) / max(step - self._logged_step, 1)
         self._logged_step, self._logged_at = step, now
@@ -90,11 +167,13 @@ class Metrics:
     def record(self, step: int, **values: float) -> None:
         """A row of its own kind (a validation loss, say), without speed."""
         if self.active:
+            self.flush()
             self._write({"step": step, **values})
             self.say(f"step {step}/{self.total_steps}  {shown(values)}")
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Show the image file `path` in W&B under `name`."""
+        self.flush()
         if self.active and self._run is not None:
             import wandb
 
@@ -118,9 +197,10 @@ class Metrics:
                 self._logged_at += time.perf_counter() - began
 
     def close(self) -> None:
-        """Finish the bar, the file and the W&B run. May be called twice."""
+        """Write what is on its way; finish the bar, the file and the W&B run. May be called twice."""
         if not self.active:
             return
+        self.flush()
         self.active = False
         self._bar.close()
         self._file.close()
@@ -148,9 +228,9 @@ class Metrics:
             if not waited:
                 complain(f"{self._file.name} can't be written ({error.strerror}); its rows wait until it can")
 
-    def _start_wandb(self, config: TrainConfig, start_step: int, facts: dict[str, Any]) -> Any:
+    def _start_wandb(self, options: WandbOptions, folder: Path, start_step: int) -> Any:
         """A W&B run, or None: disabled, not installed or failed. A resumed training goes on in the same run."""
-        mode = config.wandb_mode if config.wandb_mode != "auto" else os.environ.get("WANDB_MODE", "auto")
+        mode = options.mode if options.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
         if mode == "disabled":
             return None
         try:
@@ -158,22 +238,22 @@ class Metrics:
 
             if mode == "auto":
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"  # is there a key?
-            options: dict[str, Any] = {
-                "project": config.wandb_project,
-                "name": config.wandb_run_name or config.output_path.resolve().name,
-                "dir": str(config.output_path),
+            shared: dict[str, Any] = {
+                "project": options.project,
+                "name": options.name,
+                "dir": str(folder),
                 "id": self.wandb_id,
-                "config": config.to_dict() | facts,
+                "config": options.config,
                 "settings": wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS, console="off", silent=True),
             }
             first_try: dict[str, Any] = {"mode": mode, "resume": "allow" if start_step and mode == "online" else None}
             try:
-                run = wandb.init(**first_try, **options)
+                run = wandb.init(**first_try, **shared)
             except Exception as error:
                 if mode != "online":
                     raise
                 complain(f"W&B cannot be reached, so this run is recorded offline ({first_line(error)})")
-                run = wandb.init(mode="offline", **options)
+                run = wandb.init(mode="offline", **shared)
             run.define_metric("*", step_metric="step")  # W&B's own step could not go back when training resumes
             return run
         except Exception as error:

@@ -10,44 +10,48 @@ from safetensors.torch import save_file
 from demo.random_model import write_random_encoded, write_random_model
 from qwen_image.float8.linear import FLOAT8, Float8Linear
 from qwen_image.loading.model_files import ModelSource, resolve_model
-from qwen_image.loading.weights import empty_transformer
 from qwen_image.noise_schedule import SigmaSchedule
 from qwen_image.pipeline import load_transformer
 from train import train_lora
-from train.base_model.load_transformer import base_bytes, check_base, load_base, read_presets
+from train.base_model.base_plan import BasePlan
+from train.base_model.load_transformer import load_base
 from train.config.train_config import TrainConfig
+from train.config.zero_plan import ZeroPlan
 from train.lora.preset_loras import Preset, merge_presets
 from train.lora.spec import LoraSpec
 from train.process.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
-ZERO2 = {"zero_optimization": {"stage": 2}}
+ZERO2 = ZeroPlan(2)
 
 
 def config_of(model, **options):
     return TrainConfig(**({"model": str(model), "data": "d", "deepspeed": "d", "output_path": "o"} | options))
 
 
-def check(model, settings=ZERO2, **options):
-    config = config_of(model, **options)
-    return check_base(config, settings, LoraSpec.from_config(config), CPU)
+def plan_of(config, zero=ZERO2):
+    return BasePlan.from_config(config, zero, LoraSpec.from_config(config))
+
+
+def check(model, zero=ZERO2, **options):
+    return plan_of(config_of(model, **options), zero).lines(CPU)
 
 
 def test_refusals(tiny_model):
     assert check(tiny_model) == []
     assert "emulated" in check(tiny_model, base_precision="float8")[0]
-    zero3 = {"zero_optimization": {"stage": 3}}
-    for options, settings, message in (
+    zero3 = ZeroPlan(3)
+    for options, zero, message in (
         ({"base_precision": "float8"}, zero3, r"does not go with ZeRO-3.*use ds_configs/zero2\.json"),
         ({"base_precision": "float8", "lora_dora": True}, ZERO2, "does not go with lora_dora"),
-        ({"base_precision": "float8"}, ZERO2 | {"data_types": {"buffer_dtype": "bf16"}}, "buffer_dtype would round"),
+        ({"base_precision": "float8"}, ZeroPlan(2, casts_buffers=True), "buffer_dtype would round"),
         ({"modulation_table": "on"}, zero3, "no constant table here, ZeRO-3 partitions it"),
         ({"modulation_table": "on", "lora_target_modules": "img_mod.1"}, ZERO2, "lora_target_modules reaches it"),
         ({"base_precision": "int8"}, ZERO2, "base_precision"),
     ):
         with pytest.raises(ValueError, match=message):
-            check(tiny_model, settings, **options)
+            check(tiny_model, zero, **options)
 
 
 @pytest.mark.parametrize("targets", ["to_q", "to_q,img_mod.1", "norm_out.linear"])
@@ -55,13 +59,12 @@ def test_the_table_gives_way_to_a_lora_there(tiny_model, targets):
     config = config_of(tiny_model, base_precision="float8", lora_target_modules=targets, dtype="float32")
     files = resolve_model(ModelSource(str(tiny_model)), ("transformer", "scheduler"))
     schedule = SigmaSchedule.from_config_file(files["scheduler"].folder / "scheduler_config.json")
-    spec = LoraSpec.from_config(config)
-    transformer = load_base(config, ZERO2, files, schedule, spec, [], Ranks(0, 1, 0, CPU))
+    plan = plan_of(config)
+    transformer = load_base(plan, ZERO2, files, schedule, Ranks(0, 1, 0, CPU))
     assert (transformer.modulation_table is not None) == (targets == "to_q")
-    tabulated = 0 if transformer.modulation_table is None else transformer.modulation_table.replaced // 4
     scales = sum(b.nbytes for b in transformer.buffers())
     held = sum(p.nbytes for p in transformer.parameters()) + scales
-    assert base_bytes(config, empty_transformer(files), tabulated, 2) == held
+    assert plan.bytes(checkpointed_blocks=2) == held
 
 
 def test_presets_are_merged_before_weights_are_rounded(tiny_model, tmp_path):
@@ -77,9 +80,7 @@ def test_presets_are_merged_before_weights_are_rounded(tiny_model, tmp_path):
     options = {"preset_lora_path": (f"{tmp_path / 'preset.safetensors'}:0.5",), "dtype": "float32"}
     config = config_of(tiny_model, base_precision="float8", modulation_table="off", **options)
     schedule = SigmaSchedule.from_config_file(files["scheduler"].folder / "scheduler_config.json")
-    presets = read_presets(config)
-    spec = LoraSpec.from_config(config)
-    ours = load_base(config, ZERO2, files, schedule, spec, presets, Ranks(0, 1, 0, CPU))
+    ours = load_base(plan_of(config), ZERO2, files, schedule, Ranks(0, 1, 0, CPU))
     merge_presets(exact, [Preset.read(config.preset_lora_path[0], exact)])
     for name in layers[1:]:
         torch.testing.assert_close(ours.get_submodule(name).weight, exact.get_submodule(name).weight)

@@ -14,6 +14,7 @@ from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.loading.pinned_memory import Arena
 from tests.helpers.forked_ranks import run_ranks
 from train.base_model.zero3_loading import load_partitioned
+from train.config.zero_plan import ZeroPlan
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -36,7 +37,7 @@ def load(model: Path, **zero: Any) -> Any:
     config["zero_optimization"] |= zero
     config["train_micro_batch_size_per_gpu"] = 1
     files = resolve_model(ModelSource(str(model)), ("transformer", "scheduler"))
-    return load_partitioned(files, torch.bfloat16, config)
+    return load_partitioned(files, torch.bfloat16, ZeroPlan.from_settings(config))
 
 
 def gathered_equals_files(model: Path, zero: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.batch_shapes import KEPT, BatchShapes, batch_shapes, text_padding
+from train.data.batch_shapes import KEPT, BatchOptions, BatchShapes, batch_shapes, choose_text_padding
 from train.fit.cuda_graphs_choice import StepTimes
 from train.step.cuda_graphs import StepGraphs
 
@@ -27,10 +27,6 @@ def data_set(bucket: list[int], tokens: list[int], encoded: bool = True, trainin
 STREAM = SimpleNamespace(manifest=SimpleNamespace(buckets=BUCKETS), index=None, encoded=True)
 
 
-def config(**options: Any) -> Any:
-    return SimpleNamespace(**{"max_prompt_tokens": 512, "batch_size": 1, "caption_dropout": 0.0} | options)
-
-
 @pytest.mark.parametrize(
     "options,data,multiple,expected",
     [
@@ -48,17 +44,21 @@ def config(**options: Any) -> Any:
     ],
 )
 def test_shapes_are_counted(options: dict[str, Any], data: Any, multiple: int, expected: BatchShapes) -> None:
-    assert batch_shapes(config(**options), data, multiple) == expected
+    assert batch_shapes(BatchOptions(**options), data, multiple) == expected
 
 
 def test_text_is_padded_as_little_as_leaves_few_shapes() -> None:
     gpu, tokens = torch.device("cuda"), list(range(1, 513))
     for buckets, expected in ((1, 32), (6, 32), (7, 64), (10, 64)):
         data = data_set([b for b in range(buckets) for _ in tokens], tokens * buckets)
-        assert text_padding(config(), data, gpu) == expected, f"{buckets} buckets × 16 lengths, {KEPT} may be kept"
-        assert text_padding(config(), data, torch.device("cpu")) == 1
+        assert choose_text_padding(BatchOptions(), data, gpu) == expected, (
+            f"{buckets} buckets × 16 lengths, {KEPT} may be kept"
+        )
+        assert choose_text_padding(BatchOptions(), data, torch.device("cpu")) == 1
     many = [number // 512 for number in range(30 * 512)]
-    assert text_padding(config(), data_set(many, tokens * 30), gpu) == 32  # 120 even at 128: no graphs, no padding
+    assert (
+        choose_text_padding(BatchOptions(), data_set(many, tokens * 30), gpu) == 32
+    )  # 120 even at 128: no graphs, no padding
 
 
 @pytest.mark.parametrize(

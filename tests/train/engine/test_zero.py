@@ -22,14 +22,18 @@ from qwen_image.model.prompt import Prompt
 from qwen_image.pipeline import load_transformer
 from tests.helpers.forked_ranks import run_ranks
 from train import train_lora
+from train.base_model.base_plan import BasePlan
 from train.config.command_line import parse
+from train.config.zero_plan import ZeroPlan
 from train.data.batch import make_batch
+from train.data.from_config import RunData
 from train.data.indexed_loader import draw_sample
 from train.data.shard_dataset import ShardDataset
-from train.fit.memory_plan import planned_sizes
+from train.fit.memory_plan import Setup
 from train.flow.timestep_sampling import SigmaSampling
 from train.lora.inject import inject_lora, lora_parameters
 from train.lora.spec import LoraSpec
+from train.process.ranks import Ranks
 from train.step.flow_matching_module import FlowMatchingModule
 
 for _module in (
@@ -220,6 +224,14 @@ def test_three_ranks_equal_the_plain_loop(model: Path, data: Path, tmp_path: Pat
 
 def test_dora_needs_whole_weights(model: Path, data: Path, tmp_path: Path) -> None:
     config = parse(flags(model, data, tmp_path, "zero3", "--lora_dora", "true"))
+    ranks, spec = Ranks(0, 1, 0, torch.device("cpu")), LoraSpec.from_config(config)
+
+    def setup(stage: int) -> Setup:
+        zero = ZeroPlan(stage)
+        return Setup.from_config(
+            config, zero, spec, BasePlan.from_config(config, zero, spec), RunData.from_config(config, ranks), ranks
+        )
+
     with pytest.raises(ValueError, match=r"lora_dora needs whole weights at every step: use ds_configs/zero2\.json"):
-        planned_sizes(config, {"zero_optimization": {"stage": 3}}, LoraSpec.from_config(config))
-    planned_sizes(config, {"zero_optimization": {"stage": 2}}, LoraSpec.from_config(config))
+        setup(3)
+    setup(2)

@@ -16,9 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen_image.model.rotary import rotary_table
 from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
-from train.data.batch_shapes import BatchShape, largest_batch, random_arguments
-from train.fit import activation_checkpointing as recomputation
-from train.fit.activation_checkpointing import PeakWatch, RecomputationPlan, choose, plan_recomputation, set_recomputed
+from train.data.batch_shapes import BatchOptions, BatchShape, largest_batch, random_arguments
+from train.fit import activation_checkpointing as checkpointing
+from train.fit.activation_checkpointing import (
+    CheckpointingPlan,
+    PeakWatch,
+    choose,
+    plan_checkpointing,
+    set_checkpointed_blocks,
+)
 from train.fit.trial_step import Trial, try_step
 from train.lora.inject import inject_lora
 from train.lora.spec import LoraSpec
@@ -165,22 +171,22 @@ def test_the_choice_is_the_best_that_fits(
     if plan is None:
         assert trial(BLOCKS) is None
         return
-    assert trial(plan.recomputed) == plan.trial and plan.trial is not None
-    if plan.recomputed < BLOCKS - 1:
+    assert trial(plan.checkpointed_blocks) == plan.trial and plan.trial is not None
+    if plan.checkpointed_blocks < BLOCKS - 1:
         assert plan.predicted is not None and plan.predicted <= limit
-    if 0 < plan.recomputed < BLOCKS:
-        next_one = trial(plan.recomputed - 1)
-        assert next_one is None or next_one.peak + added > limit or plan.notes or plan.recomputed == BLOCKS - 1
+    if 0 < plan.checkpointed_blocks < BLOCKS:
+        next_one = trial(plan.checkpointed_blocks - 1)
+        assert next_one is None or next_one.peak + added > limit or plan.notes or plan.checkpointed_blocks == BLOCKS - 1
 
 
 def test_what_runs_out_of_memory_is_told_and_recomputed() -> None:
     blocks_that_fit = 2
     trial = simulated(1000, 100, 10, 0, 1000 + blocks_that_fit * 100 + (BLOCKS - blocks_that_fit) * 10)
     plan = choose(BLOCKS, trial, lambda: 10_000, 0, agree=lambda value: value)  # the limit promises too much
-    assert plan is not None and plan.recomputed == BLOCKS - 1 and plan.trial is not None
+    assert plan is not None and plan.checkpointed_blocks == BLOCKS - 1 and plan.trial is not None
     fits_three = simulated(1000, 100, 10, 0, 1000 + 4 * 100 + 2 * 10)
     plan = choose(BLOCKS, fits_three, lambda: 10_000, 0, agree=lambda value: value)
-    assert plan is not None and plan.recomputed == 2
+    assert plan is not None and plan.checkpointed_blocks == 2
     assert plan.lines()[0] == "a trial step with 0 of 6 blocks recomputed ran out of memory: recomputing more"
 
 
@@ -193,7 +199,7 @@ def test_all_ranks_follow_the_one_with_least_memory() -> None:
         return max(value, 4) if len(asked) == 3 else value  # the third question is how many blocks to recompute
 
     plan = choose(BLOCKS, trial, lambda: 10_000, 0, agree)
-    assert plan is not None and plan.recomputed == 4 and asked[:3] == [0, 0, 0]
+    assert plan is not None and plan.checkpointed_blocks == 4 and asked[:3] == [0, 0, 0]
 
     def other_fails(value: int) -> int:
         return 1
@@ -204,35 +210,35 @@ def test_all_ranks_follow_the_one_with_least_memory() -> None:
 def test_policies_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make_module()
 
-    def plan(policy: int | str, stage: int = 2) -> RecomputationPlan:
-        chosen = plan_recomputation(policy, module, SHAPE, 0, stage, CPU)
-        assert module.transformer.checkpointed_blocks == chosen.recomputed
+    def plan(policy: int | str, stage: int = 2) -> CheckpointingPlan:
+        chosen = plan_checkpointing(policy, module, SHAPE, 0, stage == 3, CPU)
+        assert module.transformer.checkpointed_blocks == chosen.checkpointed_blocks
         return chosen
 
-    assert [plan(policy).recomputed for policy in ("none", "full", 2, "auto")] == [0, BLOCKS, 2, 0]
+    assert [plan(policy).checkpointed_blocks for policy in ("none", "full", 2, "auto")] == [0, BLOCKS, 2, 0]
     assert plan("none").predicted is None and plan("none").lines() == ["recomputing 0 of 6 blocks"]
     partitioned = plan("auto", stage=3)
-    assert partitioned.recomputed == BLOCKS and "ZeRO-3" in partitioned.lines()[0]
+    assert partitioned.checkpointed_blocks == BLOCKS and "ZeRO-3" in partitioned.lines()[0]
 
     kept = {}
     for recomputed in range(BLOCKS + 1):
-        set_recomputed(module.transformer, recomputed)
+        set_checkpointed_blocks(module.transformer, recomputed)
         trial = try_step(module, random_arguments(SHAPE, 24, CPU))
         assert trial is not None
         kept[recomputed] = trial.kept
     for recomputed in range(1, BLOCKS):
-        monkeypatch.setattr(recomputation, "usable_bytes", lambda device, fits=kept[recomputed]: fits + 10)
+        monkeypatch.setattr(checkpointing, "usable_bytes", lambda device, fits=kept[recomputed]: fits + 10)
         chosen = plan("auto")
-        assert chosen.recomputed == recomputed and chosen.predicted == kept[recomputed]
+        assert chosen.checkpointed_blocks == recomputed and chosen.predicted == kept[recomputed]
 
-    monkeypatch.setattr(recomputation, "try_step", lambda *_: None)
+    monkeypatch.setattr(checkpointing, "try_step", lambda *_: None)
     message = r"even with every block recomputed, a step of 2 × 96×64 pixels with 12 text tokens runs out of memory"
     with pytest.raises(ValueError, match=message):
         plan("auto")
 
 
 def test_the_plan_adds_up() -> None:
-    plan = RecomputationPlan(12, 60, Trial(25 * GIB, 40 * GIB, 67 * GIB), GIB // 2, 76 * GIB)
+    plan = CheckpointingPlan(12, 60, Trial(25 * GIB, 40 * GIB, 67 * GIB), GIB // 2, 76 * GIB)
     assert plan.lines() == [
         "recomputing 12 of 60 blocks: 67.50 GiB predicted, 76.00 may be used (resident 25.00 + activations 40.00 + "
         "work 2.00 + optimizer and gradients 0.50)"
@@ -241,7 +247,7 @@ def test_the_plan_adds_up() -> None:
 
 def test_the_real_peak_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 51 * GIB)
-    plan, said = RecomputationPlan(0, 6, Trial(0, 0, 50 * GIB), 0, 76 * GIB), []
+    plan, said = CheckpointingPlan(0, 6, Trial(0, 0, 50 * GIB), 0, 76 * GIB), []
     for batches, line in ((5, "peak memory 51.00 GiB, predicted 50.00 (+2.0%)"), (2, None)):
         said = []
         watch = PeakWatch(plan, SHAPE, torch.device("cuda"), said.append)
@@ -275,14 +281,12 @@ def stream() -> Any:
         ({}, dataset(True), BatchShape(1, 64, 64, 90, False)),  # 16 + 90 tokens against 24 + 50
         ({}, dataset(True, [0, 2, 3]), BatchShape(1, 64, 96, 50, False)),  # 90 is held out
         ({}, dataset(True, [0]), BatchShape(1, 64, 64, 30, False)),
-        ({"text_multiple": 32}, dataset(True), BatchShape(1, 64, 64, 96, True)),
+        ({"text_padding": 32}, dataset(True), BatchShape(1, 64, 64, 96, True)),
         ({"max_prompt_tokens": 40, "batch_size": 4}, dataset(True), BatchShape(4, 64, 96, 40, True)),
         ({}, dataset(False), BatchShape(1, 64, 96, 512, False)),  # lengths are not known
         ({}, stream(), BatchShape(1, 64, 96, 512, False)),
     ],
 )
 def test_the_largest_batch_occurs(options: dict[str, int], data: Any, expected: BatchShape) -> None:
-    config: Any = SimpleNamespace(
-        **{"max_prompt_tokens": 512, "batch_size": 1, "text_multiple": 1, "caption_dropout": 0.0} | options
-    )
-    assert largest_batch(config, data) == expected
+    text_padding = options.pop("text_padding", 1)
+    assert largest_batch(BatchOptions(**options), data, text_padding) == expected

@@ -99,7 +99,9 @@ def test_a_full_disk_is_passed_over_or_stops_by_policy(
 
 def test_rows_of_metrics_wait_for_room(disk, tmp_path, capsys):
     settings = {"model": "m", "data": "d", "deepspeed": "ds.json", "wandb_mode": "disabled"}
-    metrics = Metrics(TrainConfig(output_path=disk / "run", **settings), total_steps=400, samples_per_step=1)
+    metrics = Metrics.from_config(
+        TrainConfig(output_path=disk / "run", **settings), total_steps=400, samples_per_step=1
+    )
     for step in range(1, 401):
         if step == 100:
             fill(disk / "filler")

@@ -3,37 +3,31 @@
 import pytest
 import torch
 
-from train.watching.late_row import LateRow
-
-
-class Log:
-    def __init__(self):
-        self.rows = []
-
-    def log(self, step, **values):
-        self.rows.append((step, values))
+from train.watching.metrics import LateRow
 
 
 def test_what_goes_in_comes_out_in_order():
-    log = Log()
     norm = torch.tensor([2.5], requires_grad=True)  # of any shape with one element
-    LateRow.of(7, loss=torch.tensor(0.1, dtype=torch.float64), lr=1e-4, grad_norm=norm, epoch=0.3).write(log)
-    assert log.rows == [(7, {"loss": 0.1, "lr": 1e-4, "grad_norm": 2.5, "epoch": 0.3})]
-    assert list(log.rows[0][1]) == ["loss", "lr", "grad_norm", "epoch"]
+    row = LateRow.of(7, loss=torch.tensor(0.1, dtype=torch.float64), lr=1e-4, grad_norm=norm, epoch=0.3)
+    assert row.step == 7 and list(row.read().items()) == [
+        ("loss", 0.1),
+        ("lr", 1e-4),
+        ("grad_norm", 2.5),
+        ("epoch", 0.3),
+    ]
 
 
 def test_numbers_are_those_of_their_time():
     """What the device adds up afterwards in the same tensor belongs to the next row."""
-    log, total = Log(), torch.tensor(1.0)
+    total = torch.tensor(1.0)
     row = LateRow.of(1, loss=total)
     total += 1
-    row.write(log)
-    assert log.rows == [(1, {"loss": 1.0})]
+    assert row.read() == {"loss": 1.0}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to wait for")
-def test_only_writing_waits_for_the_gpu():
-    log, total = Log(), torch.tensor(1.5, device="cuda")
+def test_only_reading_waits_for_the_gpu():
+    total = torch.tensor(1.5, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -44,5 +38,4 @@ def test_only_writing_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     total += 1
-    row.write(log)
-    assert log.rows == [(3, {"loss": 3.0, "lr": 1e-4})]
+    assert row.read() == {"loss": 3.0, "lr": 1e-4}

@@ -75,7 +75,7 @@ def test_a_row_a_logged_step_with_its_speed(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("train.watching.metrics.time.perf_counter", lambda: now)
-    metrics = Metrics(make_config(tmp_path), total_steps=20, samples_per_step=8)
+    metrics = Metrics.from_config(make_config(tmp_path), total_steps=20, samples_per_step=8)
     now += 3.0
     with metrics.paused():
         now += 50.0
@@ -98,7 +98,7 @@ def test_the_bar_shows_loss_and_steps_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    metrics = Metrics(make_config(tmp_path), total_steps=4, samples_per_step=1, start_step=1)
+    metrics = Metrics.from_config(make_config(tmp_path), total_steps=4, samples_per_step=1, start_step=1)
     for step in (2, 3):
         metrics.advance()
         metrics.log(step, loss=0.125)
@@ -111,18 +111,18 @@ def test_resuming_removes_the_rows_after_the_resumed_step(tmp_path: Path) -> Non
     lines = [json.dumps({"step": step, "loss": step / 10}) for step in (10, 20, 30)]
     file = tmp_path / "metrics.jsonl"
     file.write_text("\n".join([*lines, '{"step": 3']), encoding="utf-8")
-    Metrics(make_config(tmp_path), total_steps=40, samples_per_step=1, start_step=20, rank=1).close()
+    Metrics.from_config(make_config(tmp_path), total_steps=40, samples_per_step=1, start_step=20, rank=1).close()
     assert len(file.read_text().splitlines()) == 4  # other ranks leave it alone
-    metrics = Metrics(make_config(tmp_path), total_steps=40, samples_per_step=1, start_step=20)
+    metrics = Metrics.from_config(make_config(tmp_path), total_steps=40, samples_per_step=1, start_step=20)
     metrics.record(25, loss=9.0)
     metrics.close()
     assert rows(tmp_path) == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 25, "loss": 9.0}]
-    Metrics(make_config(tmp_path), total_steps=40, samples_per_step=1).close()
+    Metrics.from_config(make_config(tmp_path), total_steps=40, samples_per_step=1).close()
     assert rows(tmp_path) == []  # a new run begins
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = Metrics(make_config(tmp_path / "run", wandb_mode="offline"), 5, 1, rank=1)
+    metrics = Metrics.from_config(make_config(tmp_path / "run", wandb_mode="offline"), 5, 1, rank=1)
     metrics.advance()
     metrics.log(1, loss=1.0)
     metrics.record(1, validation_loss=1.0)
@@ -183,7 +183,7 @@ def test_the_mode_of_wandb(
         monkeypatch.setenv("WANDB_MODE", variable)
     if key:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    Metrics(make_config(tmp_path, wandb_mode=flag), 5, 1).close()
+    Metrics.from_config(make_config(tmp_path, wandb_mode=flag), 5, 1).close()
     assert [run.options["mode"] for run in wandb.runs] == ([mode] if mode else [])
     assert all(run.finished for run in wandb.runs)
 
@@ -192,7 +192,9 @@ def test_wandb_gets_the_configuration_and_keeps_its_run(tmp_path: Path, wandb: F
     config = make_config(tmp_path / "cats", wandb_mode="online", wandb_project="p", lora_rank=8)
     wandb_id = None
     for start in (0, 3, 0):
-        metrics = Metrics(config, 5, 2, start, facts={"trainable": 12}, wandb_id=wandb_id if start else None)
+        metrics = Metrics.from_config(
+            config, 5, 2, start, facts={"trainable": 12}, wandb_id=wandb_id if start else None
+        )
         wandb_id = metrics.wandb_id
         metrics.log(start + 1, loss=0.5)
         metrics.image(start + 1, "sample", tmp_path / "a.png")
@@ -208,7 +210,7 @@ def test_wandb_gets_the_configuration_and_keeps_its_run(tmp_path: Path, wandb: F
 def test_a_wandb_that_fails_is_told_once_and_ends_nothing(
     tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = Metrics(make_config(tmp_path, wandb_mode="offline"), 5, 1)
+    metrics = Metrics.from_config(make_config(tmp_path, wandb_mode="offline"), 5, 1)
     wandb.runs[0].broken = True
     for step in (1, 2, 3):
         metrics.record(step, loss=0.5)
@@ -222,11 +224,11 @@ def test_an_unreachable_or_missing_wandb_ends_nothing(
     tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wandb.unreachable = True
-    Metrics(make_config(tmp_path, wandb_mode="online"), 5, 1).close()
+    Metrics.from_config(make_config(tmp_path, wandb_mode="online"), 5, 1).close()
     assert [run.options["mode"] for run in wandb.runs] == ["offline"]
     assert "recorded offline (no answer in 30 s)" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb", None)
-    metrics = Metrics(make_config(tmp_path, wandb_mode="online"), 5, 1)
+    metrics = Metrics.from_config(make_config(tmp_path, wandb_mode="online"), 5, 1)
     metrics.record(1, loss=0.5)
     metrics.close()
     assert "W&B is off" in capsys.readouterr().err and len(rows(tmp_path)) == 1
@@ -236,7 +238,7 @@ def test_the_run_folder_says_what_made_the_run(tmp_path: Path) -> None:
     from train.config.command_line import parse
 
     config = make_config(tmp_path / "new" / "run", lora_rank=4)
-    versions = prepare_run_folder(config, {"train_batch_size": 2})
+    versions = prepare_run_folder(config, {"train_batch_size": 2}, 1, 1, {})
     assert parse(["--config", str(config.output_path / "config.yaml")]) == config
     assert json.loads((config.output_path / "deepspeed.json").read_text()) == {"train_batch_size": 2}
     assert json.loads((config.output_path / "versions.json").read_text()) == versions
@@ -245,7 +247,7 @@ def test_the_run_folder_says_what_made_the_run(tmp_path: Path) -> None:
 
 def test_no_room_and_no_permission_are_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"the run needs 1000000000.0 GB: free some"):
-        prepare_run_folder(make_config(tmp_path), {}, needed_bytes=10**18)
+        prepare_run_folder(make_config(tmp_path), {}, 10**18 // 16, 1, {})
     (tmp_path / "file").touch()
     with pytest.raises(PermissionError, match="output_path: cannot write to"):
-        prepare_run_folder(make_config(tmp_path / "file" / "run"), {})
+        prepare_run_folder(make_config(tmp_path / "file" / "run"), {}, 1, 1, {})

@@ -1,0 +1,198 @@
+"""A run that doesn't fit is refused before weights are read, with the cheapest change that would, by the same memory plan."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from train.config.zero_plan import ZeroPlan
+from train.fit.activation_checkpointing import MARGIN_SHARE
+from train.fit.memory_plan import Machine, MemoryPlan, Setup, plan_memory
+from train.process.free_memory import GIB
+from train.process.ranks import Ranks
+
+# Seconds of a step beside those of bf16 with nothing recomputed, one H100, 1024² at batch size 1 (bench/LOG.md): 0.293 s, and
+# 0.418 with every block recomputed; float8 0.217 and 0.315; zero3_offload 6.32 s. Stage 3 on four cards took 8.3 s.
+BF16, BF16_RECOMPUTED = 1.0, 0.418 / 0.293
+FLOAT8, FLOAT8_RECOMPUTED = 0.217 / 0.293, 0.315 / 0.293
+STAGE_3, STAGE_3_OFFLOADED = 8.3 / 0.293, 6.32 / 0.293
+SWAPPED, ENCODED_ON_CPU = 2.0, 100.0  # added; guesses: 14 GB over PCIe for each batch, and the text encoder on a CPU
+PARKED, CPU_ADAMW = 0.05, 0.2  # added by --offload_activations, and by AdamW on the CPU; guesses
+# What a change is thought to cost besides time: a base rounded to 8 bits, and a smaller batch (or twice the accumulation).
+ROUNDED, SMALLER_BATCH = 0.5, 0.5
+GPUS = (2, 4, 8, 16)
+
+# What ds_configs/ holds (a test compares); the settings for DeepSpeed itself are not needed here.
+ZERO2 = ZeroPlan(2, reduce_bucket_size=50_000_000)
+ZERO3 = ZeroPlan(3, reduce_bucket_size=50_000_000, overlap_comm=True, prefetch_bucket_size=350_000_000)
+SHIPPED = {
+    "zero2": ZERO2,
+    "zero2_offload": replace(ZERO2, offload_optimizer=True),
+    "zero3": ZERO3,
+    "zero3_offload": replace(
+        ZERO3, offload_param=True, pin_param=True, offload_optimizer=True, max_live_parameters=400_000_000
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another setup, the flags that lead to it, and its plan.
+
+    Attributes:
+        slower: how much longer a sample takes than as it was asked for, as a factor; at most, where blocks are recomputed.
+        price: that, but a gain isn't counted, and what it changes besides is.
+        more_gpus: it needs GPUs that the run doesn't have.
+    """
+
+    flags: tuple[str, ...]
+    setup: Setup
+    plan: MemoryPlan
+    slower: float
+    price: float
+    more_gpus: bool
+
+    def __str__(self) -> str:
+        total = sum(self.plan.device.values()) / GIB
+        host = f" and {sum(self.plan.host.values()) / GIB:.1f} of host memory" if self.plan.host else ""
+        return f"{' '.join(self.flags)} ({total:.1f} GiB on each GPU{host}; a step about {self.slower:.2g} × as long)"
+
+
+def check_memory(setup: Setup, ranks: Ranks) -> MemoryPlan:
+    """The plan of this run on this machine, told. Raises ValueError when it can't fit, naming what would."""
+    machine = Machine.of(ranks.device)
+    plan = plan_memory(setup, machine)
+    excess = plan.excess()
+    if excess is not None:
+        raise ValueError(f"{excess}: {advice(setup, machine)}")
+    ranks.say(*plan.lines())
+    if not plan.likely_fits:
+        ranks.say(f"warning: that is likely too much: {advice(setup, machine)}")
+    return plan
+
+
+def advice(setup: Setup, machine: Machine, below: int | None = None) -> str:
+    """The cheapest change in words, or that there is none."""
+    change = cheapest_change(setup, machine, below)
+    if change is None:
+        return "nothing fits here, not even zero3.json on 16 such GPUs; it needs larger ones, or more host memory"
+    return f"the cheapest change that fits is {change}"
+
+
+def cheapest_change(setup: Setup, machine: Machine, below: int | None = None) -> Change | None:
+    """The change of the lowest price with which the run fits, estimates included; None: there is none.
+
+    More GPUs are proposed only where nothing else helps, and at the same price the faster way with fewer flags wins.
+    `below`: bytes that its plan must stay under, where the plan of `setup` proved too small.
+    """
+    asked, fitting = seconds(setup, machine), []
+    limit = math.inf if machine.device_total is None else machine.device_total * (1 - MARGIN_SHARE)
+    limit = limit if below is None else min(limit, below)
+    for flags, other in changes(setup, machine):
+        plan = plan_memory(other, machine)
+        if plan.bytes <= limit and plan.likely_fits:
+            slower = seconds(other, machine) / asked
+            price = max(1.0, slower) + ROUNDED * (other.base.float8 and not setup.base.float8)
+            price += SMALLER_BATCH * (other.batch_size < setup.batch_size)
+            fitting.append(Change(flags, other, plan, slower, price, other.world > setup.world))
+    return min(
+        fitting, key=lambda c: (c.more_gpus, round(c.price, 3), len(c.flags), c.setup.world, c.plan.bytes), default=None
+    )
+
+
+def seconds(setup: Setup, machine: Machine) -> float:
+    """Of a step's share of one sample, beside those of bf16 with nothing recomputed."""
+    share = setup.checkpointed_blocks / max(1, setup.base.blocks)
+    if setup.zero.partitioned:
+        time = STAGE_3_OFFLOADED if setup.zero.offload_param else STAGE_3
+    elif setup.base.float8:
+        time = FLOAT8 + share * (FLOAT8_RECOMPUTED - FLOAT8)
+    else:
+        time = BF16 + share * (BF16_RECOMPUTED - BF16)
+    time += PARKED * setup.offload_activations + CPU_ADAMW * (
+        setup.zero.offload_optimizer and not setup.zero.partitioned
+    )
+    place = "device" if setup.encoders is None else plan_memory(setup, machine).encoders
+    return time + {"device": 0.0, "swap": SWAPPED, "cpu": ENCODED_ON_CPU}[place]
+
+
+def changes(setup: Setup, machine: Machine) -> Iterator[tuple[tuple[str, ...], Setup]]:
+    """Every combination of what can be changed, but for no change at all: the flags, and the setup that they make."""
+    groups = [zeros(setup), precisions(setup, machine), tables(setup), checkpointing(setup), batches(setup)]
+    groups += [offloading(setup), encoders(setup)]
+    for parts in itertools.product(*groups):
+        flags = tuple(flag for flag, _ in parts if flag)
+        fields = {name: value for _, change in parts for name, value in change.items()}
+        base = replace(setup.base, **{name: fields.pop(name) for name in ("float8", "tabulated") if name in fields})
+        other = replace(setup, base=base, **fields)
+        if other.zero.partitioned:
+            other = replace(other, base=replace(base, tabulated=False))
+        if flags and possible(other):
+            yield flags, other
+
+
+Option = tuple[str, dict[str, Any]]
+
+
+def possible(setup: Setup) -> bool:
+    """Whether the trainer would take it: ZeRO-3 takes neither a float8 base nor DoRA, and recomputes every block."""
+    if setup.zero.partitioned:
+        return not setup.base.float8 and not setup.dora and setup.checkpointed_blocks == setup.base.blocks
+    return not (setup.base.float8 and (setup.dora or setup.zero.casts_buffers))
+
+
+def zeros(setup: Setup) -> list[Option]:
+    options: list[Option] = [("", {})]
+    for name, zero in SHIPPED.items():
+        counts = [setup.world] + ([n for n in GPUS if n > setup.world] if name == "zero3" else [])
+        for world in counts:
+            local = setup.local_world if world == setup.world else world
+            more = f" on {world} GPUs" if world > setup.world else ""
+            if replace(zero, settings={}) == replace(setup.zero, settings={}) and not more:
+                continue
+            options.append(
+                (f"--deepspeed ds_configs/{name}.json{more}", {"zero": zero, "world": world, "local_world": local})
+            )
+    return options
+
+
+def precisions(setup: Setup, machine: Machine) -> list[Option]:
+    could = machine.multiplies_float8 and setup.base.dtype.itemsize == 2
+    return [("", {})] + ([("--base_precision float8", {"float8": True})] if could and not setup.base.float8 else [])
+
+
+def tables(setup: Setup) -> list[Option]:
+    open_ = setup.base.can_tabulate and not setup.base.tabulated
+    return [("", {})] + ([("--modulation_table auto", {"tabulated": True})] if open_ else [])
+
+
+def checkpointing(setup: Setup) -> list[Option]:
+    blocks = setup.base.blocks
+    options: list[Option] = [("", {})]
+    if setup.checkpointed_blocks < blocks:
+        options.append(("--activation_checkpointing auto", {"checkpointed_blocks": blocks}))
+    return options
+
+
+def batches(setup: Setup) -> list[Option]:
+    options: list[Option] = [("", {})]
+    size = setup.batch_size // 2
+    while size:
+        tokens = -(-setup.tokens * size // setup.batch_size)
+        options.append((f"--batch_size {size}", {"batch_size": size, "tokens": tokens}))
+        size //= 2
+    return options
+
+
+def offloading(setup: Setup) -> list[Option]:
+    return [("", {})] + (
+        [] if setup.offload_activations else [("--offload_activations true", {"offload_activations": True})]
+    )
+
+
+def encoders(setup: Setup) -> list[Option]:
+    if setup.encoders is None:
+        return [("", {})]
+    options: list[Option] = [("", {}), ("the data encoded beforehand (data_prep/encode_shards.py)", {"encoders": None})]
+    return options + [(f"--encoder_device {place}", {"encoder_device": place}) for place in ("swap", "cpu")]

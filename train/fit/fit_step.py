@@ -1,0 +1,52 @@
+"""Before step 0: as few blocks checkpointed as fit, and CUDA graphs where they pay. What is found by trial is told."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from train.config.train_config import TrainConfig
+from train.config.zero_plan import ZeroPlan
+from train.data.batch_shapes import BatchShape
+from train.data.from_config import RunData
+from train.fit.activation_checkpointing import CheckpointingPlan, PeakWatch, plan_checkpointing
+from train.fit.cuda_graphs_choice import Policy, start_graphs
+from train.fit.memory_plan import Setup, engine_bytes
+from train.step.flow_matching_module import FlowMatchingModule
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the step was made to fit, for the largest batch on this device, and lines that tell of it."""
+
+    checkpointing: CheckpointingPlan
+    largest: BatchShape
+    device: torch.device
+    lines: list[str]
+
+    def peak_watch(self, say: Callable[[str], None]) -> PeakWatch:
+        """Will tell the real peak beside the predicted one."""
+        return PeakWatch(self.checkpointing, self.largest, self.device, say)
+
+
+def fit_step(
+    config: TrainConfig, setup: Setup, module: FlowMatchingModule, data: RunData, steps_done: int, device: torch.device
+) -> Fit:
+    """Decide about the step of `module`, whose weights, LoRA and optimizer are in place. A collective.
+
+    Raises ValueError when what was asked for doesn't fit.
+    """
+    zero, accumulation = setup.zero, data.reading.accumulation
+    added = engine_bytes(zero, setup.trainable, setup.lora_dtype, setup.world, accumulation, resumed=steps_done > 0)
+    policy = config.activation_checkpointing
+    checkpointing = plan_checkpointing(policy, module, data.largest, added, zero.partitioned, device)
+    batches = (data.steps - steps_done) * accumulation
+    graphs = start_graphs(graphs_policy(config, zero), module, data.largest, data.shapes, batches, device)
+    return Fit(checkpointing, data.largest, device, [*checkpointing.lines(), *graphs])
+
+
+def graphs_policy(config: TrainConfig, zero: ZeroPlan) -> Policy:
+    """`--cuda_graphs`, but off where the host has work to do within a step, and not left to the clock if deterministic."""
+    if config.lora_dropout > 0 or config.offload_activations or zero.partitioned:
+        return "off"
+    return "on" if config.deterministic and config.cuda_graphs == "auto" else config.cuda_graphs

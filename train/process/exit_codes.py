@@ -1,0 +1,7 @@
+"""Exit codes of train_lora.py, for launchers and job scripts."""
+
+DONE = 0
+BAD_INPUT = 2
+NOT_FINITE = 3  # loss or gradient
+OUT_OF_MEMORY = 4  # of the GPU
+PREEMPTED = 85  # the run was asked to leave and has saved a checkpoint; start it again to go on
