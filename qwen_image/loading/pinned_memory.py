@@ -77,7 +77,7 @@ class Arena:
     _used: int = 0
 
     def take(self, size: int) -> torch.Tensor:
-        """An uninitialised tensor of `size` elements."""
+        """An uninitialized tensor of `size` elements."""
         self.remaining -= size
         if not self.pinned:
             return torch.empty(size, dtype=self.dtype, device=self.device)

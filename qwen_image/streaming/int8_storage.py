@@ -1,6 +1,6 @@
 """Frozen matrices stored in 8 bits and computed with in the model's dtype: int8 in groups of a row, a scale each.
 
-A weight W [N, K] is stored as integers q with W ≈ q·s, one s for each group of GROUP neighbours in a row: s = max|W| / 127
+A weight W [N, K] is stored as integers q with W ≈ q·s, one s for each group of GROUP neighbors in a row: s = max|W| / 127
 over the group (symmetric, absolute-maximum quantization). Small groups keep an outlier's coarse step to itself; their scales
 add 3 % to the bytes. On arrival in a slot q·s is rounded once to the model's dtype, so any card can use it. Against rows of
 float8 (e4m3) with one scale each the error of a product is 4.5 times smaller for normal weights and 2.3 times for
@@ -15,7 +15,7 @@ SMALLEST_SCALE = 1e-30  # for groups of zeros
 
 
 def group_of(columns: int) -> int:
-    """How many neighbours of a row share a scale."""
+    """How many neighbors of a row share a scale."""
     return GROUP if columns % GROUP == 0 else columns
 
 
