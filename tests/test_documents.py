@@ -141,6 +141,22 @@ def test_named_paths_exist():
     assert not [line for name, text in documents().items() for line in missing_paths(name, text)]
 
 
+def test_no_path_of_one_machine():
+    for name, text in documents().items():
+        assert not (found := re.search(r"(?<![\w.}])/(home|root|work|Users|opt)/\w+", text)), f"{name}: {found}"
+
+
+def test_contributing_names_every_room():
+    rooms = {
+        short(init.parent)
+        for package in ("qwen_image", "data_prep", "train")
+        for init in ROOT.glob(f"{package}/*/__init__.py")
+    }
+    assert len(rooms) > 15
+    named = {path.rstrip("/") for path in named_paths((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))}
+    assert rooms <= named, f"where things live: {sorted(rooms - named)} are missing"
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test", "check"} <= targets
