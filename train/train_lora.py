@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train/train_lora.py --config run.yaml
     sbatch slurm/qwen_lora.sh run.yaml
 
-`--help` lists every option (train/config/train_config.py defines them). RUN receives config.yaml, versions.json, metrics.jsonl,
-lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes: 0 done, 2 bad input,
+`--help` lists every option (train/config/train_config.py defines them). RUN receives config.yaml, deepspeed.json,
+versions.json, metrics.jsonl, lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes: 0 done, 2 bad input,
 3 loss or gradient no longer finite, 4 out of GPU memory, 85 asked to leave by SIGTERM or SIGUSR1 (checkpoint saved,
 start again to go on).
 """
