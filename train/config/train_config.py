@@ -101,7 +101,11 @@ class TrainConfig:
     lora_rank: Annotated[Count, "rank of the LoRA matrices"] = 32
     lora_alpha: Annotated[Positive | None, "the update is scaled by alpha / rank; not given: alpha = rank"] = None
     lora_dropout: Annotated[Annotated[float, Interval(ge=0.0, le=0.99)], "dropout before lora_A"] = 0.0
-    lora_target_modules: Annotated[tuple[str, ...], "comma-separated names of the linear layers to adapt"] = (
+    lora_target_modules: Annotated[
+        tuple[str, ...],
+        "comma-separated names of the linear layers to adapt, or groups: attention (to_q … to_add_out), mlp, modulation "
+        "(no table then: 12.7 GiB more), all three: all",
+    ] = (
         "to_q",
         "to_k",
         "to_v",

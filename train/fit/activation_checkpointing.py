@@ -171,11 +171,12 @@ def plan_checkpointing(
     added: int,
     partitioned: bool,
     device: torch.device,
+    instead: Callable[[], str] | None = None,
 ) -> CheckpointingPlan:
     """Checkpoint blocks of `module.transformer` by the policy none | full | auto | a number; what was chosen and why.
 
     Call it when weights, LoRA and optimizer are in place. `added`: bytes that training will hold besides (engine_bytes);
-    `partitioned`: ZeRO divides the frozen weights.
+    `partitioned`: ZeRO divides the frozen weights; `instead`: what to do when even recomputing every block doesn't help.
 
     auto on the CPU counts what autograd keeps against the host's free memory. On a GPU the other policies are tried
     too. Raises ValueError when what was asked for runs out of memory, or nothing fits.
@@ -202,7 +203,7 @@ def plan_checkpointing(
         failed = agree(int(result is None))
         plan = None if failed else CheckpointingPlan(asked, blocks, result, added, usable_bytes(device))
     if plan is None:
-        raise ValueError(_out_of_memory(policy, asked, blocks, shape, device))
+        raise ValueError(_out_of_memory(policy, asked, blocks, shape, device, instead))
     set_checkpointed_blocks(transformer, plan.checkpointed_blocks)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -210,7 +211,14 @@ def plan_checkpointing(
     return plan
 
 
-def _out_of_memory(policy: Policy, checkpointed: int, blocks: int, shape: BatchShape, device: torch.device) -> str:
+def _out_of_memory(
+    policy: Policy,
+    checkpointed: int,
+    blocks: int,
+    shape: BatchShape,
+    device: torch.device,
+    instead: Callable[[], str] | None,
+) -> str:
     asked = f"activation_checkpointing {policy}: {checkpointed} of {blocks} blocks recomputed"
     if policy == "auto":
         asked = "activation_checkpointing auto: even with every block recomputed"
@@ -219,12 +227,15 @@ def _out_of_memory(policy: Policy, checkpointed: int, blocks: int, shape: BatchS
         room = f"{resident:.2f} GiB are taken before a step, {usable:.2f} may be used"
     else:
         room = f"{usable_bytes(device) / GIB:.2f} GiB of host memory may be used"
-    instead = (
-        "say auto or a larger number" if policy not in ("auto", "full") else "use a smaller --batch_size or pictures"
-    )
+    if policy not in ("auto", "full"):
+        todo = "say auto or a larger number"
+    elif instead is not None:
+        todo = instead()
+    else:
+        todo = "use a smaller --batch_size or pictures, or --offload_activations true"
     return (
         f"{asked}, a step of {shape.batch} × {shape.height}×{shape.width} pixels with {shape.text} text tokens runs out of "
-        f"memory ({room}): {instead}, --offload_activations true, or ds_configs/zero3.json on more GPUs"
+        f"memory ({room}): {todo}"
     )
 
 

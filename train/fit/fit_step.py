@@ -10,9 +10,12 @@ from train.config.zero_plan import ZeroPlan
 from train.data.batch_shapes import BatchShape
 from train.data.from_config import RunData
 from train.fit.activation_checkpointing import CheckpointingPlan, PeakWatch, plan_checkpointing
+from train.fit.cheapest_change import advice
 from train.fit.cuda_graphs_choice import Policy, start_graphs
-from train.fit.memory_plan import Setup, engine_bytes
+from train.fit.memory_plan import Machine, Setup, engine_bytes, plan_memory
 from train.step.flow_matching_module import FlowMatchingModule
+
+PROVEN_SHARE = 0.9  # of a plan that proved too small, what another one may take
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,12 @@ def fit_step(
     zero, accumulation = setup.zero, data.reading.accumulation
     added = engine_bytes(zero, setup.trainable, setup.lora_dtype, setup.world, accumulation, resumed=steps_done > 0)
     policy = config.activation_checkpointing
-    checkpointing = plan_checkpointing(policy, module, data.largest, added, zero.partitioned, device)
+
+    def instead() -> str:  # the plan said that it fits; the trial knows better
+        machine = Machine.of(device)
+        return advice(setup, machine, below=int(plan_memory(setup, machine).bytes * PROVEN_SHARE))
+
+    checkpointing = plan_checkpointing(policy, module, data.largest, added, zero.partitioned, device, instead)
     batches = (data.steps - steps_done) * accumulation
     graphs = start_graphs(graphs_policy(config, zero), module, data.largest, data.shapes, batches, device)
     return Fit(checkpointing, data.largest, device, [*checkpointing.lines(), *graphs])

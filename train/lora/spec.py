@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.config.train_config import TrainConfig
+from train.lora.targets import expand_groups
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 
@@ -23,7 +24,7 @@ class LoraSpec:
     @classmethod
     def from_config(cls, config: TrainConfig) -> "LoraSpec":
         return cls(
-            config.lora_target_modules,
+            expand_groups(config.lora_target_modules),
             config.lora_rank,
             config.alpha,
             config.lora_dropout,

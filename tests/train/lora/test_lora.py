@@ -10,11 +10,14 @@ from diffusers import QwenImagePipeline as DiffusersPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qwen_image.model.sizes import TransformerConfig
+from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
+from train.config.train_config import TrainConfig
 from train.lora.inject import attach_lora, inject_lora, lora_parameters, set_lora_enabled
 from train.lora.lora_file import read_lora, save_lora
 from train.lora.spec import LoraSpec
-from train.lora.targets import linear_layers, resolve_targets
+from train.lora.targets import GROUPS, expand_groups, linear_layers, resolve_targets
 
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -209,6 +212,32 @@ def test_the_dead_half_of_the_last_block_is_never_adapted(tiny_model):
     transformer(torch.randn(1, 4, 64), torch.tensor([0.5]), prompt, None, 2, 2).square().sum().backward()
     without = [name for name, p in lora_parameters(transformer).items() if p.grad is None]
     assert without == []
+
+
+def test_groups_stand_for_the_layers_of_every_block(tiny_model):
+    """`all` is every linear layer of the blocks; a group is what its names would be, in a LoRA's header and checkpoint too."""
+    transformer = QwenImagePipeline.from_pretrained(str(tiny_model), components=("transformer",)).transformer
+    in_blocks = [name for name in linear_layers(transformer) if name.startswith("transformer_blocks.")]
+    assert resolve_targets(transformer, ["all"]) == in_blocks
+    parts = [set(resolve_targets(transformer, [group])) for group in ("attention", "mlp", "modulation")]
+    assert set.union(*parts) == set(in_blocks) and sum(map(len, parts)) == len(in_blocks)
+    assert {name.split(".")[2] for name in parts[0]} == {"attn"}
+    assert resolve_targets(transformer, ["mlp", "to_q", "img_mlp.net.2"]) == resolve_targets(
+        transformer, [*GROUPS["mlp"], "to_q"]
+    )
+    assert expand_groups(["modulation", "to_q", "modulation"]) == ("img_mod.1", "txt_mod.1", "to_q")
+    config = {"model": "m", "data": "d", "deepspeed": "d", "output_path": "o"}
+    by_group = LoraSpec.from_config(TrainConfig(**config, lora_target_modules="mlp,to_q"))
+    by_name = LoraSpec.from_config(TrainConfig(**config, lora_target_modules=[*GROUPS["mlp"], "to_q"]))
+    assert by_group == by_name and "mlp" not in by_group.target_modules
+
+
+def test_only_dead_layers_are_no_lora():
+    with torch.device("meta"):
+        transformer = QwenImageTransformer(TransformerConfig(num_layers=1))
+    assert "transformer_blocks.0.attn.to_q" in resolve_targets(transformer, ["all"])  # the dead ones are left out
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn\.to_add_out never gets a gradient"):
+        resolve_targets(transformer, ["to_add_out"])
 
 
 def test_unknown_target_names_those_that_exist(tiny_model):

@@ -13,7 +13,8 @@ from tests.helpers.forked_ranks import run_ranks
 def leave_on_signal(root: Path) -> None:
     import torch.distributed as dist
 
-    from train.process.preemption import PREEMPTED, Preemption
+    from train.process.exit_codes import PREEMPTED
+    from train.process.preemption import Preemption
 
     preemption, rank = Preemption(), dist.get_rank()
     for step in range(10_000):
