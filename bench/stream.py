@@ -5,7 +5,7 @@
 
 Full-size random weights, drawn by name, so that every home has the same ones; one batch of 1024² a rank, rank 32 on the six
 q/k/v projections; compiled blocks, fused projections, the LoRA as one flat parameter whose gradient is averaged over the ranks;
-CUDA graphs nowhere, so that rows differ by their home alone. Homes: device | host | ranks | ranks_host, then -float8 or
+Homes: device | host | ranks | ranks_host, then -float8 or
 -int8, then -N for N resident blocks. Prints the median step, the peak, what is waited for, and the losses of the steps.
 """
 
@@ -134,8 +134,8 @@ def measure(module: FlowMatchingModule, size: int, repeats: int, device: torch.d
     stream: Any = module.transformer.block_stream
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if stream is not None:  # the same step with whatever the slots hold: what the weights' way costs
-            with stream.pause():
+        if stream is not None and module.graphs is None:
+            with stream.pause():  # whatever the slots hold: what is left is the weights' way
                 step()
                 synchronize()
                 start = time.perf_counter()
@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=60, help="blocks of the transformer (default 60)")
     parser.add_argument("--heads", type=int, default=24, help="of 128 channels (default 24)")
     parser.add_argument("--size", type=int, default=1024, help="side of the square image in pixels (default 1024)")
+    parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs")
     parser.add_argument("--repeats", type=int, default=5, help="steps to take the median of (default 5)")
     parser.add_argument("--out", type=out_file, help="JSON file for all numbers")
     arguments = parser.parse_args(argv)
@@ -180,6 +181,8 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 module = build(home, recompute, arguments.layers, arguments.heads, device, group)
                 row["build_seconds"] = time.perf_counter() - start
+                if arguments.graphs:
+                    module.use_graphs()
                 row |= measure(module, arguments.size, arguments.repeats, device)
                 del module
             except torch.cuda.OutOfMemoryError as error:

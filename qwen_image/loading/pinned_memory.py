@@ -12,18 +12,34 @@ ARENA_ALIGNMENT = 256  # bytes; for copies by DMA and vector loads
 ARENA_BYTES = 2 << 30  # pinned at once, while threads already read into the arena before
 
 
+class Pages(mmap.mmap):
+    """An anonymous mapping that is unlocked, if it was locked for a GPU, before it is unmapped.
+
+    Otherwise the driver goes on believing that these addresses are locked, and refuses to lock whatever lies there next.
+    """
+
+    locked_at: int | None = None
+
+    def __del__(self) -> None:
+        if self.locked_at is not None:
+            torch.cuda.cudart().cudaHostUnregister(self.locked_at)
+
+
 def pinned_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Page-locked memory of exactly this size, for the life of the process. Raises MemoryError.
+    """Page-locked memory of exactly this size; given back when the last view of it is gone. Raises MemoryError.
 
     torch's own pinned allocator rounds each tensor up to a power of two: 62 GB for the 41 GB of Qwen-Image.
     """
-    memory = unforked_memory(elements, dtype)
+    pages, memory = _mapped(elements, dtype)
+    if pages is None:
+        return memory
     error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * dtype.itemsize, 0)
     if int(error) != 0:
         raise MemoryError(
             f"{elements * dtype.itemsize / 1e9:.1f} GB of host memory could not be page-locked ({error}): "
             'set "pin_memory": false in offload_param, or use fewer ranks on this host'
         )
+    pages.locked_at = memory.data_ptr()
     return memory
 
 
@@ -33,14 +49,18 @@ def unforked_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
     Linux copies page-locked memory at every fork, because a device may write to it at any time: two loader workers made
     three of a base of 41 GB.
     """
+    return _mapped(elements, dtype)[1]
+
+
+def _mapped(elements: int, dtype: torch.dtype) -> tuple[Pages | None, torch.Tensor]:
     if elements == 0:
-        return torch.empty(0, dtype=dtype)
+        return None, torch.empty(0, dtype=dtype)
     try:
-        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = Pages(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{elements * dtype.itemsize / 1e9:.1f} GB of host memory: {error}") from None
     memory.madvise(mmap.MADV_DONTFORK)
-    return torch.frombuffer(memory, dtype=dtype)  # keeps the mapping alive
+    return memory, torch.frombuffer(memory, dtype=dtype)  # the tensor keeps the mapping alive
 
 
 def pin(module: nn.Module) -> None:

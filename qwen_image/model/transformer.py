@@ -41,6 +41,9 @@ class BlockSource(Protocol):
     def leave(self, block: int, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """After it: its outputs, to be used from here on."""
 
+    def pause(self) -> AbstractContextManager[None]:
+        """Inside, nothing is brought: for passes whose numbers don't matter."""
+
 
 class Block(nn.Module):
     """A double-stream block: modulated joint attention, then a modulated MLP per stream, both gated and residual."""

@@ -16,7 +16,7 @@ Addressed by block and never by counting: a pass that ends early, forward passes
 need no reset. Every rank of a group must make the same passes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +68,7 @@ class BlockStream:
         stored = store.slot_size() if decode is not None else 0
         self.arrival = torch.empty(stored, dtype=torch.uint8, device=device)
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.arrived = [torch.cuda.Event() for _ in range(slots)] if self.side is not None else []
+        self.arrived: list[torch.cuda.Event | None] = [None] * slots  # None: nothing to wait for
         self.paused = self.poisoned = False
         self.fetches = 0
 
@@ -106,8 +106,36 @@ class BlockStream:
             return
         slot = self.slot_of[block]
         assert self.holds[slot] == block, f"slot {slot} holds block {self.holds[slot]}, not {block}"
-        if self.side is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
+        self._wait(slot)
+
+    def have(self, holds: Sequence[int | None]) -> None:
+        """Have these blocks in the slots, one each: what a graph that is about to be launched was recorded with."""
+        for slot, block in enumerate(holds):
+            if block is not None and self.holds[slot] != block:
+                self._refill(block)
+            self._wait(slot)
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Inside, a CUDA graph is being captured: fetches become part of it, and have ended where it ends.
+
+        Nothing is fetched in truth, so what the slots hold afterwards is for the caller to say (`have`, `forget`).
+        """
+        self.arrived = [None] * len(self.slots)  # events from outside mean nothing inside, nor the other way round
+        before = self.fetches
+        yield
+        if self.side is not None and self.fetches > before:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
+        self.arrived = [None] * len(self.slots)
+
+    def forget(self) -> None:
+        """Take the contents of all slots for unknown."""
+        self.holds = [None] * len(self.slots)
+
+    def _wait(self, slot: int) -> None:
+        event = self.arrived[slot]
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
     def _window(self, block: int, direction: int) -> Iterator[int]:
         """The streamed blocks from `block` on, as many as there are slots: nearest first."""
@@ -127,7 +155,7 @@ class BlockStream:
             self.side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.side):
                 self._fill(block, slot)
-                self.arrived[slot].record(self.side)
+                self.arrived[slot] = self.side.record_event()
         self.holds[slot] = block
         self.fetches += 1
 

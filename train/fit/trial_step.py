@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,9 @@ def try_step(
     module.train()
     module.graphs = None
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        source = module.transformer.block_stream
+        fetching_nothing = nullcontext() if source is None else source.pause()  # so no rank waits for one that runs out
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), fetching_nothing:
             prepare()
             return _measured_step(module, arguments, device)
     except RuntimeError as error:

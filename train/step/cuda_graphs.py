@@ -13,7 +13,7 @@ flat buffer.
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from qwen_image.model.transformer import QwenImageTransformer
+from qwen_image.streaming.block_stream import BlockStream
 from train.data.batch_shapes import KEPT
 from train.process.out_of_memory import memory_ran_out
 
@@ -38,6 +39,7 @@ class Pair:
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     kept_alive: object
+    holds: list[list[int | None]]  # what a block stream's slots hold before, between and after the two; empty without
 
 
 class StepGraphs:
@@ -50,6 +52,7 @@ class StepGraphs:
             random numbers.
         small: a context in which `compute` takes little memory but meets every kernel, for compiling and warming up.
         keep_alive: what the graphs read that something else owns.
+        source: brings the weights of blocks that don't stay on the device; its fetches become part of the graphs.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class StepGraphs:
         compute: Callable[[Inputs], torch.Tensor],
         small: Callable[[], AbstractContextManager[object]],
         keep_alive: Callable[[Inputs], object],
+        source: BlockStream | None = None,
     ) -> None:
         self.module, self.compute, self.small, self.keep_alive = module, compute, small, keep_alive
+        self.source = source
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.receivers = self.trained if flat is None else [flat]
         self.pairs: OrderedDict[tuple[Any, ...], Pair] = OrderedDict()
@@ -112,20 +117,56 @@ class StepGraphs:
         own: Inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
         stream = self.stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), self.small(), fresh_leaves(self.module) as leaves:
+        with torch.cuda.stream(stream), self.small(), self.paused(), fresh_leaves(self.module) as leaves:
             torch.autograd.grad(self.compute(own).sum(), leaves, allow_unused=True)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        holds: list[list[int | None]] = []
+        if self.source is not None:
+            self.source.require(0, +1)
+            torch.cuda.synchronize()
         with fresh_leaves(self.module) as leaves:
-            with torch.cuda.graph(forward, pool=self.pool, stream=stream, capture_error_mode=MODE):
+            with (
+                torch.cuda.graph(forward, pool=self.pool, stream=stream, capture_error_mode=MODE),
+                self.recorded(holds),
+            ):
                 losses = self.compute(own)
             upstream = torch.ones_like(losses)
-            with torch.cuda.graph(backward, pool=self.pool, stream=stream, capture_error_mode=MODE):
+            with (
+                torch.cuda.graph(backward, pool=self.pool, stream=stream, capture_error_mode=MODE),
+                self.recorded(holds),
+            ):
                 gradients = torch.autograd.grad(losses, leaves, upstream)
                 torch._foreach_copy_(self.views(self.gradients), [gradient.reshape(-1) for gradient in gradients])
                 del gradients  # its memory may serve the next shape
-        return Pair(own, losses.detach(), upstream, forward, backward, self.keep_alive(own))
+        if self.source is not None:
+            holds.append(self.source.holds)
+            self.source.forget()  # a capture fetches nothing
+        return Pair(own, losses.detach(), upstream, forward, backward, self.keep_alive(own), holds)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context for passes whose numbers don't matter."""
+        return nullcontext() if self.source is None else self.source.pause()
+
+    @contextmanager
+    def recorded(self, holds: list[list[int | None]]) -> Iterator[None]:
+        """A graph is being captured inside; what a block stream's slots hold before it is added to `holds`."""
+        if self.source is None:
+            yield
+            return
+        holds.append(list(self.source.holds))
+        with self.source.recorded():
+            yield
+
+    def replay(self, graph: torch.cuda.CUDAGraph, holds: list[list[int | None]], part: int) -> None:
+        """Launch the `part`-th graph of a pair, with the blocks in their slots that it was captured with."""
+        if self.source is None:
+            graph.replay()
+            return
+        self.source.have(holds[part])
+        graph.replay()
+        self.source.holds = list(holds[part + 1])
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         return list(flat.split(self.sizes))
@@ -137,14 +178,14 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graphs: StepGraphs, pair: Pair, *receivers: torch.Tensor) -> torch.Tensor:
         ctx.graphs, ctx.pair = graphs, pair
-        pair.forward.replay()
+        graphs.replay(pair.forward, pair.holds, 0)
         return pair.losses.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         graphs, pair = ctx.graphs, ctx.pair
         pair.upstream.copy_(upstream[0])
-        pair.backward.replay()
+        graphs.replay(pair.backward, pair.holds, 1)
         # A copy, because .grad may keep what it is given until after the next launch.
         parts = graphs.gradients.clone().split([receiver.numel() for receiver in graphs.receivers])
         return None, None, *(part.view_as(p) for part, p in zip(parts, graphs.receivers, strict=True))

@@ -11,6 +11,7 @@ from qwen_image.model.prompt import Prompt
 from qwen_image.model.rotary import Rotary, rotary_table
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.pipeline import pack_latents, predict_velocity, time_input
+from qwen_image.streaming.block_stream import BlockStream
 from train.flow.objective import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
 from train.step.cuda_graphs import Inputs, StepGraphs, few_blocks
 from train.step.flat_parameter import FlatGradient, flatten
@@ -80,6 +81,8 @@ class FlowMatchingModule(nn.Module):
             shape = embeds.shape[1], latents.shape[-2] // 2, latents.shape[-1] // 2
             return rotary_table(*shape, self.transformer.config.axes_dims_rope, latents.device)
 
+        source = self.transformer.block_stream
+        assert source is None or isinstance(source, BlockStream)
         self.graphs = StepGraphs(
-            self.transformer, self.flat, self.losses, partial(few_blocks, self.transformer), positions
+            self.transformer, self.flat, self.losses, partial(few_blocks, self.transformer), positions, source
         )
