@@ -12,10 +12,10 @@ class Prompt(NamedTuple):
     mask: torch.Tensor | None  # bool [B, T], True for real tokens; None when nothing is padding
 
     @classmethod
-    def from_list(cls, embeds: list[torch.Tensor], multiple: int = 1) -> "Prompt":
-        """Pad a list of [T_i, D] to one length, rounded up to a multiple (fewer shapes mean fewer compilations)."""
+    def from_list(cls, embeds: list[torch.Tensor], text_padding: int = 1) -> "Prompt":
+        """Pad a list of [T_i, D] to one length, a multiple of `text_padding` (fewer shapes mean fewer compilations)."""
         lengths = [len(item) for item in embeds]
-        length = -(-max(lengths) // multiple) * multiple
+        length = -(-max(lengths) // text_padding) * text_padding
         padded = embeds[0].new_zeros(len(embeds), length, embeds[0].shape[1])
         for row, item in zip(padded, embeds, strict=True):
             row[: len(item)] = item

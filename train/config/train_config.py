@@ -33,7 +33,7 @@ HEADINGS = {  # the first field of each group in --help and in config.yaml
     "data": "data",
     "lora_rank": "LoRA",
     "timestep_sampling": "flow matching",
-    "max_steps": "optimisation",
+    "max_steps": "optimization",
     "deepspeed": "memory",
     "output_path": "saving and resuming",
     "log_steps": "logging",
@@ -135,7 +135,7 @@ class TrainConfig:
     ] = "none"
     caption_dropout: Annotated[Share, "share of samples trained with the empty caption"] = 0.0
 
-    # ---- optimisation
+    # ---- optimization
     max_steps: Annotated[Count | None, "stop after this many optimizer steps (instead of num_epochs)"] = None
     num_epochs: Annotated[Count | None, "passes over the data; 1 when max_steps is not given either"] = None
     gradient_accumulation_steps: Annotated[Count, "micro-batches of one optimizer step on each rank"] = 1

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: process group, device, optimizer, initialisation, and reading LoRA weights back whole."""
+"""The DeepSpeed engine: process group, device, optimizer, initialization, and reading LoRA weights back whole."""
 
 import math
 from typing import Any

@@ -1,8 +1,8 @@
 """ZeRO-2's optimizer step with less work a tensor, judged where the gradients are: the host needn't wait for them.
 
 DeepSpeed reads the gradient's norm on the host at each step, to clip by it and to leave out a step that is not finite. The
-host then begins to launch the next step only when the device is done with this one: an H100 was idle for 5 % of a step of
-325 ms. Here the norm stays on the device, clips there, and tells AdamW's fused kernel, by the flag made for gradient
+host then begins to launch the next step only when the device is done with this one, and the device is idle meanwhile. Here
+the norm stays on the device, clips there, and tells AdamW's fused kernel, by the flag made for gradient
 scaling (`found_inf`), to leave weights and moments as they are. Names were read in DeepSpeed 0.19.8 and torch 2.11 to
 2.13, to which pyproject.toml pins.
 """

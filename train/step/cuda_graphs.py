@@ -216,11 +216,11 @@ def few_blocks(transformer: QwenImageTransformer) -> Iterator[None]:
 
     The first is a kind of its own, because its input needs no gradient.
     """
-    whole, recomputed = transformer.transformer_blocks, transformer.checkpointed_blocks
-    chosen = sorted({0, min(1, len(whole) - 1), min(recomputed, len(whole) - 1), len(whole) - 1})
+    whole, checkpointed = transformer.transformer_blocks, transformer.checkpointed_blocks
+    chosen = sorted({0, min(1, len(whole) - 1), min(checkpointed, len(whole) - 1), len(whole) - 1})
     transformer.transformer_blocks = nn.ModuleList([whole[index] for index in chosen])
-    transformer.checkpointed_blocks = sum(index < recomputed for index in chosen)
+    transformer.checkpointed_blocks = sum(index < checkpointed for index in chosen)
     try:
         yield
     finally:
-        transformer.transformer_blocks, transformer.checkpointed_blocks = whole, recomputed
+        transformer.transformer_blocks, transformer.checkpointed_blocks = whole, checkpointed

@@ -1,7 +1,7 @@
 """All trained matrices as one parameter: what DeepSpeed's ZeRO-2 sees of a LoRA.
 
 A LoRA on q, k and v of both streams has 720 matrices, and DeepSpeed does a hook, a copy and a share of bookkeeping for
-each: 35 ms beside a step of 320 on an H100. Here the matrices are views of one flat parameter; autograd fills their
+each, a tenth of a step in all. Here the matrices are views of one flat parameter; autograd fills their
 gradients as ever, and DeepSpeed handles a single tensor. ZeRO-3, which gathers parameters module by module, keeps them apart.
 """
 

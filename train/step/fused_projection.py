@@ -5,7 +5,7 @@ The frozen weights are laid side by side once and the layers keep views of them,
 parameter keeps its name. A float8 base (qwen_image/float8/linear.py) quantizes its input once for all of them.
 
 Where the joint layout's kernel adds the updates (qwen_image/model/joint_layout.py), only their factors x·Aᵀ are computed here.
-Elsewhere, left to autograd and its compiler, they cost 7 ms of a step in small kernels and copies: a block-diagonal matrix
+Elsewhere, left to autograd and its compiler, they would cost small kernels and copies: a block-diagonal matrix
 put together and taken apart in every block, and a whole product copied before another was added to it. `add_products_`
 adds in the product's own epilogue.
 """
