@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,11 +79,9 @@ class BasePlan:
 
         A checkpointed block recomputes its forward pass, so it does with one layout of its float8 weights; others hold two.
         """
-        parameters = sum(parameter.numel() for parameter in self.empty.parameters())
-        if self.tabulated:
-            parameters -= sum(p.numel() for module in modulation_layers(self.empty) for p in module.parameters())
-        quantized, size = float8_bytes(self.empty, checkpointed_blocks) if self.float8 else (0, 0)
-        return (parameters - quantized) * self.dtype.itemsize + size
+        parameters, modulation = count_parameters(self.empty)
+        quantized, size = count_float8(self.empty, checkpointed_blocks) if self.float8 else (0, 0)
+        return (parameters - quantized - self.tabulated * modulation) * self.dtype.itemsize + size
 
     def noise_levels(self, schedule: SigmaSchedule) -> list[float]:
         """Every σ that can occur: training's and validation's grid, and the schedule of the sample images."""
@@ -99,6 +98,16 @@ class BasePlan:
             | ({"base_precision": "float8"} if self.float8 else {})
         )
         return {"model": model}
+
+
+@cache
+def count_parameters(transformer: QwenImageTransformer) -> tuple[int, int]:
+    """All of them, and those of the modulation layers."""
+    modulation = sum(p.numel() for module in modulation_layers(transformer) for p in module.parameters())
+    return sum(parameter.numel() for parameter in transformer.parameters()), modulation
+
+
+count_float8 = cache(float8_bytes)  # both are asked for many times when the cheapest change is looked for
 
 
 def reaches_modulation(targets: Sequence[str], transformer: QwenImageTransformer) -> bool:

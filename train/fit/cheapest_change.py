@@ -53,6 +53,11 @@ class Change:
     price: float
     more_gpus: bool
 
+    def order(self) -> tuple[float, ...]:
+        """Of two changes that fit, the one with the smaller order is proposed."""
+        size, world = self.setup.batch_size, self.setup.world
+        return self.more_gpus, round(self.price, 3), len(self.flags), -size, world, self.plan.bytes
+
     def __str__(self) -> str:
         total = sum(self.plan.device.values()) / GIB
         host = f" and {sum(self.plan.host.values()) / GIB:.1f} of host memory" if self.plan.host else ""
@@ -83,7 +88,8 @@ def advice(setup: Setup, machine: Machine, below: int | None = None) -> str:
 def cheapest_change(setup: Setup, machine: Machine, below: int | None = None) -> Change | None:
     """The change of the lowest price with which the run fits, estimates included; None: there is none.
 
-    More GPUs are proposed only where nothing else helps, and at the same price the faster way with fewer flags wins.
+    More GPUs are proposed only where nothing else helps; at the same price fewer flags win, then the largest batch, the fewest
+    GPUs, the least memory.
     `below`: bytes that its plan must stay under, where the plan of `setup` proved too small.
     """
     asked, fitting = seconds(setup, machine), []
@@ -96,9 +102,7 @@ def cheapest_change(setup: Setup, machine: Machine, below: int | None = None) ->
             price = max(1.0, slower) + ROUNDED * (other.base.float8 and not setup.base.float8)
             price += SMALLER_BATCH * (other.batch_size < setup.batch_size)
             fitting.append(Change(flags, other, plan, slower, price, other.world > setup.world))
-    return min(
-        fitting, key=lambda c: (c.more_gpus, round(c.price, 3), len(c.flags), c.setup.world, c.plan.bytes), default=None
-    )
+    return min(fitting, key=Change.order, default=None)
 
 
 def seconds(setup: Setup, machine: Machine) -> float:

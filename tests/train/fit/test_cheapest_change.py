@@ -46,6 +46,13 @@ ENCODED_BEFORE = "the data encoded beforehand (data_prep/encode_shards.py)"
         (16, 64, True, {}, ["--base_precision float8", "--offload_activations true"]),
         (8, 64, True, {}, ["--deepspeed ds_configs/zero3_offload.json"]),
         (
+            24,
+            64,
+            True,
+            {"tokens": 64 * 4224, "batch_size": 64, "float8": True},
+            ["--batch_size 4"],
+        ),  # the largest that fits
+        (
             80,
             64,
             True,
