@@ -54,12 +54,13 @@ class ZeroPlan:
         """Of checked settings; what they leave out is as DeepSpeed's own model of the block says."""
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-        zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
+        block = settings["zero_optimization"]
+        zero = DeepSpeedZeroConfig(**block)
         param, optimizer = zero.offload_param, zero.offload_optimizer
         return cls(
             stage=int(zero.stage),
             offload_param=param is not None and param.device == "cpu",
-            pin_param=param is not None and param.pin_memory,
+            pin_param=bool((block.get("offload_param") or {}).get("pin_memory")),  # page-locked if asked for alone
             offload_optimizer=optimizer is not None and optimizer.device == "cpu",
             hpz=zero.zero_hpz_partition_size,
             reduce_bucket_size=zero.reduce_bucket_size,

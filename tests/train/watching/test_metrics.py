@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from train.config.train_config import TrainConfig
 from train.saving.run_folder import prepare_run_folder
@@ -251,3 +252,21 @@ def test_no_room_and_no_permission_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PermissionError, match="output_path: cannot write to"):
         prepare_run_folder(make_config(tmp_path / "file" / "run"), {}, 1, 1, {})
+
+
+def test_a_row_is_written_a_step_late_and_never_lost(tmp_path: Path) -> None:
+    """The device has a step's time to send its numbers; what is written beside, or the end, waits for them."""
+    metrics = Metrics.from_config(make_config(tmp_path), total_steps=9, samples_per_step=1)
+    loss = torch.tensor(0.5)
+    metrics.log(1, loss=loss)
+    loss += 1  # belongs to the next row
+    assert rows(tmp_path) == []
+    metrics.advance()
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 0.5)]
+    metrics.log(2, loss=loss)
+    metrics.record(2, validation_loss=0.1)
+    assert [(row["step"], row.get("loss")) for row in rows(tmp_path)] == [(1, 0.5), (2, 1.5), (2, None)]
+    metrics.log(3, loss=loss)
+    metrics.log(4, loss=loss)  # nothing came in between
+    metrics.close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 2, 3, 4]
