@@ -93,7 +93,7 @@ def candidates() -> dict[str, Callable[[bytes, bool], bytes]]:
     from data_prep.images import convert as images
     from data_prep.images import resizing
     from data_prep.images.buckets import BucketOptions, place
-    from data_prep.images.convert import ImageOptions
+    from data_prep.images.header import ImageOptions
 
     images.one_thread()
     found: dict[str, Callable[[bytes, bool], bytes]] = {}
@@ -105,7 +105,7 @@ def candidates() -> dict[str, Callable[[bytes, bool], bytes]]:
     def pillow(data: bytes, lossless: bool) -> bytes:
         from PIL import Image
 
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=["JPEG"])
         to = place(*image.size, BucketOptions())
         assert to is not None
         box = (to.crop_left, to.crop_top, to.crop_left + to.crop_width, to.crop_top + to.crop_height)
@@ -130,7 +130,7 @@ def candidates() -> dict[str, Callable[[bytes, bool], bytes]]:
         from img2dataset.resizer import Resizer
         from PIL import Image
 
-        to = place(*Image.open(io.BytesIO(data)).size, BucketOptions())
+        to = place(*Image.open(io.BytesIO(data), formats=["JPEG"]).size, BucketOptions())
         assert to is not None
         quality, kind = (1, "png") if lossless else (95, "jpg")
         side = min(to.width, to.height)
@@ -159,7 +159,7 @@ def psnr(source: bytes, result: bytes) -> float:
     from data_prep.images.buckets import BucketOptions, place
 
     pixels = simplejpeg.decode_jpeg(source, "RGB")
-    image = np.asarray(Image.open(io.BytesIO(result)).convert("RGB")).astype(np.float64)
+    image = np.asarray(Image.open(io.BytesIO(result), formats=["JPEG", "PNG"]).convert("RGB")).astype(np.float64)
     to = place(pixels.shape[1], pixels.shape[0], BucketOptions())
     assert to is not None
     box = (0, 0, pixels.shape[1], pixels.shape[0])

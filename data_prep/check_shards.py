@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from files.shown import one_line, tolerant_output
+from files.shown import one_line, shown, tolerant_output
 
 SHOWN = 20  # problems that are printed, and listed in the report
 
@@ -32,8 +32,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
     tolerant_output()
+    args = parse_arguments(argv)
     try:
         problems = check(args)
     except (ValueError, OSError) as error:
@@ -72,7 +72,8 @@ def check(args: argparse.Namespace) -> list[str]:
             for task in tasks:
                 problems += verify.check_shard(*task)
                 progress.update(manifest.shards[task[2]].samples)
-    print(f"{args.shards}: {manifest.totals['samples']} {manifest.payload} samples in {len(manifest.shards)} shards")
+    samples = sum(shard.samples for shard in manifest.shards)
+    print(f"{shown(args.shards)}: {samples} {manifest.payload} samples in {len(manifest.shards)} shards")
     for bucket in manifest.buckets:
         print(f"  {bucket.width:>5} x {bucket.height:<5} {bucket.count:>9}")
     print("everything agrees" if not problems else f"{len(problems)} problem{'s' * (len(problems) > 1)}")

@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +24,8 @@ from files.shown import one_line, tolerant_output
 from qwen_image.loading.model_flags import add_model_flags
 
 if TYPE_CHECKING:
-    import torch
-
     from data_prep.encoding.encoded_samples import Sample
-    from qwen_image.encoders.text_encoder import TextEncoder
-    from qwen_image.encoders.vae import VAE
     from qwen_image.loading.model_files import ModelFiles
-
-CACHE_BYTES = 1 << 30  # embeddings of the latest captions on a rank: about 1,000 captions of 150 tokens
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,6 +69,7 @@ def encode(arguments: argparse.Namespace) -> int:
     """Encode this rank's share of the shards; the last rank to finish writes index and manifest."""
     from data_prep.encoding.encoded_samples import EncodedSamples
     from data_prep.encoding.encoded_set import EncodedSet
+    from data_prep.encoding.encoders import Encoders, encoder_dtype
 
     if arguments.batch_size < 1 or arguments.num_workers < 1:
         raise ValueError(
@@ -93,7 +86,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
     def loaded() -> Encoders:
         if not encoders:
-            encoders.append(Encoders.load(files, arguments))
+            encoders.append(Encoders.load(files, encoder_dtype(arguments.dtype), arguments.latent_std))
         return encoders[0]
 
     encoded.prepare(lambda: loaded().empty_prompt())
@@ -115,12 +108,14 @@ def encode(arguments: argparse.Namespace) -> int:
             samples = EncodedSamples(
                 loaded(), reader, manifest, index, arguments.batch_size, arguments.num_workers, skip
             )
-            encoded.write_shard(shard, rows, counted(samples.of(rows), progress))
+            encoded.write_shard(shard, rows, counted(samples.of(rows), progress), loaded().tokens_of)
     if missing := encoded.missing():
         print(f"rank {rank}: {len(missing)} of {len(manifest.shards)} shards are left to other ranks")
         return 0
     totals = encoded.finish().totals
     left_out = f", {totals['failed']} samples left out" if totals["failed"] else ""
+    for line in encoded.long_captions():
+        print(line)
     print(f"{totals['samples']} samples in {len(manifest.shards)} shards{left_out}: {arguments.output_path}")
     return 0
 
@@ -129,18 +124,6 @@ def counted(samples: Iterator[Sample], progress: Any) -> Iterator[Sample]:
     for sample in samples:
         yield sample
         progress.update()
-
-
-def device_of_rank() -> torch.device:
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-
-
-def encoder_dtype(arguments: argparse.Namespace) -> str:
-    return arguments.dtype or ("bfloat16" if device_of_rank().type == "cuda" else "float32")
 
 
 def model_files(arguments: argparse.Namespace) -> ModelFiles:
@@ -154,6 +137,7 @@ def describe(files: ModelFiles, arguments: argparse.Namespace) -> dict[str, Any]
     from transformers import AutoTokenizer
 
     from data_prep.encoding.encoder_facts import describe_encoding
+    from data_prep.encoding.encoders import encoder_dtype
     from qwen_image.encoders.text_encoder import TEMPLATE
 
     tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"].folder)
@@ -164,70 +148,8 @@ def describe(files: ModelFiles, arguments: argparse.Namespace) -> dict[str, Any]
         text_encoder=files.fingerprint("text_encoder"),
         template_drop=len(tokenizer(TEMPLATE.partition("{}")[0]).input_ids),
         latent_std=arguments.latent_std,
-        computed_in=encoder_dtype(arguments),
+        computed_in=encoder_dtype(arguments.dtype),
     )
-
-
-@dataclass
-class Encoders:
-    """VAE and text encoder of one model on this rank's device."""
-
-    vae: VAE
-    text_encoder: TextEncoder
-    latent_std: bool
-
-    def __post_init__(self) -> None:
-        self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._cached = 0  # bytes
-
-    @classmethod
-    def load(cls, files: ModelFiles, arguments: argparse.Namespace) -> Encoders:
-        import torch
-
-        from qwen_image.encoders.text_encoder import TextEncoder
-        from qwen_image.encoders.vae import VAE
-
-        device, dtype = device_of_rank(), getattr(torch, encoder_dtype(arguments))
-        text_encoder = TextEncoder.from_files(files["text_encoder"], files["tokenizer"], dtype, device)
-        return cls(VAE.from_files(files["vae"], dtype, device), text_encoder, arguments.latent_std)
-
-    def encode_images(self, images: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
-        """Per uint8 [H, W, 3] image: latent bf16 [16, H/8, W/8], and latent_std of that shape if asked."""
-        import torch
-
-        from qwen_image.encoders.vae import pixels_from_uint8
-
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.vae.device, non_blocking=True)
-        mode, std = self.vae.encode_moments(pixels_from_uint8(pixels))
-        found = {"latent": mode} | ({"latent_std": std} if self.latent_std else {})
-        stored = {name: tensor.squeeze(2).to(torch.bfloat16).cpu() for name, tensor in found.items()}
-        return [{name: tensor[i].clone() for name, tensor in stored.items()} for i in range(len(images))]
-
-    def encode_captions(self, captions: list[str], batch_size: int) -> dict[str, torch.Tensor]:
-        """bf16 [T, D] of each caption, on the CPU; one that came lately is not encoded again.
-
-        Captions of similar length are encoded together. In bfloat16 their company may change an embedding's last bit.
-        """
-        import torch
-
-        unknown = sorted(set(captions) - self._cache.keys(), key=lambda caption: (len(caption), caption))
-        for start in range(0, len(unknown), batch_size):
-            batch = unknown[start : start + batch_size]
-            for caption, embeds in zip(batch, self.text_encoder.encode_list(batch), strict=True):
-                self._cache[caption] = embeds.to("cpu", torch.bfloat16).clone()
-                self._cached += self._cache[caption].nbytes
-        for caption in captions:
-            self._cache.move_to_end(caption)
-        found = {caption: self._cache[caption] for caption in captions}
-        while self._cached > CACHE_BYTES:
-            self._cached -= self._cache.popitem(last=False)[1].nbytes
-        return found
-
-    def empty_prompt(self) -> bytes:
-        """The embedding of the empty caption as a safetensors file: what caption dropout trains with."""
-        import safetensors.torch
-
-        return safetensors.torch.save({"prompt_embeds": self.encode_captions([""], 1)[""]})
 
 
 if __name__ == "__main__":

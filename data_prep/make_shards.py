@@ -12,8 +12,10 @@ It may be killed and started again at any time; shards that are finished stay. S
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import os
 import sys
 import tempfile
 from array import array
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
     from data_prep.packing.plan import Plan, PlanOptions
     from data_prep.packing.workers import Job, Workers
     from data_prep.sources.find_inputs import Sources
+    from files.folder_lock import FolderLock
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = pack_flags.parse(argv, __doc__)
     tolerant_output()
+    args = pack_flags.parse(argv, __doc__)
     try:
         run(args)
     except OSError as error:
@@ -56,17 +59,46 @@ def fail(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Plan, pack, finalise. Raises ValueError or OSError with a line for the user."""
+    """Plan, pack, finalize. Raises ValueError or OSError with a line for the user."""
     from data_prep.packing import workers
-    from data_prep.packing.differences import check_edits
-    from data_prep.packing.finalize import finalise
-    from data_prep.packing.pack import pack_shard, read_stats
-    from data_prep.packing.plan import PlanRows
-    from data_prep.packing.progress import Progress
+    from data_prep.packing.output_folder import output_lock, prepare_output
 
     # Everything that can be wrong with the command, before any work.
+    check_numbers(args)
+    images = pack_flags.image_options(args)
+    planning = pack_flags.plan_options(args)
+    source = pack_flags.sources(args)
+    if not args.dry_run:
+        prepare_output(args.output_path)
+    held = contextlib.nullcontext() if args.dry_run else output_lock(args.output_path, args.task_id, args.num_tasks)
+
+    with held as lock, workers.Workers(args.num_workers) as pool:
+        backend = pool.resize_backend() if args.resize == "auto" else args.resize
+        images = dataclasses.replace(images, resize=backend)
+        options = pack_flags.manifest_options(images, planning)
+        job = workers.Job(os.fsencode(source.base), images, planning.remove_duplicates, args.image_column)
+        if lock is None:
+            from data_prep.packing.dry_run import dry_run
+            from data_prep.packing.plan import PlanRows
+
+            with tempfile.TemporaryDirectory() as folder:
+                plan, _ = plan_for(source, Path(folder), pool, job, planning, options)
+                dry_run(plan, PlanRows(Path(folder)), pool, job)
+            return
+
+        plan, touched = plan_for(source, args.output_path, pool, job, planning, options)
+        print(summary(plan))
+        check_failures(plan.failed, plan.inputs, args.max_failed_ratio, plan.examples)
+        if not args.plan_only:
+            pack(args, plan, touched, pool, job, lock)
+            finish(args, plan, images.format, options, lock)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    from data_prep.packing.workers import usable_cores
+
     if args.num_workers is None:
-        args.num_workers = workers.usable_cores()
+        args.num_workers = usable_cores()
     if args.num_workers < 0 or not 0 <= args.task_id < args.num_tasks:
         raise ValueError(
             f"--num_workers {args.num_workers} --task_id {args.task_id} --num_tasks {args.num_tasks}:"
@@ -74,66 +106,72 @@ def run(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.max_failed_ratio <= 1:
         raise ValueError(f"--max_failed_ratio {args.max_failed_ratio:g}: must be from 0 to 1")
-    images = pack_flags.image_options(args)
-    planning = pack_flags.plan_options(args)
-    source = pack_flags.sources(args)
-    if not args.dry_run:
-        prepare_output(args.output_path)
 
-    with workers.Workers(args.num_workers) as pool:
-        backend = pool.resize_backend() if args.resize == "auto" else args.resize
-        images = dataclasses.replace(images, resize=backend)
-        options = pack_flags.manifest_options(images, planning)
-        job = workers.Job(str(source.base).encode("utf-8", "surrogateescape"), images, planning.remove_duplicates)
-        if args.dry_run:
-            from data_prep.packing.dry_run import dry_run
 
-            with tempfile.TemporaryDirectory() as folder:
-                plan, _ = plan_for(source, Path(folder), pool, job, planning, options)
-                dry_run(plan, PlanRows(Path(folder)), pool, job)
-            return
+def pack(args: argparse.Namespace, plan: Plan, touched: array[int], pool: Workers, job: Job, lock: FolderLock) -> None:
+    """This task's shards that are not committed yet."""
+    from data_prep.packing.differences import check_edits
+    from data_prep.packing.pack import pack_shard, read_stats, stats_of
+    from data_prep.packing.plan import PlanRows
+    from data_prep.packing.progress import Progress
 
-        # Plan.
-        out = args.output_path
-        plan, touched = plan_for(source, out, pool, job, planning, options)
-        print(summary(plan, source))
-        check_failures(plan.failed, plan.inputs, args.max_failed_ratio, plan.examples)
-        if args.plan_only:
-            return
+    out, rows = args.output_path, PlanRows(args.output_path)
+    mine = range(args.task_id, len(plan.shard_rows), args.num_tasks)
+    todo = [number for number in mine if read_stats(out, number, plan.fingerprint) is None]
+    if len(todo) < len(mine):
+        check_edits(plan, out, touched, sorted(set(mine) - set(todo)), pool, job)
+        print(f"{len(mine) - len(todo)} of {len(mine)} shards are there already")
+    if damaged := [number for number in todo if stats_of(out, number) is not None]:
+        print(f"{len(damaged)} finished shards are damaged or incomplete, first {damaged[0]:06d}: packed again")
+    failed = 0
+    with Progress("pack", sum(plan.shard_rows[number] for number in todo)) as progress:
+        for number in todo:
+            lock.require()
+            failed += pack_shard(out, number, rows.shard(number), pool, job, plan.fingerprint, progress)["failed"]
+            progress.failed_before = failed
+            check_failures(failed, plan.inputs, args.max_failed_ratio, plan.examples)
 
-        # Pack.
-        rows = PlanRows(out)
-        mine = range(args.task_id, len(plan.shard_rows), args.num_tasks)
-        todo = [number for number in mine if read_stats(out, number, plan.fingerprint) is None]
-        if len(todo) < len(mine):
-            check_edits(plan, out, touched, sorted(set(mine) - set(todo)), pool, job)
-            print(f"{len(mine) - len(todo)} of {len(mine)} shards are there already")
-        with Progress("pack", sum(plan.shard_rows[number] for number in todo)) as progress:
-            for number in todo:
-                stats = pack_shard(out, number, rows.shard(number), pool, job, plan.fingerprint, progress)
-                progress.failed_before += stats["failed"]
-                check_failures(progress.failed_before, plan.inputs, args.max_failed_ratio, plan.examples)
 
-    # Finalise: whoever finds all shards there.
-    committed = {number: read_stats(out, number, plan.fingerprint) for number in range(len(plan.shard_rows))}
-    stats_of = {number: stats for number, stats in committed.items() if stats is not None}
-    if len(stats_of) < len(committed):
-        print(f"{len(committed) - len(stats_of)} of {len(committed)} shards are left to other tasks")
+def finish(args: argparse.Namespace, plan: Plan, payload: str, options: dict[str, Any], lock: FolderLock) -> None:
+    """Index and manifest, by whoever finds all shards there."""
+    from data_prep.packing.finalize import finalize
+    from data_prep.packing.pack import WARNED, read_stats
+
+    out = args.output_path
+    found = {number: read_stats(out, number, plan.fingerprint) for number in range(len(plan.shard_rows))}
+    committed = {number: stats for number, stats in found.items() if stats is not None}
+    if len(committed) < len(found):
+        print(f"{len(found) - len(committed)} of {len(found)} shards are left to other tasks")
         return
-    failed = sum(stats["failed"] for stats in stats_of.values())
+    failed = sum(stats["failed"] for stats in committed.values())
     check_failures(failed, plan.inputs, args.max_failed_ratio, plan.examples)
-    if not any(stats["samples"] for stats in stats_of.values()):
-        raise ValueError(f"no image of {plan.inputs} could be used; {out}/*.parquet say why")
-    manifest = finalise(
-        out, stats_of, payload=images.format, fingerprint=plan.fingerprint, options=options, versions=plan.versions
+    if not any(stats["samples"] for stats in committed.values()):
+        raise ValueError(f"no image of {plan.inputs} could be used; {shown(out)}/*.parquet say why")
+    lock.require()
+    remarks: dict[str, Any] = {"remarks": plan.remarks, "ignored": plan.ignored}
+    manifest = finalize(
+        out,
+        committed,
+        payload=payload,
+        fingerprint=plan.fingerprint,
+        options=options,
+        versions=plan.versions,
+        remarks=remarks,
     )
     totals = manifest.totals
-    print(f"{out}: {totals['samples']} samples in {len(manifest.shards)} shards, {len(manifest.buckets)} buckets,")
+    print(
+        f"{shown(out)}: {totals['samples']} samples in {len(manifest.shards)} shards, {len(manifest.buckets)} buckets,"
+    )
     print(
         f"{totals['bytes'] / 1e6:.1f} MB, {totals['copied']} copied unchanged; {totals['filtered']} filtered, {failed} failed"
     )
+    first: dict[str, str] = {}
+    for number in sorted(committed):
+        first = committed[number].get("first", {}) | first
     for reason, count in sorted(totals["reasons"].items(), key=lambda item: -item[1]):
-        print(f"  {count:>8}  {reason}")
+        print(f"  {count:>8}  {reason}; first {shown(first.get(reason, '?'), 400)}")
+    if totals["warned"]:
+        print(f"  {totals['warned']:>8}  packed, but their decoder warned; first {shown(first.get(WARNED, '?'), 400)}")
 
 
 def plan_for(
@@ -145,86 +183,51 @@ def plan_for(
     """
     from data_prep.packing import plan as plans
     from data_prep.packing.differences import check_inputs
+    from data_prep.packing.plan_lines import reasons_line
     from data_prep.packing.progress import Progress
 
     plan = plans.read_plan(folder)
     if plan is not None:
         return plan, check_inputs(plan, options, folder, source)
-    with Progress("plan", None) as progress:
-        plan = plans.make_plan(source, folder, pool, job, planning, options, pack_flags.versions(), progress)
+    with plans.rebuilt_if_damaged(folder) as place, Progress("plan", None) as progress:
+        plan = plans.make_plan(source, place, pool, job, planning, options, pack_flags.versions(), progress)
     if not plan.samples:
         plans.plan_file(folder).unlink()
-        reasons = ", ".join(f"{count} {reason}" for reason, count in plan.reasons.items())
         raise ValueError(
-            f"none of {plan.inputs} images can be used: {reasons}" if plan.inputs else nothing_found(source)
+            f"none of {plan.inputs} images can be used: {reasons_line(plan)}" if plan.inputs else nothing_found(source)
         )
     return plan, array("q")
 
 
 def check_failures(failed: int, inputs: int, ratio: float, examples: list[str]) -> None:
     if failed > ratio * inputs:
-        first = f"; first {shown(examples[0])}" if examples else ""
+        first = f"; first {shown(examples[0], 400)}" if examples else ""
         raise ValueError(f"{failed} of {inputs} inputs failed, more than --max_failed_ratio {ratio:g}{first}")
-
-
-def prepare_output(folder: Path) -> None:
-    """Make the output folder and see that files can be written there. Raises ValueError or OSError."""
-    from data_prep.packing.plan import PLAN_FOLDER, read_plan
-    from data_prep.shard_format.shards import MANIFEST
-    from files.atomic_files import remove_abandoned, write_file
-
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_path {folder}: is a file, not a folder")
-    try:
-        (folder / PLAN_FOLDER).mkdir(parents=True, exist_ok=True)
-        probe = folder / PLAN_FOLDER / ".writable"
-        write_file(probe, b"")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(f"--output_path {folder}: cannot be written to ({error.strerror})") from None
-    if (folder / MANIFEST).exists() and read_plan(folder) is None:
-        raise ValueError(
-            f"--output_path {folder} holds a data set that this program did not make: choose another folder"
-        )
-    remove_abandoned(folder)
-    remove_abandoned(folder / PLAN_FOLDER)
 
 
 # ── what is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def nothing_found(source: Sources) -> str:
-    from data_prep.sources.find_inputs import IMAGE_EXTENSIONS
+    from data_prep.images.formats import EXTENSIONS
 
     if source.empty_listings:
-        return f"{source.empty_listings[0]} lists no images"
-    kinds = ", ".join(f"{count} {shown(extension or 'without')}" for extension, count in source.ignored.most_common(5))
+        return f"{shown(source.empty_listings[0])} lists no images (its first line must name the columns)"
+    kinds = ", ".join(f"{count} {shown(kind) or 'without'}" for kind, count in source.ignored.most_common(5))
+    remarks = "; ".join(source.remarks.lines())
     return (
-        f"no images in {source.base}: {source.files_seen} files seen{f' ({kinds})' if kinds else ''},"
-        f" looked for .{' .'.join(sorted(IMAGE_EXTENSIONS))}, .tar and metadata.csv|jsonl|json|parquet"
+        f"no images in {shown(source.base)}: {source.files_seen} files seen{f' ({kinds})' if kinds else ''},"
+        f" looked for .{' .'.join(sorted(EXTENSIONS))}, .tar, .parquet with images and metadata.csv|jsonl|json|parquet"
+        + (f"; {remarks}" if remarks else "")
     )
 
 
-def summary(plan: Plan, source: Sources) -> str:
+def summary(plan: Plan) -> str:
     """The plan in a few lines: what goes in, what was left out and why."""
-    lines = [
-        f"{plan.inputs} inputs: {plan.samples} to pack into {len(plan.shard_rows)} shards of {len(plan.buckets)} buckets,"
-        f" about {plan.expected_bytes / 1e6:.1f} MB"
-    ]
-    lines += [f"  {count:>8}  {reason}" for reason, count in sorted(plan.reasons.items(), key=lambda item: -item[1])]
-    lines += [f"            {shown(example)}" for example in plan.examples]
-    if source.ignored:
-        ignored = ", ".join(
-            f"{count} {shown(extension or 'no extension')}" for extension, count in source.ignored.most_common(8)
-        )
-        lines.append(f"  files that are neither images nor captions: {ignored}")
-    if stems := source.duplicate_stems:
-        lines.append(
-            f"  warning: {len(stems)} images share their name and caption with another, first {shown(stems[0])}"
-        )
-    return "\n".join(lines)
+    from data_prep.packing.plan_lines import lines
+
+    head = f"{plan.inputs} inputs: {plan.samples} to pack into {len(plan.shard_rows)} shards of {len(plan.buckets)} buckets,"
+    return "\n".join([f"{head} about {plan.expected_bytes / 1e6:.1f} MB", *lines(plan)])
 
 
 if __name__ == "__main__":

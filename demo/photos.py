@@ -138,7 +138,7 @@ def write_photo_folder(folder: str | Path) -> list[Path]:
         if photo.box is None:
             shutil.copyfile(source, target)
         else:
-            with Image.open(source) as image:
+            with Image.open(source, formats=("JPEG", "PNG", "GIF")) as image:
                 image.crop(photo.box).save(target, quality=95)  # PNG has no quality and ignores it
         target.with_suffix(".txt").write_text(photo.caption + "\n", encoding="utf-8")
         written.append(target)

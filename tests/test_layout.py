@@ -23,7 +23,7 @@ FULLEST_ROOM = 12  # files; what a newcomer takes in at one look
 # rooms stand above them all (the commands), but for those listed here by name.
 ROOMS: dict[str, list[str]] = {
     "qwen_image": ["noise_schedule", "kernels", "model", "float8", "loading", "streaming", "encoders"],
-    "data_prep": ["images", "sources", "shard_format", "packing", "encoding", "checking"],
+    "data_prep": ["images", "shard_format", "sources", "packing", "encoding", "checking"],
     "train": [
         *("config", "process", "flow", "lora", "data", "step"),
         *("engine", "base_model", "fit", "saving", "watching"),

@@ -1,81 +1,194 @@
-"""What makes a data set whole: hashes, members, their order, index against tar, and samples that can be decoded."""
+"""What makes a data set whole: hashes, members, their order; index, rows and plan against each other; samples that decode."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from data_prep.images.stored_pixels import decode_stored
+from data_prep.packing.pack import stats_of
+from data_prep.packing.plan import file_sha256, plan_file, read_plan
 from data_prep.shard_format.scan_tars import Member, tar_samples
-from data_prep.shard_format.shards import EMPTY_PROMPT, INDEX, SIZES, Manifest, ShardIndex, ShardReader, read_index
-from files.shown import shown
+from data_prep.shard_format.shards import (
+    EMPTY_PROMPT,
+    INDEX,
+    INDEX_ROWS,
+    SHARD_ROWS,
+    SIZES,
+    Manifest,
+    ShardIndex,
+    ShardReader,
+    read_index,
+    rows_name,
+    tar_name,
+)
+from files.shown import one_line
+
+ROW_FIELDS = [
+    name for name in INDEX_ROWS.names if name not in ("shard", "bucket")
+]  # in index.parquet and in NNNNNN.parquet
 
 
 def check_folder(folder: Path, manifest: Manifest) -> list[str]:
     """Problems of the files beside the tars: counts that disagree, tars that nobody names, a missing empty prompt."""
+    try:
+        return _check_folder(folder, manifest)
+    except Exception as error:  # nothing that a damaged set holds ends the check of the rest
+        return [f"the index cannot be checked: {one_line(_said(error))}"]
+
+
+def check_shard(folder: Path, manifest: Manifest, position: int, decode: bool) -> list[str]:
+    """Problems of one tar: its size and hash, its members against index and rows, and (`decode`) each sample's content."""
+    name = manifest.shards[position].name
+    try:
+        return _check_shard(folder, manifest, position, decode)
+    except Exception as error:
+        return [f"{name} cannot be checked: {one_line(_said(error))}"]
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+
+
+def _check_folder(folder: Path, manifest: Manifest) -> list[str]:
     problems = []
-    index = read_index(folder, strings=False)
+    index = read_index(folder)
     samples = sum(shard.samples for shard in manifest.shards)
     if len(index) != samples:
         problems.append(f"index.parquet has {len(index)} rows, the manifest's shards {samples} samples")
-    counts = np.bincount(index.bucket, minlength=len(manifest.buckets)).tolist()
+    if manifest.totals.get("samples") != samples:
+        problems.append(f"the manifest's totals say {manifest.totals.get('samples')} samples, its shards {samples}")
+    for name, values, limit in (
+        ("bucket", index.bucket, len(manifest.buckets)),
+        ("shard", index.shard, len(manifest.shards)),
+    ):
+        wrong = np.flatnonzero((values < 0) | (values >= limit))
+        if len(wrong):
+            row = wrong[0]
+            problems.append(
+                f"index.parquet: {len(wrong)} rows name a {name} that the manifest has not, first row {row}: {values[row]}"
+            )
+    inside = index.bucket[(index.bucket >= 0) & (index.bucket < len(manifest.buckets))]
+    counts = np.bincount(inside, minlength=len(manifest.buckets)).tolist()
     expected = [bucket.count for bucket in manifest.buckets]
     if counts != expected:
         problems.append(f"samples by bucket are {counts} in index.parquet, {expected} in the manifest")
+    keys, first, times = np.unique(index.key, return_index=True, return_counts=True)
+    if len(keys) < len(index):
+        problems.append(
+            f"index.parquet: {len(index) - len(keys)} keys come twice, first {index.key[first[times > 1][0]]}"
+        )
+    if manifest.payload != "safetensors" and index.prompt_tokens.any():
+        problems.append("index.parquet: prompt_tokens of image shards must be 0")
     if [bucket.id for bucket in manifest.buckets] != list(range(len(manifest.buckets))):
         problems.append("the manifest's buckets are not numbered from 0")
     for bucket in manifest.buckets:
         if bucket.width % 16 or bucket.height % 16:
             problems.append(f"bucket {bucket.width}x{bucket.height}: sides must be multiples of 16")
-    sizes = folder / SIZES
-    if not sizes.is_file() or json.loads(sizes.read_bytes()) != {
-        shard.name: shard.samples for shard in manifest.shards
-    }:
+    if _json(folder / SIZES) != {shard.name: shard.samples for shard in manifest.shards}:
         problems.append(f"{SIZES} does not agree with the manifest")
     unknown = {path.name for path in folder.glob("*.tar")} - {shard.name for shard in manifest.shards}
-    problems += [f"{shown(name)} is not in the manifest" for name in sorted(unknown)]
+    problems += [f"{name} is not in the manifest" for name in sorted(unknown)]
     if manifest.payload == "safetensors" and not (folder / EMPTY_PROMPT).is_file():
         problems.append(f"{EMPTY_PROMPT} is missing")
+    return problems + _plan_problems(folder, manifest)
+
+
+def _plan_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """plan/ is what a packing run goes on by, and what the fingerprint stands for."""
+    if "indexed_by" in manifest.options or manifest.encoding is not None or "samples_per_shard" not in manifest.options:
+        return []
+    if not plan_file(folder).parent.is_dir():
+        return []  # copied without it, which training doesn't need
+    plan = read_plan(folder)
+    if plan is None:
+        return ["plan/ is damaged: make_shards.py makes it again"]
+    problems = []
+    if plan.fingerprint != manifest.fingerprint:
+        problems.append("plan/plan.json is of another set: its fingerprint is not the manifest's")
+    inputs = manifest.totals.get("inputs")
+    if plan.inputs != inputs:
+        problems.append(f"the manifest's totals say {inputs} inputs, plan/plan.json {plan.inputs}")
+    for number in range(len(plan.shard_rows)):
+        if not (folder / rows_name(number)).is_file():
+            problems.append(f"{rows_name(number)} is missing")
     return problems
 
 
-def check_shard(folder: Path, manifest: Manifest, position: int, decode: bool) -> list[str]:
-    """Problems of one tar: its size and hash, its members against the index, and (`decode`) each sample's content."""
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _check_shard(folder: Path, manifest: Manifest, position: int, decode: bool) -> list[str]:
     shard = manifest.shards[position]
     path = folder / shard.name
     if not path.is_file():
         return [f"{shard.name} is missing"]
     if path.stat().st_size != shard.bytes:
         return [f"{shard.name} has {path.stat().st_size} bytes, the manifest says {shard.bytes}"]
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            return [f"{shard.name} does not have the manifest's sha256: its content changed"]
+    if file_sha256(path) != shard.sha256:
+        return [f"{shard.name} does not have the manifest's sha256: its content changed"]
     index = _index(folder, (folder / INDEX).stat().st_mtime_ns)
     rows = np.flatnonzero(index.shard == position)
-    try:
-        samples = dict(tar_samples(path))
-    except ValueError as error:
-        return [str(error)]
-    problems = []
+    problems = _row_problems(folder, manifest, position, index, rows)
+    samples = dict(tar_samples(path))
     if len(samples) != len(rows) or len(rows) != shard.samples:
         problems.append(f"{shard.name} holds {len(samples)} samples, index {len(rows)}, manifest {shard.samples}")
     reader = ShardReader(folder, manifest)
     for row in rows:
         key = str(index.key[row])
         if key not in samples:
-            problems.append(f"{shard.name}: {shown(key)} is in the index only")
+            problems.append(f"{shard.name}: {key} is in the index only")
             continue
         problem = _place_problem(samples[key], index, int(row), manifest)
         if problem is None and decode:
             problem = _content_problem(reader, index, int(row), manifest)
         if problem:
-            problems.append(f"{shard.name}: {shown(key)} ({shown(index.path[row])}): {problem}")
+            problems.append(f"{shard.name}: {key} ({one_line(index.path[row])}): {problem}")
     reader.close()
+    return problems
+
+
+def _row_problems(folder: Path, manifest: Manifest, position: int, index: ShardIndex, rows: np.ndarray) -> list[str]:
+    """NNNNNN.parquet and NNNNNN_stats.json of a shard that this program wrote, against the index and the manifest."""
+    shard = manifest.shards[position]
+    number = int(shard.name[:6]) if shard.name[:6].isdigit() else -1
+    if "indexed_by" in manifest.options or shard.name != tar_name(number):
+        return []  # made elsewhere: what lies beside such tars is not ours to judge
+    name = rows_name(number)
+    if not (folder / name).is_file():
+        return [f"{name} is missing"]
+    problems = []
+    stats = stats_of(folder, number)
+    if stats is None:
+        problems.append(f"{number:06d}_stats.json is missing or damaged")
+    elif (stats["samples"], stats["bytes"], stats["sha256"]) != (shard.samples, shard.bytes, shard.sha256):
+        problems.append(f"{number:06d}_stats.json does not agree with the manifest")
+    elif stats.get("rows_sha256", "") not in ("", file_sha256(folder / name)):
+        problems.append(f"{name} does not have the sha256 of {number:06d}_stats.json: its content changed")
+    try:
+        table = pq.read_table(folder / name, schema=SHARD_ROWS)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return [*problems, f"{name} is damaged: {str(error).splitlines()[0]}"]
+    kept = table.filter(pc.equal(table["status"], "ok"))
+    if len(kept) != len(rows):
+        return [*problems, f"{name} has {len(kept)} rows of samples, the index {len(rows)}"]
+    for field in ROW_FIELDS:
+        there, here = kept[field].to_pylist(), getattr(index, field)[rows].tolist()
+        wrong = next((place for place in range(len(rows)) if there[place] != here[place]), None)
+        if wrong is not None:
+            what = f"{field} is {there[wrong]!r} in {name}, {here[wrong]!r} in index.parquet"
+            problems.append(f"{shard.name}: {index.key[rows[wrong]]}: {one_line(what)}")
     return problems
 
 
@@ -109,33 +222,46 @@ def _content_problem(reader: ShardReader, index: ShardIndex, row: int, manifest:
         offset, size = (getattr(index, f"{name}_{field}")[row] for field in ("offset", "size"))
         return reader.read(int(index.shard[row]), int(offset), int(size))
 
-    bucket = manifest.buckets[index.bucket[row]]
+    number = int(index.bucket[row])
+    if not 0 <= number < len(manifest.buckets):
+        return f"the index names bucket {number}, the manifest has {len(manifest.buckets)}"
+    bucket = manifest.buckets[number]
     try:
         text = member("txt").decode()
         payload = member("payload")
         if manifest.payload == "safetensors":
-            return _tensors_problem(payload, bucket.width, bucket.height, int(index.prompt_tokens[row]))
-        decode_stored(payload, bucket.width, bucket.height)
-        if "indexed_by" in manifest.options:
-            return None
-        record = json.loads(member("json"))
-        if (record["key"], record["caption"]) != (index.key[row], text):
-            return f"json says key {record['key']} and caption {record['caption'][:40]!r}, not {text[:40]!r}"
+            tokens = int(index.prompt_tokens[row])
+            problem = _tensors_problem(payload, bucket.width, bucket.height, tokens, manifest.encoding is not None)
+            if problem:
+                return problem
+        else:
+            decode_stored(payload, bucket.width, bucket.height)
         if len(text) != index.caption_length[row]:
             return f"caption has {len(text)} characters, the index says {index.caption_length[row]}"
-    except (ValueError, KeyError, OSError, SyntaxError) as error:
-        return f"cannot be decoded: {error}"
+        if "indexed_by" in manifest.options:
+            return None
+        return _record_problem(json.loads(member("json")), index, row, text)
+    except Exception as error:  # whatever damaged bytes make of a decoder or of a record
+        return f"cannot be decoded: {one_line(_said(error))}"
+
+
+def _record_problem(record: dict[str, Any], index: ShardIndex, row: int, text: str) -> str | None:
+    """The json member against the index and the caption."""
+    if (record["key"], record["caption"]) != (index.key[row], text):
+        return f"json says key {record['key']} and caption {record['caption'][:40]!r}, not {text[:40]!r}"
+    if record["path"] != index.path[row]:
+        return f"json says path {one_line(record['path'])!r}, the index {one_line(index.path[row])!r}"
     return None
 
 
-def _tensors_problem(payload: bytes, width: int, height: int, tokens: int) -> str | None:
+def _tensors_problem(payload: bytes, width: int, height: int, tokens: int, counted: bool) -> str | None:
     """Names, shapes and types in a safetensors header; the format is 8 bytes of length, then JSON."""
     length = int.from_bytes(payload[:8], "little")
     header: dict[str, Any] = json.loads(payload[8 : 8 + length])
     latent, prompt = header["latent"], header["prompt_embeds"]
     if latent["shape"] != [16, height // 8, width // 8]:
         return f"latent is {latent['shape']}, its bucket needs {[16, height // 8, width // 8]}"
-    if len(prompt["shape"]) != 2 or tokens not in (0, prompt["shape"][0]):
+    if len(prompt["shape"]) != 2 or tokens not in ((prompt["shape"][0],) if counted else (0, prompt["shape"][0])):
         return f"prompt_embeds is {prompt['shape']}, the index says {tokens} tokens"
     if {latent["dtype"], prompt["dtype"]} != {"BF16"}:
         return f"latent is {latent['dtype']}, prompt_embeds {prompt['dtype']}: both must be BF16"

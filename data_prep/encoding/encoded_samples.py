@@ -16,7 +16,7 @@ from files.shown import one_line, shown
 if TYPE_CHECKING:
     import torch
 
-    from data_prep.encode_shards import Encoders
+    from data_prep.encoding.encoders import Encoders
 
     Sample = tuple[int, dict[str, torch.Tensor] | ValueError]  # row of the image index, tensors or why there are none
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.encoding.encoder_facts import IDENTITY
-from data_prep.packing.finalize import finalise
-from data_prep.packing.pack import read_stats
+from data_prep.packing.finalize import finalize
+from data_prep.packing.pack import read_stats, stats_of
 from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     MANIFEST,
@@ -30,12 +30,14 @@ from data_prep.shard_format.shards import (
     write_rows,
 )
 from files.atomic_files import json_bytes, remove_abandoned, write_file
+from files.shown import shown
 
 if TYPE_CHECKING:
     import torch
 
 ENCODING = "encoding.json"  # written first: what every shard of this folder must agree with
 SETTINGS = (*IDENTITY, "latent_std", "computed_in")  # shards that differ in one of these don't go into one set
+DEFAULT_PROMPT_TOKENS = 512  # train_lora.py's --max_prompt_tokens
 FAILED = "cannot be read"  # the reason that stands in the statistics; the details stand in NNNNNN.parquet
 
 
@@ -66,20 +68,27 @@ class EncodedSet:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.folder)
         described = self.folder / ENCODING
-        if described.is_file():
-            there = json.loads(described.read_text())
+        there = _read(described)
+        if there is not None:
             if there["fingerprint"] != self.fingerprint:
                 raise ValueError(
                     f"{self.folder} holds shards of another set: {self._difference(there)}; choose another folder"
                 )
         else:
-            if any(self.folder.glob("*.tar")):
+            if described.exists() and all(self._ours(path) for path in self.folder.glob("*_stats.json")):
+                print(f"{shown(described)} is damaged: written again")
+            elif any(self.folder.glob("*.tar")):
                 raise ValueError(
                     f"{self.folder} holds shards that encode_shards.py did not write; choose another folder"
                 )
             write_file(described, json_bytes(self._identity()))
         if not (self.folder / EMPTY_PROMPT).is_file():
             write_file(self.folder / EMPTY_PROMPT, empty_prompt())
+
+    def _ours(self, stats: Path) -> bool:
+        """Whether a shard's statistics are of this set, or as good as not there."""
+        found = stats_of(self.folder, int(stats.name[:6])) if stats.name[:6].isdigit() else None
+        return found is None or found["fingerprint"] == self.fingerprint
 
     def _identity(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint, "images": self.images.fingerprint, **self.encoding}
@@ -105,11 +114,15 @@ class EncodedSet:
         return [shard for shard in range(len(self.images.shards)) if not self.is_done(shard)]
 
     def write_shard(
-        self, shard: int, rows: np.ndarray, samples: Iterator[tuple[int, dict[str, torch.Tensor] | ValueError]]
+        self,
+        shard: int,
+        rows: np.ndarray,
+        samples: Iterator[tuple[int, dict[str, torch.Tensor] | ValueError]],
+        tokens_of: Callable[[str], int] = lambda caption: 0,
     ) -> int:
         """Write one shard from (row of the image index, its tensors or why it is left out); commits it.
 
-        Returns how many samples were left out.
+        `tokens_of` a caption that may be longer than what was encoded of it. Returns how many samples were left out.
         """
         import safetensors.torch
 
@@ -129,6 +142,8 @@ class EncodedSet:
                 for member, (offset, size) in zip(("payload", "json", "txt"), places.values(), strict=True):
                     record |= {f"{member}_offset": offset, f"{member}_size": size}
                 record["prompt_tokens"] = len(tensors["prompt_embeds"])
+                if (tokens := tokens_of(record["caption"])) > record["prompt_tokens"]:
+                    record["detail"] = f"its caption of {tokens} tokens is cut at {record['prompt_tokens']}"
         ordered = [records[int(row)] for row in rows]
         kept = [record for record in ordered if record["status"] == "ok"]
         if not kept:
@@ -139,17 +154,47 @@ class EncodedSet:
             SHARD_ROWS,
         )
         failed = len(ordered) - len(kept)
+        long = [record for record in kept if record["prompt_tokens"] > DEFAULT_PROMPT_TOKENS]
+        cut = [record for record in kept if record["detail"]]
         stats = {
             "fingerprint": self.fingerprint,
             "samples": len(kept),
             "failed": failed,
             "bytes": tar.bytes if kept else 0,
             "sha256": tar.sha256 if kept else "",
+            "long_captions": len(long),
+            "cut_captions": len(cut),
+            "first": {
+                name: f"{found[0]['path']} ({found[0]['detail'] or str(found[0]['prompt_tokens']) + ' tokens'})"
+                for name, found in (("long_captions", long), ("cut_captions", cut))
+                if found
+            },
             "reasons": {f"failed: {FAILED}": failed} if failed else {},
             "buckets": dict(Counter(bucket_name(record["width"], record["height"]) for record in kept)),
         }
         write_file(self.folder / stats_name(number), json_bytes(stats))
         return failed
+
+    def long_captions(self) -> list[str]:
+        """What to say of captions that were cut here, and of those that training cuts unless it is told otherwise."""
+        counts: Counter[str] = Counter()
+        first: dict[str, str] = {}
+        for shard in range(len(self.images.shards)):
+            stats = self._stats(shard) or {}
+            counts.update({name: stats.get(name, 0) for name in ("long_captions", "cut_captions")})
+            first = stats.get("first", {}) | first
+        said = []
+        if counts["cut_captions"]:
+            said.append(
+                f"warning: {counts['cut_captions']} captions are longer than the text encoder reads and were cut: shorten"
+                f" them; first {shown(first['cut_captions'])}; {shown(self.folder)}/*.parquet name all"
+            )
+        if counts["long_captions"]:
+            said.append(
+                f"{counts['long_captions']} captions have more than {DEFAULT_PROMPT_TOKENS} tokens, where training cuts them"
+                f" unless train_lora.py --max_prompt_tokens is raised; first {shown(first['long_captions'])}"
+            )
+        return said
 
     def _sample(self, row: int) -> tuple[bytes, bytes, dict[str, Any]]:
         """txt member, json member, and the record for NNNNNN.parquet without places. Shards made elsewhere may lack both."""
@@ -177,7 +222,7 @@ class EncodedSet:
         assert len(committed) == len(stats), "a shard is missing"
         if not any(found["samples"] for found in committed.values()):
             raise ValueError(f"no sample of {len(self.index)} could be read; {self.folder}/*.parquet say why")
-        return finalise(
+        return finalize(
             self.folder,
             committed,
             payload="safetensors",
@@ -186,6 +231,15 @@ class EncodedSet:
             versions=_versions(),
             encoding=self.encoding,
         )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """encoding.json; None when there is none or it is damaged."""
+    try:
+        fields = json.loads(path.read_bytes())
+        return fields if isinstance(fields["fingerprint"], str) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 _CROP = ("crop_left", "crop_top", "crop_width", "crop_height")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.images.convert import BadImage
+from data_prep.images.skip_reasons import BadImage
 from data_prep.packing.plan import HashedInputs, Plan, PlanRows, fingerprint, plan_file
 from data_prep.packing.workers import Job, Workers, digest
 from data_prep.shard_format.shards import rows_name
@@ -37,7 +37,7 @@ def check_inputs(plan: Plan, options: dict[str, Any], folder: Path, source: Iter
     if fingerprint(options, inputs.sha256) != plan.fingerprint:
         difference = describe_difference(plan, options, folder, source)
         raise ValueError(
-            f"{folder} was begun with other options or inputs ({difference}): choose another --output_path"
+            f"{shown(folder)} was begun with other options or inputs ({difference}): choose another --output_path"
         )
     return touched
 
@@ -63,7 +63,7 @@ def check_edits(
                 edited.append(item.path)
     if edited:
         raise ValueError(
-            f"{len(edited)} inputs were edited after they had been packed into {folder}, first {shown(edited[0])}:"
+            f"{len(edited)} inputs were edited after they had been packed into {shown(folder)}, first {shown(edited[0])}:"
             " choose another --output_path"
         )
 
@@ -88,4 +88,4 @@ def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, sourc
 
 
 def _identity(item: Input) -> tuple[int, str]:
-    return item.size, item.caption or ""
+    return item.size, item.caption or ""  # what the plan keeps of it

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 
-from data_prep.images.convert import BadImage
+from data_prep.images.skip_reasons import BadImage
 from data_prep.packing.plan import BYTES_PER_PIXEL, Plan, PlanRows
+from data_prep.packing.plan_lines import lines
 from data_prep.packing.workers import Job, Workers, store
 from data_prep.sources.found_input import Input
+from files.shown import shown
 
 TRIED = 32  # images that are converted for the estimate, evenly spread over the plan
 
@@ -19,19 +21,15 @@ def dry_run(plan: Plan, rows: PlanRows, workers: Workers, job: Job) -> None:
     print("\n  bucket        samples")
     for name, count in sorted(plan.buckets.items(), key=lambda item: -item[1]):
         print(f"  {name:<12} {count:>8}  {'#' * max(1, round(40 * count / max(plan.buckets.values())))}")
-    if plan.reasons:
-        print("\n  left out")
-    for reason, count in sorted(plan.reasons.items(), key=lambda item: -item[1]):
-        print(f"  {count:>8}  {reason}")
-    for example in plan.examples:
-        print(f"            {example}")
+    for line in lines(plan):
+        print(line)
     tried = _tried(plan, rows)
     list(workers.map(store, job, tried[:1], chunk=1))  # imports and warms
     start, failed, size, foreseen = time.perf_counter(), 0, 0, 0.0
     for item, result in zip(tried, workers.map(store, job, tried, chunk=1), strict=True):
         if isinstance(result, BadImage):
             failed += 1
-            print(f"            {item.path}: {result}")
+            print(f"            {shown(item.path)}: {shown(result)}")
         else:
             stored = result[0]
             size += len(stored.data)

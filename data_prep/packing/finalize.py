@@ -26,7 +26,7 @@ from data_prep.shard_format.shards import (
 from files.atomic_files import PARTIAL, json_bytes, write_file
 
 
-def finalise(
+def finalize(
     folder: Path,
     stats: dict[int, dict[str, Any]],
     *,
@@ -35,9 +35,11 @@ def finalise(
     options: dict[str, Any],
     versions: dict[str, str],
     encoding: dict[str, Any] | None = None,
+    remarks: dict[str, Any] | None = None,
 ) -> Manifest:
     """Write index, sizes and manifest of a set whose shards are all committed; return the manifest.
 
+    `remarks` go into the manifest's totals as they are: what the sources held that is no input.
     `stats` maps each shard's number to its statistics: counts, bytes, sha256, and samples by bucket name. Shards
     without samples are left out of the manifest. Several processes may do this at the same time: they write the same.
     """
@@ -53,7 +55,9 @@ def finalise(
         Shard(tar_name(number), *(stats[number][name] for name in ("samples", "bytes", "sha256"))) for number in numbers
     ]
     write_file(folder / SIZES, json_bytes({shard.name: shard.samples for shard in shards}))
-    manifest = Manifest(payload, fingerprint, options, buckets, _totals(stats), shards, versions, encoding)
+    manifest = Manifest(
+        payload, fingerprint, options, buckets, _totals(stats) | (remarks or {}), shards, versions, encoding
+    )
     write_manifest(folder, manifest)
     for partial in folder.glob(f"{PARTIAL}[0-9]*"):  # of killed processes on other hosts: all shards are committed
         partial.unlink(missing_ok=True)

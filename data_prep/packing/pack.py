@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_prep.images.convert import BadImage
-from data_prep.packing.plan import Row
+from data_prep.images.skip_reasons import BadImage
+from data_prep.packing.plan import Row, file_sha256
 from data_prep.packing.workers import Job, Workers, store
 from data_prep.shard_format.shards import (
     SHARD_ROWS,
@@ -24,20 +23,52 @@ from data_prep.shard_format.shards import (
 from files.atomic_files import json_bytes, write_file
 
 STORE_CHUNK = 4  # images a task: small, because a shard ends when its last task does
+WARNED = "warned"  # among the first inputs of each reason: of the samples whose decoder warned
 _MEMBERS = ("payload", "json", "txt")
 
 
 def read_stats(folder: Path, shard: int, fingerprint: str) -> dict[str, Any] | None:
-    """Statistics of a committed shard; None when it was not finished, belongs to another plan or lost its files."""
-    path = folder / stats_name(shard)
-    if not path.is_file():
+    """Statistics of a committed shard; None when it was not finished, belongs to another plan or is damaged.
+
+    Its files must have their sizes, and where one was touched after the commit, their sha256.
+    """
+    stats = stats_of(folder, shard)
+    if stats is None or stats["fingerprint"] != fingerprint:
         return None
-    stats = json.loads(path.read_bytes())
-    if stats["fingerprint"] != fingerprint or not (folder / rows_name(shard)).is_file():
+    committed = (folder / stats_name(shard)).stat().st_ctime_ns
+    files = [(rows_name(shard), stats.get("rows_sha256"))]
+    if stats["samples"]:
+        files.append((tar_name(shard), stats["sha256"]))
+    for name, sha256 in files:
+        path = folder / name
+        if not path.is_file() or (name.endswith(".tar") and path.stat().st_size != stats["bytes"]):
+            return None
+        status = path.stat()
+        touched = max(status.st_ctime_ns, status.st_mtime_ns) > committed
+        if touched and sha256 and file_sha256(path) != sha256:
+            return None
+    return stats
+
+
+def stats_of(folder: Path, shard: int) -> dict[str, Any] | None:
+    """NNNNNN_stats.json, of whichever plan; None when there is none or it is damaged."""
+    try:
+        stats = json.loads((folder / stats_name(shard)).read_bytes())
+        right = all(isinstance(stats[name], kind) for name, kind in _STATS.items())
+        return stats if right else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    tar = folder / tar_name(shard)
-    present = tar.stat().st_size if tar.is_file() else 0
-    return stats if present == stats["bytes"] else None
+
+
+_STATS = {
+    "fingerprint": str,
+    "samples": int,
+    "failed": int,
+    "bytes": int,
+    "sha256": str,
+    "reasons": dict,
+    "buckets": dict,
+}
 
 
 def pack_shard(
@@ -51,8 +82,9 @@ def pack_shard(
     (folder / stats_name(shard)).unlink(missing_ok=True)
     payload = job.options.format
     columns: dict[str, list[Any]] = {name: [] for name in SHARD_ROWS.names}
-    counts: Counter[str] = Counter(samples=0, filtered=0, failed=0, copied=0, animated=0, empty_captions=0)
+    counts: Counter[str] = Counter(samples=0, filtered=0, failed=0, copied=0, animated=0, empty_captions=0, warned=0)
     reasons: Counter[str] = Counter()
+    first: dict[str, str] = {}
     buckets: Counter[str] = Counter()
     results = workers.map(store, job, (row.item for row in rows if row.status == "ok"), STORE_CHUNK)
     with TarShardWriter(folder / tar_name(shard)) as tar:
@@ -74,11 +106,17 @@ def pack_shard(
                     record |= {name: getattr(place, name) for name in _PLACEMENT}
                     record |= {"original_width": stored.original_width, "original_height": stored.original_height}
                     record |= {"copied": stored.copied, "frames": stored.frames, "sha256": sha256}
+                    record["detail"] = "; ".join(stored.warnings)
                     buckets[bucket_name(place.width, place.height)] += 1
                     counts.update(copied=stored.copied, animated=stored.frames > 1, empty_captions=not text)
+                    counts["warned"] += bool(stored.warnings)
             counts["samples" if record["status"] == "ok" else record["status"]] += 1
             if record["status"] != "ok":
-                reasons[f"{record['status']}: {record['reason']}"] += 1
+                why = f"{record['status']}: {record['reason']}"
+                reasons[why] += 1
+                first.setdefault(why, record["path"] + (f" ({record['detail']})" if record["detail"] else ""))
+            elif record["detail"]:
+                first.setdefault(WARNED, f"{record['path']} ({record['detail']})")
             for name, values in columns.items():
                 values.append(record[name])
             progress.update(1)
@@ -92,8 +130,9 @@ def pack_shard(
         **counts,
         "bytes": tar.bytes if counts["samples"] else 0,
         "sha256": tar.sha256 if counts["samples"] else "",
-        "rows_sha256": hashlib.sha256((folder / rows_name(shard)).read_bytes()).hexdigest(),
+        "rows_sha256": file_sha256(folder / rows_name(shard)),
         "reasons": dict(reasons),
+        "first": first,
         "buckets": dict(buckets),
     }
     write_file(folder / stats_name(shard), json_bytes(stats))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_prep.images.convert import ImageOptions
+    from data_prep.images.header import ImageOptions
     from data_prep.packing.plan import PlanOptions
     from data_prep.sources.find_inputs import Sources
 
-TOOLS = ("pillow", "simplejpeg", "torch", "numpy", "pyarrow")  # that the bytes of a set may depend on
+# Packages that the bytes of a set may depend on.
+TOOLS = ("pillow", "simplejpeg", "torch", "numpy", "pyarrow", "pillow-heif", "pillow-jxl-plugin")
 
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
@@ -25,7 +26,12 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
         prog="make_shards.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("input").add_argument
-    add("--dataset_base_path", type=Path, required=True, help="folder of images, searched with all its subfolders")
+    add(
+        "--dataset_base_path",
+        type=Path,
+        required=True,
+        help="folder of images, tars or parquet, with all its subfolders",
+    )
     add("--dataset_metadata_path", type=Path, help="csv, jsonl, json or parquet; else metadata.* in the folder is used")
     add("--image_column", help="default: image, file_name or image_path")
     add("--caption_column", help="default: prompt, text or caption")
@@ -53,6 +59,12 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--on_missing_caption", choices=("skip", "empty", "error"), default="skip")
     add("--on_duplicate_stem", choices=("warn", "error"), default="warn", help="a.jpg and a.png share a.txt")
     add("--on_animation", choices=("first", "reject"), default="first", help="take the first frame, or leave it out")
+    add(
+        "--on_corrupt",
+        choices=("fail", "keep"),
+        default="fail",
+        help="damaged image data fails, or is kept as a forgiving decoder shows it (half grey, say)",
+    )
     add("--background", default="255,255,255", help="behind transparent pixels, R,G,B (default: white)")
     add("--remove_duplicates", choices=("none", "exact", "perceptual"), default="none", help="keep the first of equals")
     add("--duplicate_distance", type=int, default=4, help="differing bits of 64 for perceptual (default: %(default)s)")
@@ -69,7 +81,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 def image_options(args: argparse.Namespace) -> ImageOptions:
     """How images are judged and stored; `resize` is still to be set. Raises ValueError."""
     from data_prep.images.buckets import BucketOptions
-    from data_prep.images.convert import ImageOptions
+    from data_prep.images.header import ImageOptions
 
     chosen = [flag for flag in ("max_pixels", "resolutions") if getattr(args, flag) is not None]
     if (args.height is None) != (args.width is None):
@@ -93,6 +105,7 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
         max_image_pixels=args.max_image_pixels,
         min_pixels=args.min_pixels,
         on_animation=args.on_animation,
+        on_corrupt=args.on_corrupt,
     )
 
 
@@ -127,12 +140,18 @@ def sources(args: argparse.Namespace) -> Sources:
 
 
 def manifest_options(images: ImageOptions, planning: PlanOptions) -> dict[str, Any]:
-    """Everything that decides over the bytes of the shards, as it stands in the manifest."""
+    """Everything that decides over the bytes of the shards, as it stands in the manifest.
+
+    The optional plugins are in it: a machine that reads HEIC and one that doesn't would not pack the same set.
+    """
+    from data_prep.images.formats import installed_plugins
+
     options = dataclasses.asdict(images) | dataclasses.asdict(planning)
     buckets = options.pop("buckets")
     ratios = {name: float(buckets.pop(name)) for name in ("max_upscale", "max_aspect_ratio")}
     buckets = {name: list(value) if isinstance(value, tuple) else value for name, value in buckets.items()}
     options["background"] = list(options["background"])
+    options["image_plugins"] = list(installed_plugins())
     return options | {"bucket_" + name if name == "step" else name: value for name, value in buckets.items()} | ratios
 
 

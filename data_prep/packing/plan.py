@@ -6,10 +6,12 @@ options and inputs, and what is expected. It is the same for every process and m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,13 +20,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.images.convert import BadImage
+from data_prep.images.skip_reasons import DUPLICATE, FAILED, FILTERED, NO_CAPTION, NO_READER, BadImage
 from data_prep.packing.duplicates import Duplicates
 from data_prep.packing.workers import Job, Probe, Workers, probe
 from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import bucket_name
+from data_prep.sources.find_inputs import Sources
 from data_prep.sources.found_input import Input
-from files.atomic_files import json_bytes, write_file
+from files.atomic_files import commit, json_bytes, partial_path, write_file
+from files.shown import shown
 
 PLAN_FOLDER = "plan"
 MAX_EXAMPLES = 10  # failures that are shown
@@ -34,8 +38,9 @@ MAX_ROWS_PER_SAMPLE = 4
 BYTES_PER_PIXEL = {"jpg": 0.5, "png": 2.0}
 PLAN_ROWS = pa.schema(
     [("path", pa.string()), ("file", pa.binary()), ("offset", pa.int64()), ("size", pa.int64())]
-    + [(name, pa.string()) for name in ("caption", "status", "reason", "detail")]
+    + [(name, pa.string()) for name in ("caption", "kind", "status", "reason", "detail")]
 )
+ITEM_COLUMNS = ("path", "file", "offset", "size", "caption", "kind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +81,15 @@ class Plan:
     shard_rows: list[int]  # inputs of each shard
     shard_samples: list[int]  # those that are expected to become samples
     reasons: dict[str, int]  # "failed: truncated image" -> how many
+    first: dict[str, str]  # the first input of each reason, with the details
     examples: list[str]  # the first failures
+    remarks: list[str]  # what was seen in the sources and is no input, and what is odd about captions
+    ignored: dict[str, int]  # files that are neither images nor captions, by extension
+    largest_memory: int  # bytes that the largest image takes to decode, about
     buckets: dict[str, int]  # by bucket_name
     expected_bytes: int
     versions: dict[str, str]
+    rows_sha256: str  # of plan.parquet
 
     @property
     def inputs(self) -> int:
@@ -116,7 +126,7 @@ class HashedInputs:
 
 
 def digest_of(item: Input) -> bytes:
-    fields = [item.path, item.offset, item.size, item.caption, item.problem]
+    fields = [item.path, item.offset, item.size, item.caption, item.problem, item.kind]
     return hashlib.sha256(json.dumps(fields).encode()).digest()
 
 
@@ -129,14 +139,16 @@ class _Tally:
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
         self.buckets: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
         self.examples: list[str] = []
+        self.memory = 0
         self.shard_rows: list[int] = []
         self.shard_samples: list[int] = []
         self.bytes = 0.0
 
 
 def make_plan(
-    source: Iterable[Input],
+    source: Sources,
     folder: Path,
     workers: Workers,
     job: Job,
@@ -153,9 +165,7 @@ def make_plan(
     tally = _Tally()
     (folder / PLAN_FOLDER).mkdir(exist_ok=True)
     rows = _decide(inputs, workers, job, plan_options, tally, progress)
-    write_row_groups(
-        folder / PLAN_FOLDER / "plan.parquet", _shards(rows, job.options.format, plan_options, tally), PLAN_ROWS
-    )
+    write_row_groups(rows_file(folder), _shards(rows, job.options.format, plan_options, tally), PLAN_ROWS)
     plan = Plan(
         fingerprint(options, inputs.sha256),
         inputs.sha256,
@@ -163,10 +173,15 @@ def make_plan(
         tally.shard_rows,
         tally.shard_samples,
         dict(sorted(tally.reasons.items())),
+        tally.first,
         tally.examples,
+        source.remarks.lines(),
+        dict(source.ignored.most_common()),
+        tally.memory,
         dict(sorted(tally.buckets.items())),
         int(tally.bytes),
         versions,
+        file_sha256(rows_file(folder)),
     )
     write_file(plan_file(folder), json_bytes(dataclasses.asdict(plan)))
     return plan
@@ -186,12 +201,15 @@ def _decide(
             if isinstance(found, BadImage):
                 row = Row(row.item, found.status, found.reason, found.detail)
             elif first := duplicates.find(found.digest, row.item.path):
-                row = Row(row.item, "filtered", "duplicate", f"of {first}")
+                row = Row(row.item, FILTERED, DUPLICATE, f"of {first}")
             else:
+                tally.memory = max(tally.memory, found.memory)
                 yield row, found
                 continue
-        tally.reasons[f"{row.status}: {row.reason}"] += 1
-        if row.status == "failed" and len(tally.examples) < MAX_EXAMPLES:
+        why = f"{row.status}: {row.reason}"
+        tally.reasons[why] += 1
+        tally.first.setdefault(why, f"{row.item.path}" + (f" ({row.detail})" if row.detail else ""))
+        if row.status == FAILED and len(tally.examples) < MAX_EXAMPLES:
             tally.examples.append(f"{row.item.path}: {row.reason}" + (f" ({row.detail})" if row.detail else ""))
         yield row, None
 
@@ -199,14 +217,18 @@ def _decide(
 def _captioned(inputs: Iterable[Input], on_missing: str) -> Iterator[Row]:
     for item in inputs:
         if item.problem:
-            yield Row(item, "failed", *item.problem)
+            yield Row(item, FILTERED if item.problem[0] == NO_READER else FAILED, *item.problem)
         elif item.caption or on_missing == "empty":
             yield Row(dataclasses.replace(item, caption=item.caption or ""), "ok", "", "")
         elif on_missing == "skip":
-            yield Row(item, "filtered", "no caption", "missing" if item.caption is None else "empty")
+            kind = "missing" if item.caption is None else "empty"
+            yield Row(item, FILTERED, NO_CAPTION, f"{kind}: {item.hint}" if item.hint else kind)
         else:
             kind = "has no caption" if item.caption is None else "has an empty caption"
-            raise ValueError(f"{item.path} {kind}: write one, or choose --on_missing_caption skip or empty")
+            hint = f" ({item.hint})" if item.hint else ""
+            raise ValueError(
+                f"{shown(item.path)} {kind}{shown(hint)}: write one, or choose --on_missing_caption skip or empty"
+            )
 
 
 def _shards(
@@ -221,9 +243,7 @@ def _shards(
         tally.shard_rows.append(len(shard))
         tally.shard_samples.append(samples)
         tally.bytes += size
-        columns: dict[str, list[Any]] = {
-            name: [getattr(row.item, name) for row in shard] for name in ("path", "file", "offset", "size", "caption")
-        }
+        columns: dict[str, list[Any]] = {name: [getattr(row.item, name) for row in shard] for name in ITEM_COLUMNS}
         return columns | {name: [getattr(row, name) for row in shard] for name in ("status", "reason", "detail")}
 
     for row, found in rows:
@@ -251,25 +271,79 @@ def plan_file(folder: Path) -> Path:
     return folder / PLAN_FOLDER / "plan.json"
 
 
+def rows_file(folder: Path) -> Path:
+    """Where its rows stand, one an input."""
+    return folder / PLAN_FOLDER / "plan.parquet"
+
+
 def read_plan(folder: Path) -> Plan | None:
-    """The plan of an output folder; None when there is none, or it was not finished. Raises ValueError."""
-    path = plan_file(folder)
+    """The plan of an output folder; None when there is none, it was not finished, or it is damaged (`plan_is_damaged`)."""
     try:
-        return Plan(**json.loads(path.read_bytes())) if path.is_file() else None
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} is damaged or of another version: choose another --output_path") from None
+        fields = json.loads(plan_file(folder).read_bytes())
+        plan = Plan(**fields)
+        whole = file_sha256(rows_file(folder)) == plan.rows_sha256
+        fits = all(isinstance(count, int) for count in [*plan.shard_rows, *plan.shard_samples])
+        return plan if whole and fits and fingerprint(plan.options, plan.inputs_sha256) == plan.fingerprint else None
+    except (OSError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def plan_is_damaged(folder: Path) -> bool:
+    """Whether there is a plan that cannot be read, or is of another version."""
+    return plan_file(folder).exists() and read_plan(folder) is None
+
+
+@contextlib.contextmanager
+def rebuilt_if_damaged(folder: Path) -> Iterator[Path]:
+    """Where to make the plan of `folder`: there, or, when a damaged one lies there, beside it until it is found to fit.
+
+    Raises ValueError when shards were packed by another plan than the new one: nothing of them is overwritten.
+    """
+    if not plan_is_damaged(folder):
+        yield folder
+        return
+    print(f"{shown(plan_file(folder).parent)} is damaged, or of another version: made again")
+    place = partial_path(folder / PLAN_FOLDER / "rebuilt")
+    place.mkdir()
+    try:
+        yield place
+        new = read_plan(place)
+        assert new is not None, "it was just written"
+        for stats in sorted(folder.glob("[0-9]*_stats.json")):
+            try:
+                packed_by = json.loads(stats.read_bytes())["fingerprint"]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                continue
+            if packed_by != new.fingerprint:
+                raise ValueError(
+                    f"{shown(folder)} was begun with other options or inputs, or by another version, and its plan is"
+                    " damaged: choose another --output_path"
+                )
+        for file in (rows_file, plan_file):
+            commit(file(place), file(folder))
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class PlanRows:
     """Rows of a plan, one shard at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = pq.ParquetFile(folder / PLAN_FOLDER / "plan.parquet")
+        self._file = pq.ParquetFile(rows_file(folder))
 
     def shard(self, number: int) -> list[Row]:
-        names = ("path", "file", "offset", "size", "caption")
         return [
-            Row(Input(*(values[name] for name in names)), values["status"], values["reason"], values["detail"])
+            Row(
+                Input(**{name: values[name] for name in ITEM_COLUMNS}),
+                values["status"],
+                values["reason"],
+                values["detail"],
+            )
             for values in self._file.read_row_group(number).to_pylist()
         ]
 

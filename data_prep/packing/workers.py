@@ -6,24 +6,36 @@ What a worker imports is kept small: no pyarrow, and torch only when it resizes.
 from __future__ import annotations
 
 import collections
+import contextlib
+import fcntl
 import hashlib
-import itertools
+import io
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import IO, Any, Self
 
-from data_prep.images import convert as images
-from data_prep.images import resizing
+from data_prep.images import convert, header, resizing
 from data_prep.images.buckets import Placement
-from data_prep.images.convert import BadImage, ImageOptions, Stored
-from data_prep.sources.found_input import Input
+from data_prep.images.convert import Stored
+from data_prep.images.header import ImageOptions
+from data_prep.images.skip_reasons import CHANGED, FAILED, KILLED, NOT_REGULAR, UNREADABLE, BadImage, of_decoder
+from data_prep.shard_format.tar_members import sparse_content
+from data_prep.sources.found_input import ROW, SPARSE, Input
+from data_prep.sources.parquet_images import with_bytes
+from data_prep.sources.regular_files import NotRegular, open_regular
+
+# An image that takes more than this to decode waits until no other process decodes such a one: workers together take
+# at most their number times this, and one image more.
+LARGE_BYTES = 320_000_000
+CHUNK_BYTES = 8_000_000  # of images that travel to a worker in one task
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class Probe:
 
     placement: Placement
     copied: bool  # as far as the header tells
+    memory: int  # bytes that decoding it takes at its peak, about
     digest: str = ""  # for finding duplicates
 
 
@@ -42,70 +55,74 @@ class Job:
     base: bytes  # folder
     options: ImageOptions
     duplicates: str = "none"  # none | exact | perceptual: which digest a probe computes
+    image_column: str | None = None  # of parquet files
 
 
 def probe(job: Job, item: Input) -> Probe | BadImage:
-    """Judge one input by its header."""
+    """Judge one input by its header. Whatever goes wrong is a BadImage: no decoder's exception ends a run."""
     try:
-        with _open(job, item) as file:
-            if item.offset or job.duplicates != "none":
-                data = _read(file.fileno(), item)
-                return _probe(job, data)
-            header = images.read_header(file, job.options)
-            placement = images.judge(header.width, header.height, header.frames, job.options)
-            return Probe(placement, images.looks_copied(header, placement, job.options))
-    except BadImage as error:
-        return error
-    except OSError as error:
-        return BadImage("failed", "unreadable", error.strerror or str(error))
+        if item.kind or item.offset or job.duplicates != "none":
+            return _probe(job, io.BytesIO(data := _content(job, item)), data)
+        with open_regular(os.path.join(job.base, item.file), buffering=1 << 13) as file:
+            return _probe(job, file, b"")
+    except BaseException as error:
+        return _failure(error)
 
 
-def _probe(job: Job, data: bytes) -> Probe:
-    import io
-
-    header = images.read_header(io.BytesIO(data), job.options)
-    placement = images.judge(header.width, header.height, header.frames, job.options)
+def _probe(job: Job, file: Any, data: bytes) -> Probe:
+    found = header.read_header(file, job.options)
+    placement = header.judge(found.width, found.height, found.frames, job.options)
     digest = ""
     if job.duplicates == "exact":
         digest = hashlib.sha256(data).hexdigest()
     elif job.duplicates == "perceptual":
-        digest = images.perceptual_hash(data, job.options)
-    return Probe(placement, images.looks_copied(header, placement, job.options), digest)
+        with _turn(found.memory):
+            digest = convert.perceptual_hash(data, job.options)
+    return Probe(placement, header.looks_copied(found, placement, job.options), found.memory, digest)
 
 
 def store(job: Job, item: Input) -> tuple[Stored, str] | BadImage:
-    """Read and convert one input; also the sha256 of its source bytes."""
+    """Read and convert one input; also the sha256 of its source bytes. Whatever goes wrong is a BadImage."""
     try:
-        with _open(job, item) as file:
-            if item.offset == 0 and os.fstat(file.fileno()).st_size < item.size:
-                raise BadImage("failed", "changed since the plan", "the file is shorter now")
-            data = _read(file.fileno(), item)
-        return images.store(data, job.options), hashlib.sha256(data).hexdigest()
-    except BadImage as error:
-        return error
-    except OSError as error:
-        return BadImage("failed", "unreadable", error.strerror or str(error))
+        data = _content(job, item)
+        return convert.store(data, job.options, _turn), hashlib.sha256(data).hexdigest()
+    except BaseException as error:
+        return _failure(error)
 
 
 def digest(job: Job, item: Input) -> str | BadImage:
     """sha256 of one input's source bytes."""
     try:
-        with _open(job, item) as file:
-            return hashlib.sha256(_read(file.fileno(), item)).hexdigest()
-    except BadImage as error:
-        return error
-    except OSError as error:
-        return BadImage("failed", "unreadable", error.strerror or str(error))
+        return hashlib.sha256(_content(job, item)).hexdigest()
+    except BaseException as error:
+        return _failure(error)
 
 
-def _open(job: Job, item: Input) -> Any:
-    return open(os.path.join(job.base, item.file), "rb", buffering=1 << 13)
+def _failure(error: BaseException) -> BadImage:
+    if isinstance(error, NotRegular):
+        return BadImage(FAILED, NOT_REGULAR, str(error.strerror))
+    if isinstance(error, OSError) and error.filename is not None:  # of a file, not of a decoder
+        return BadImage(FAILED, UNREADABLE, error.strerror or str(error))
+    return of_decoder(error)
+
+
+def _content(job: Job, item: Input) -> bytes:
+    """All bytes of one image. Raises BadImage when the file isn't what the plan saw."""
+    if item.problem:
+        raise BadImage(FAILED, *item.problem)
+    if item.kind == ROW:
+        assert item.data is not None, "with_bytes comes before a worker"
+        return item.data
+    with open_regular(os.path.join(job.base, item.file), buffering=1 << 13) as file:
+        if item.kind == SPARSE:
+            return sparse_content(file, item.offset)
+        return _read(file.fileno(), item)
 
 
 def _read(file: int, item: Input) -> bytes:
     data = os.pread(file, item.size, item.offset)
     if len(data) != item.size:
-        raise BadImage("failed", "changed since the plan", f"{len(data)} bytes where there were {item.size}")
+        raise BadImage(FAILED, CHANGED, f"{len(data)} bytes where there were {item.size}: the file is shorter now")
     return data
 
 
@@ -114,10 +131,15 @@ def _read(file: int, item: Input) -> bytes:
 Work = Callable[[Job, Input], Any]
 
 
-def _start() -> None:
+_turn_file: IO[bytes] | None = None  # in workers: the file whose lock is the right to decode a large image
+
+
+def _start(turn_file: str) -> None:
     """First thing in a worker."""
+    global _turn_file
+    _turn_file = open(turn_file, "rb")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent answers it
-    images.one_thread()
+    convert.one_thread()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -129,6 +151,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@contextlib.contextmanager
+def _turn(memory: int) -> Iterator[None]:
+    """Large images one at a time. A file's lock, because the kernel opens it when its process is killed."""
+    if memory <= LARGE_BYTES or _turn_file is None:
+        yield
+        return
+    fcntl.flock(_turn_file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(_turn_file, fcntl.LOCK_UN)
+
+
 def _run_chunk(function: Work, job: Job, chunk: list[Input]) -> list[Any]:
     return [function(job, item) for item in chunk]
 
@@ -138,9 +173,10 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self._turns = tempfile.NamedTemporaryFile(prefix="make_shards-") if count else None  # noqa: SIM115
         self._pool = self._new_pool(count) if count else None
         if not count:
-            images.one_thread()
+            convert.one_thread()
 
     def resize_backend(self) -> str:
         """Which kernel the workers can resize with; asked there, so that this process needn't import torch."""
@@ -151,6 +187,7 @@ class Workers:
 
         An item whose process dies (a codec that crashes, the kernel's out-of-memory killer) gives a BadImage.
         """
+        items = with_bytes(job.base, items, job.image_column)
         if self._pool is None:
             for item in items:
                 yield function(job, item)
@@ -158,7 +195,7 @@ class Workers:
         pending: collections.deque[tuple[list[Input], Future[list[Any]]]] = collections.deque()
         iterator = iter(items)
         while True:
-            while len(pending) < 2 * self.count + 2 and (batch := list(itertools.islice(iterator, chunk))):
+            while len(pending) < 2 * self.count + 2 and (batch := _chunk(iterator, chunk)):
                 pending.append((batch, self._submit(function, job, batch)))
             if not pending:
                 return
@@ -186,14 +223,15 @@ class Workers:
             try:
                 yield pool.submit(_run_chunk, function, job, [item]).result()[0]
             except BrokenProcessPool:
-                yield BadImage("failed", "killed its process", "a decoder crashed, or memory ran out")
+                yield BadImage(FAILED, KILLED, "a decoder crashed, or memory ran out")
                 pool = self._new_pool(1)
         pool.shutdown()
 
     def _new_pool(self, count: int) -> ProcessPoolExecutor:
         # Not fork: the parent has threads (pyarrow, tqdm), and a forked child may inherit a lock that nobody opens.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(count, mp_context=context, initializer=_start)
+        assert self._turns is not None
+        return ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(self._turns.name,))
 
     def __enter__(self) -> Self:
         return self
@@ -201,6 +239,18 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        if self._turns is not None:
+            self._turns.close()
+
+
+def _chunk(items: Iterator[Input], count: int) -> list[Input]:
+    """At most `count` of the next items; fewer where they carry their bytes along."""
+    chunk: list[Input] = []
+    size = 0
+    while len(chunk) < count and size < CHUNK_BYTES and (item := next(items, None)) is not None:
+        chunk.append(item)
+        size += len(item.data or b"")
+    return chunk
 
 
 def usable_cores() -> int:

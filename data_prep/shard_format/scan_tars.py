@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from data_prep.shard_format.shards import (
     write_index,
     write_manifest,
 )
+from data_prep.shard_format.tar_members import BrokenTar, readable, tar_members
 from files.atomic_files import json_bytes, write_file
 from files.shown import shown
 
@@ -41,29 +41,36 @@ class Member:
 def tar_samples(path: Path) -> Iterator[tuple[str, list[Member]]]:
     """Yield (key, members) of one tar, as webdataset groups them: adjacent names that agree up to their first dot.
 
-    Reads headers only. Raises ValueError when the file is no tar or ends early.
+    Reads headers only. Raises ValueError when the file is no whole tar, holds members that cannot be read in place (links
+    and sparse ones), or a key twice, of which webdataset would make one sample or two halves.
     """
     group: list[Member] = []
     key = None
-    end = 0
+    keys: set[str] = set()
+    again = "pack the shards again with data_prep/make_shards.py"
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # the list that tarfile keeps would grow with the archive
-                end = member.offset_data + member.size
-                if not member.isreg():
+        with path.open("rb") as file:
+            for member in tar_members(file):
+                if member.isdir():
                     continue
+                if not member.isreg() or member.issparse():
+                    kind = (
+                        "sparse" if member.issparse() else "a link" if member.islnk() or member.issym() else "no file"
+                    )
+                    raise ValueError(f"{shown(path)}: member {shown(readable(member.name))} is {kind}: {again}")
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 if folder + slash + stem != key:
                     if key is not None:
                         yield key, group
                     key, group = folder + slash + stem, []
+                    if key in keys:
+                        what = "its members do not stand side by side, or two samples have one name"
+                        raise ValueError(f"{shown(path)}: {shown(readable(key))} comes twice: {what}: {again}")
+                    keys.add(key)
                 group.append(Member(suffix.lower(), member.offset_data, member.size))
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole tar: {error}") from None
-    if end > path.stat().st_size:
-        raise ValueError(f"{path} ends before byte {end}: the file is truncated")
+    except BrokenTar as error:
+        raise ValueError(f"{shown(path)} is not a whole tar: {error}") from None
     if key is not None:
         yield key, group
 
@@ -142,7 +149,8 @@ def _record(reader: ShardReader, shard: int, member: Member | None, path: Path, 
 
 
 def _size(data: bytes, path: Path, key: str) -> tuple[int, int]:
-    from data_prep.images.convert import BadImage, ImageOptions, read_size
+    from data_prep.images.header import ImageOptions, read_size
+    from data_prep.images.skip_reasons import BadImage
 
     try:
         width, height = read_size(data, ImageOptions())

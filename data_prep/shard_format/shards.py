@@ -43,7 +43,8 @@ INDEX_ROWS = pa.schema(
     + _OFFSETS
     + [("caption_length", pa.int32()), ("prompt_tokens", pa.int32())]
 )
-# Rows of NNNNNN.parquet. status: ok | filtered | failed; reason: one of a few short texts; detail: this case's values.
+# Rows of NNNNNN.parquet. status: ok | filtered | failed; reason: one of images/skip_reasons.py; detail: this case's values,
+# and of samples what the decoder warned of.
 # width, height: pixels of the bucket; original_*: upright pixels of the source; crop_*: box in those; -1 where unknown.
 SHARD_ROWS = pa.schema(
     [("key", pa.string()), ("path", pa.string())]
@@ -141,9 +142,27 @@ def read_manifest(folder: str | Path) -> Manifest:
         fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
         for shard in fields["shards"]:
             plain_name(shard.name, path)
-        return Manifest(**fields)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        return _typed(Manifest(**fields))
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): run the program that made it again") from None
+
+
+def _typed(manifest: Manifest) -> Manifest:
+    """The manifest, if its values are of their types. Raises TypeError that names one that isn't."""
+    values: list[tuple[str, type, Any]] = [
+        ("payload", str, manifest.payload),
+        ("fingerprint", str, manifest.fingerprint),
+    ]
+    values += [(name, dict, getattr(manifest, name)) for name in ("options", "totals", "versions")]
+    for bucket in manifest.buckets:
+        values += [(f"a bucket's {name}", int, value) for name, value in vars(bucket).items()]
+    for shard in manifest.shards:
+        values += [(f"{shard.name}'s {name}", int, getattr(shard, name)) for name in ("samples", "bytes")]
+        values.append((f"{shard.name}'s sha256", str, shard.sha256))
+    for name, kind, value in values:
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
+            raise TypeError(f"{name} is {str(value)[:40]!r}, not {'a count' if kind is int else kind.__name__}")
+    return manifest
 
 
 # ── index ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -180,13 +199,21 @@ def write_index(folder: Path, columns: Mapping[str, Any]) -> None:
     write_rows(folder / INDEX, columns, INDEX_ROWS)
 
 
+_REMAKE = "delete it and run the program that made it again"
+
+
 def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
     """Read index.parquet. `strings=False` leaves keys and paths out, which at 10 M samples are most of the memory."""
     path = Path(folder) / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {INDEX}: make it with data_prep/make_shards.py or scan.build_index")
     names = [name for name in INDEX_ROWS.names if strings or name not in ("key", "path")]
-    table = pq.read_table(path, columns=names)
+    try:
+        table = pq.read_table(path, columns=names, schema=pa.schema([INDEX_ROWS.field(name) for name in names]))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): {_REMAKE}") from None
+    if any(table[name].null_count for name in names):
+        raise ValueError(f"{path} is damaged (it has empty cells): {_REMAKE}")
     columns = {name: table[name].to_numpy() for name in names}
     blank = np.zeros(len(table), "U1")
     columns["key"] = columns["key"].astype("U12") if strings else blank

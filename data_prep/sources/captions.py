@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import re
 import unicodedata
 from typing import Any
 
@@ -15,6 +16,16 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+MAX_BYTES = 1 << 24  # anything larger isn't a caption
+LONG_TOKENS = 512  # train_lora.py's --max_prompt_tokens, unless told otherwise
+MOST_TOKENS = 1024  # that it can be raised to
+_LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
+_INVISIBLE = "\ufeff\u200b\u2060"  # white space that Python's strip leaves
+_PLACEHOLDER = re.compile(r"\[trigger\]|\{[^{}|]*\|[^{}]*\}")
+# A token is about four characters of English; of scripts without spaces nearly each character is one.
+_DENSE = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u2e80-\ud7ff\uf900-\ufaff\U0001f000-\U0003ffff]")
 
 
 def encoding_of(start: bytes) -> str:
@@ -24,6 +35,8 @@ def encoding_of(start: bytes) -> str:
 
 def decode(data: bytes) -> str:
     """Text of a caption file, cleaned. Raises ValueError when it isn't text in the encoding that its start names."""
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{len(data)} bytes are too long for a caption: at most {MAX_BYTES}")
     encoding = encoding_of(data)
     try:
         return clean(data.decode(encoding))
@@ -32,19 +45,43 @@ def decode(data: bytes) -> str:
 
 
 def clean(text: str) -> str:
-    """LF line ends, Unicode NFC, no white space or NUL at either end. Raises ValueError for half surrogate pairs."""
-    if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can spell them, UTF-8 cannot
-        raise ValueError("not valid Unicode: half of a surrogate pair")
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip().strip("\0").strip()
+    """LF line ends, Unicode NFC, no white space or NUL at either end.
+
+    Raises ValueError for what is no text: half surrogate pairs, NUL within, terminal commands and other control characters.
+    """
+    if _SURROGATE.search(text):
+        raise ValueError("not valid Unicode: half of a surrogate pair, or bytes that are no UTF-8: save it as UTF-8")
+    text = _LINE_ENDS.sub("\n", text)
+    text = text.strip().strip("\0").strip().strip(_INVISIBLE).strip()
+    if found := _CONTROL.search(text):
+        if "\0" in text:
+            place = text.index("\0")
+            raise ValueError(f"a NUL at character {place}, as in UTF-16 without a byte-order mark: save it as UTF-8")
+        code, place = ord(found[0]), found.start()
+        raise ValueError(f"a control character (code {code}) at character {place}: not text; remove it")
+    return unicodedata.normalize("NFC", text)
 
 
 def from_cell(value: Any) -> str | None:
     """Caption in a cell of csv, JSON or parquet; None when it is null or NaN. "None", "NA" and 12 are text.
 
-    Raises ValueError for a list or an object.
+    Raises ValueError for a list, an object, true or false.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, str | int | float):
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
         return clean(str(value))
     raise ValueError(f"a caption must be text, not {type(value).__name__}")
+
+
+def holds_placeholder(text: str) -> bool:
+    """Whether other trainers would replace a part of it: `[trigger]`, `{one|another}`."""
+    return ("[" in text or "{" in text) and _PLACEHOLDER.search(text) is not None
+
+
+def about_tokens(text: str) -> int:
+    """Roughly how many tokens a caption has, without a tokenizer."""
+    if len(text) < LONG_TOKENS:
+        return len(text) // 4
+    dense = len(_DENSE.findall(text))
+    return dense + (len(text) - dense) // 4

@@ -1,26 +1,49 @@
-"""Where images and captions come from: a folder tree of images, caption files, metadata files and tars, in one order.
+"""Where images and captions come from: a folder tree of images, caption files, metadata files, tars and parquet, in one order.
 
 The order is canonical (directories and files sorted by name, metadata rows as they stand in their file, tar members as
-they stand in their tar), and nothing is kept in memory but the names of one directory.
+they stand in their tar), and nothing is kept in memory but the names of one directory and one tar. Nothing is passed over
+in silence: what is no input is counted in `remarks` and `ignored`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from data_prep.sources import captions
+from data_prep.images.formats import IMAGE_EXTENSIONS, unread
+from data_prep.images.skip_reasons import (
+    BAD_CAPTION,
+    BAD_ROW,
+    BROKEN_PARQUET,
+    FILE_MISSING,
+    NO_IMAGE_PATH,
+    NOT_REGULAR,
+    UNREADABLE_FOLDER,
+)
+from data_prep.shard_format.shards import MANIFEST
+from data_prep.sources import captions, missing_files, parquet_images, remarks, tar_files
 from data_prep.sources import metadata_files as metadata
-from data_prep.sources import tar_files as tar_source
 from data_prep.sources.found_input import Input
+from data_prep.sources.regular_files import NotRegular, check_regular, open_regular
+from data_prep.sources.remarks import Remarks
 from files.shown import shown
 
-IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
 CAPTION_EXTENSIONS = ("txt", "caption")  # the first that exists is taken
+ARCHIVES = frozenset(["zip", "gz", "tgz", "bz2", "tbz", "xz", "txz", "zst", "7z", "rar"])
+# Files by which a folder shows that this program wrote a data set there, or has begun to; and what they hold.
+OWN_FILES = {
+    MANIFEST: ("format_version", "payload", "shards"),
+    "plan/plan.json": ("fingerprint", "shard_rows"),  # packing/plan.py
+    "encoding.json": ("fingerprint", "text_encoder"),  # encoding/encoded_set.py
+}
+_REPEATS = re.compile(r"\d+_.+")
 
 
 @dataclass
@@ -39,52 +62,76 @@ class Sources:
     on_duplicate_stem: str = "warn"  # warn | error
     files_seen: int = 0
     ignored: Counter[str] = field(default_factory=Counter)  # by extension
-    duplicate_stems: list[str] = field(default_factory=list)
+    remarks: Remarks = field(default_factory=Remarks)
     empty_listings: list[str] = field(default_factory=list)  # metadata files without rows
 
     def __post_init__(self) -> None:
         if not self.base.exists():
-            raise FileNotFoundError(f"--dataset_base_path {self.base}: no such folder")
+            raise FileNotFoundError(f"--dataset_base_path {shown(self.base)}: no such folder")
         if not self.base.is_dir():
-            raise ValueError(f"--dataset_base_path {self.base}: not a folder")
-        if self.metadata_path is not None and not self.metadata_path.is_file():
-            raise FileNotFoundError(f"--dataset_metadata_path {self.metadata_path}: no such file")
+            raise ValueError(f"--dataset_base_path {shown(self.base)}: not a folder")
+        if self.metadata_path is not None and not self.metadata_path.exists():
+            raise FileNotFoundError(f"--dataset_metadata_path {shown(self.metadata_path)}: no such file")
         if self.exclude and os.path.realpath(self.exclude) == os.path.realpath(self.base):
             raise ValueError(
-                f"--output_path {self.exclude} is --dataset_base_path: its tars would be the next run's inputs"
+                f"--output_path {shown(self.exclude)} is --dataset_base_path: its tars would be the next run's inputs"
             )
-        self.base = self.base.absolute()
+        self.base = Path(os.path.abspath(self.base))
         self._real_base = os.path.realpath(self.base)
         self._excluded = os.path.realpath(self.exclude) if self.exclude else None
 
     def __iter__(self) -> Iterator[Input]:
-        self.files_seen, self.ignored, self.duplicate_stems, self.empty_listings = 0, Counter(), [], []
+        self.files_seen, self.ignored, self.remarks, self.empty_listings = 0, Counter(), Remarks(), []
+        found: Iterator[Input]
         if self.metadata_path is not None:
-            yield from self._listed(Path(os.path.abspath(self.metadata_path)))
+            found = self._listed(Path(os.path.abspath(self.metadata_path)), self.base)
         else:
-            yield from self._folder(str(self.base))
+            found = self._folder(str(self.base))
+        for item in found:
+            if item.caption:
+                self._remark_caption(item.path, item.caption)
+            yield item
+
+    def _remark_caption(self, path: str, caption: str) -> None:
+        if captions.holds_placeholder(caption):
+            self.remarks.add(remarks.PLACEHOLDERS, path)
+        if (tokens := captions.about_tokens(caption)) > captions.LONG_TOKENS:
+            raised = tokens <= captions.MOST_TOKENS
+            self.remarks.add(
+                remarks.CUT_UNLESS_RAISED if raised else remarks.CUT_ANYWAY, f"{path} (about {tokens} tokens)"
+            )
 
     # ── a folder tree ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _folder(self, folder: str) -> Iterator[Input]:
         """Inputs of one directory, then of those in it. A metadata file speaks for the whole tree below it."""
-        names, folders = [], []
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):  # .git, .ipynb_checkpoints, macOS's ._photo.jpg
-                    continue
-                if os.path.isdir(entry):  # False for a link to itself, of which entry.is_dir() makes an error
-                    folders.append(entry.name)
-                else:
-                    names.append(entry.name)
+        names: list[str] = []
+        folders: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):  # .git, .ipynb_checkpoints, macOS's ._photo.jpg
+                        self.remarks.add(remarks.HIDDEN, self._relative(entry.path))
+                    elif os.path.isdir(entry):  # False for a link to itself, of which entry.is_dir() makes an error
+                        folders.append(entry.name)
+                    else:
+                        names.append(entry.name)
+        except OSError as error:
+            if folder == str(self.base):
+                raise
+            problem = (UNREADABLE_FOLDER, error.strerror or str(error))
+            yield Input(self._relative(folder), self._file(folder), 0, -1, None, problem)
+            return
         listing = sorted(name for name in names if name.lower() in metadata.NAMES)
         if len(listing) > 1:
-            raise ValueError(f"{folder} holds {' and '.join(listing)}: say which with --dataset_metadata_path")
-        if listing:
+            raise ValueError(
+                f"{shown(folder)} holds {' and '.join(map(shown, listing))}: say which with --dataset_metadata_path"
+            )
+        if listing and not self._holds_images(path := os.path.join(folder, listing[0])):
             self.files_seen += len(names) - 1
-            yield from self._listed(Path(folder, listing[0]))
+            yield from self._listed(Path(path), Path(folder))
             return
-        yield from self._files(folder, names)
+        yield from self._files(folder, names, folders)
         for name in sorted(folders, key=os.fsencode):
             path = os.path.join(folder, name)
             if os.path.realpath(path) == self._excluded:
@@ -93,95 +140,177 @@ class Sources:
                 if self._outside(path):
                     self._refuse_link(path)
                 elif not self.allow_links or _contains(os.path.realpath(path), os.path.realpath(folder)):
+                    self.remarks.add(remarks.LINKED_FOLDERS, self._relative(path))
                     continue  # its target is walked anyway, or it is a loop
+            if _is_own_set(path):
+                self.remarks.add(remarks.OWN_FOLDERS, self._relative(path))
+                continue
             yield from self._folder(path)
 
-    def _files(self, folder: str, names: list[str]) -> Iterator[Input]:
-        present = set(names)
-        other_case = {name.lower(): name for name in names if name != name.lower()}
+    def _holds_images(self, path: str) -> bool:
+        """Whether a metadata.parquet is one of the images themselves."""
+        return path.lower().endswith(".parquet") and self._image_column(path) is not None
+
+    def _image_column(self, path: str) -> parquet_images.ImageColumn | None:
+        try:
+            return parquet_images.image_column(path, self.image_column)
+        except Exception:  # what is no parquet is told when it is read
+            return None
+
+    def _files(self, folder: str, names: list[str], folders: list[str]) -> Iterator[Input]:
+        near = missing_files.Names(names, folders)
+        repeats = _REPEATS.fullmatch(os.path.basename(folder)) is not None
         last_stem = None
+        used: set[str] = set()
         for name in sorted(names, key=lambda name: (os.fsencode(_split(name)[0]), os.fsencode(name))):
             stem, extension = _split(name)
             self.files_seen += 1
             path = os.path.join(folder, name)
             if extension == "tar":
-                self._refuse_if_outside(path)
-                changed = _changed(os.stat(path)) if os.path.isfile(path) else 0
-                for item in tar_source.members(
-                    path, self._relative(path), self._file(path), IMAGE_EXTENSIONS, self.caption_column
-                ):
-                    yield dataclasses.replace(item, changed=changed)
+                yield from self._tar(path)
             elif extension in IMAGE_EXTENSIONS:
                 self._refuse_if_outside(path)
                 if stem == last_stem:
-                    self._duplicate_stem(path)
+                    self._same_stem(path)
                 last_stem = stem
-                caption, problem = None, None
-                for suffix in CAPTION_EXTENSIONS:
-                    sidecar = f"{stem}.{suffix}"
-                    sidecar = sidecar if sidecar in present else other_case.get(sidecar.lower(), "")
-                    # The stem must match exactly (A.jpg is not a.txt's image), the extension in any case.
-                    if _split(sidecar)[0] == stem:
-                        caption, problem = self._read_caption(os.path.join(folder, sidecar))
-                        break
-                yield self._input(path, caption, problem)
+                if repeats:
+                    self.remarks.add(remarks.REPEATS, self._relative(path))
+                caption, problem, hint = None, None, ""
+                sidecar = near.sidecar(stem, CAPTION_EXTENSIONS)
+                if sidecar:
+                    used.add(sidecar)
+                    caption, problem = self._read_caption(os.path.join(folder, sidecar))
+                else:
+                    hint = near.hint(stem, name, CAPTION_EXTENSIONS)
+                yield self._input(path, caption, unread(extension) or problem, hint)
+            elif extension == "parquet":
+                yield from self._parquet(path, stem in {_split(other)[0] for other in names if other.endswith(".tar")})
+            elif extension in ARCHIVES:
+                self.remarks.add(remarks.PACKED_ARCHIVES, self._relative(path))
             elif extension not in CAPTION_EXTENSIONS:
                 self.ignored[extension and f".{extension}"] += 1
+        stems = {_split(name)[0] for name in names if _split(name)[1] in IMAGE_EXTENSIONS}
+        for name in sorted(names, key=os.fsencode):
+            stem, extension = _split(name)
+            if extension in CAPTION_EXTENSIONS and name not in used and stem not in stems:
+                self.remarks.add(remarks.LONELY_CAPTIONS, self._relative(os.path.join(folder, name)))
+
+    def _tar(self, path: str) -> Iterator[Input]:
+        self._refuse_if_outside(path)
+        changed = _changed(os.stat(path)) if os.path.isfile(path) else 0
+        found = tar_files.members(path, self._relative(path), self._file(path), self.caption_column, self.remarks)
+        for item in found:
+            yield dataclasses.replace(item, changed=changed)
+
+    def _parquet(self, path: str, beside_tar: bool) -> Iterator[Input]:
+        """A file of images; others (the rows that img2dataset and this program write beside their tars) are passed over."""
+        self._refuse_if_outside(path)
+        try:
+            column = parquet_images.image_column(path, self.image_column)
+        except Exception as error:
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            yield Input(self._relative(path), self._file(path), 0, -1, None, (BROKEN_PARQUET, line))
+            return
+        if column is None:
+            if not beside_tar:
+                self.remarks.add(remarks.OTHER_PARQUET, self._relative(path))
+            return
+        changed = _changed(os.stat(path))
+        for item in parquet_images.rows(path, self._relative(path), self._file(path), column, self.caption_column):
+            yield dataclasses.replace(item, changed=changed)
 
     def _read_caption(self, path: str) -> tuple[str | None, tuple[str, str] | None]:
         self._refuse_if_outside(path)
         try:
-            with open(path, "rb") as file:
-                return captions.decode(file.read()), None
+            with open_regular(path) as file:
+                return captions.decode(file.read(captions.MAX_BYTES + 1)), None
         except ValueError as error:
-            return None, ("caption not readable", f"{self._relative(path)}: {error}")
+            return None, (BAD_CAPTION, f"{self._relative(path)}: {error}")
         except OSError as error:
-            return None, ("caption not readable", f"{self._relative(path)}: {error.strerror}")
+            return None, (BAD_CAPTION, f"{self._relative(path)}: {error.strerror}")
 
-    def _duplicate_stem(self, path: str) -> None:
+    def _same_stem(self, path: str) -> None:
         relative = self._relative(path)
         if self.on_duplicate_stem == "error":
             raise ValueError(f"{shown(relative)}: another image of this folder has the same name but for its extension")
-        self.duplicate_stems.append(relative)
+        self.remarks.add(remarks.SAME_STEM, relative)
 
     # ── a metadata file ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _listed(self, path: Path) -> Iterator[Input]:
+    def _listed(self, path: Path, folder: Path) -> Iterator[Input]:
         """Rows of a metadata file. Their paths are relative to it, or to the base folder where no file is there."""
         self.files_seen += 1
+        if self._holds_images(str(path)):
+            yield from self._parquet(str(path), False)
+            return
         within = _contains(str(self.base), str(path))
         roots = list(dict.fromkeys([str(path.parent), str(self.base)] if within else [str(self.base)]))
-        row = 0
-        for row, (image, caption) in enumerate(metadata.rows(path, self.image_column, self.caption_column), start=1):
-            where = f"{path.name} row {row}"
-            if not isinstance(image, str) or not image.strip():
-                yield Input(where, b"", 0, -1, None, ("no image path", f"the image column holds {shown(repr(image))}"))
-                continue
-            places = [os.path.normpath(os.path.join(root, image.strip())) for root in roots]
-            place = next((place for place in places if os.path.exists(place)), places[0])
-            if not _contains(str(self.base), place):
-                raise ValueError(f"{where}: image {shown(repr(image))} lies outside of --dataset_base_path {self.base}")
-            self._refuse_if_outside(place)
-            try:
-                yield self._input(place, captions.from_cell(caption), None)
-            except ValueError as error:
-                yield self._input(place, None, ("caption not readable", f"{where}: {error}"))
-
-        if not row:
+        listed: set[int] = set()  # hashes, of 10 M paths still no more than half a GB
+        empty = True
+        try:
+            for cells in metadata.rows(path, self.image_column, self.caption_column):
+                empty = False
+                item, place = self._row(cells, roots)
+                if place is not None:
+                    if hash(place) in listed:
+                        self.remarks.add(remarks.LISTED_TWICE, f"{cells.where}: {item.path}")
+                    listed.add(hash(place))
+                yield item
+        except NotRegular as error:
+            raise ValueError(f"{shown(path)}: {error.strerror}") from None
+        if empty:
             self.empty_listings.append(str(path))
+        for unlisted in missing_files.unlisted(folder, listed, IMAGE_EXTENSIONS, self._excluded):
+            self.remarks.add(remarks.UNLISTED, self._relative(unlisted))
+
+    def _row(self, row: metadata.MetadataRow, roots: list[str]) -> tuple[Input, str | None]:
+        """The input of one row, and the path that it names."""
+
+        def failed(reason: str, detail: str) -> tuple[Input, None]:
+            return Input(row.where, b"", 0, -1, None, (reason, detail)), None
+
+        if row.problem:
+            return failed(BAD_ROW, row.problem)
+        if not isinstance(row.image, str) or not row.image.strip():
+            return failed(NO_IMAGE_PATH, f"the image column holds {shown(repr(row.image))}")
+        name = row.image.strip()
+        try:
+            if b"\0" in os.fsencode(name):
+                return failed(NO_IMAGE_PATH, f"a NUL in {shown(name)}")
+        except UnicodeEncodeError:
+            return failed(NO_IMAGE_PATH, f"not valid Unicode: {shown(name)}")
+        spellings = [name] + ([name.replace("\\", "/")] if "\\" in name else [])
+        places = [os.path.normpath(os.path.join(root, spelling)) for spelling in spellings for root in roots]
+        place = next((place for place in places if os.path.exists(place)), places[0])
+        if not _contains(str(self.base), place):
+            raise ValueError(
+                f"{row.where}: image {shown(repr(name))} lies outside of --dataset_base_path {shown(self.base)}"
+            )
+        self._refuse_if_outside(place)
+        try:
+            text, problem = captions.from_cell(row.caption), None
+        except ValueError as error:
+            text, problem = None, (BAD_CAPTION, f"{row.where}: {error}")
+        problem = unread(_split(place)[1]) or problem
+        item = self._input(place, text, problem, f"the caption column of {row.where} is empty")
+        if item.problem and item.problem[0] == FILE_MISSING:
+            detail = missing_files.advice(name, places)
+            item = dataclasses.replace(item, problem=(FILE_MISSING, f"{item.problem[1]} ({row.where}); {detail}"))
+        return item, place
 
     # ── paths ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _input(self, path: str, caption: str | None, problem: tuple[str, str] | None) -> Input:
+    def _input(self, path: str, caption: str | None, problem: tuple[str, str] | None, hint: str = "") -> Input:
         relative = self._relative(path)
         file = self._file(path)
         try:
             status = os.stat(path)
+            check_regular(status, path)
+        except NotRegular as error:
+            return Input(relative, file, 0, -1, caption, (NOT_REGULAR, str(error.strerror)))
         except OSError as error:
-            return Input(relative, file, 0, -1, caption, ("file missing", error.strerror or ""))
-        if not os.path.isfile(path):
-            return Input(relative, file, 0, -1, caption, ("file missing", "not a regular file"))
-        return Input(relative, file, 0, status.st_size, caption, problem, _changed(status))
+            return Input(relative, file, 0, -1, caption, (FILE_MISSING, error.strerror or ""))
+        return Input(relative, file, 0, status.st_size, caption, problem, _changed(status), hint=hint)
 
     def _relative(self, path: str) -> str:
         return self._file(path).decode("utf-8", "backslashreplace").replace(os.sep, "/")
@@ -198,9 +327,23 @@ class Sources:
 
     def _refuse_link(self, path: str) -> None:
         raise ValueError(
-            f"{shown(self._relative(path))} is a link to {os.path.realpath(path)}, outside of --dataset_base_path {self.base}:"
-            " copy the files in, or allow it with --allow_links"
+            f"{shown(self._relative(path))} is a link to {shown(os.path.realpath(path))}, outside of --dataset_base_path"
+            f" {shown(self.base)}: copy the files in, or allow it with --allow_links"
         )
+
+
+def _is_own_set(folder: str) -> bool:
+    """Whether a folder holds, or is on the way to hold, a data set that this program wrote."""
+    return any(_has_keys(os.path.join(folder, name), keys) for name, keys in OWN_FILES.items())
+
+
+def _has_keys(path: str | Path, keys: tuple[str, ...]) -> bool:
+    try:
+        with open_regular(str(path)) as file:
+            fields: Any = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and all(key in fields for key in keys)
 
 
 def _changed(status: os.stat_result) -> int:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# How `offset` and `size` lead to an image's bytes.
+PLAIN = ""  # `size` bytes at `offset` of the file
+SPARSE = "sparse"  # a sparse member of a tar, whose header stands at `offset`
+ROW = "row"  # row `offset` of a parquet file of `size` bytes
+
 
 @dataclass(frozen=True)
 class Input:
@@ -16,3 +21,6 @@ class Input:
     caption: str | None  # None: there is none
     problem: tuple[str, str] | None = None
     changed: int = 0  # ns since 1970: the file's last change of any kind; no part of a data set's identity
+    kind: str = PLAIN
+    hint: str = ""  # where a caption was looked for; no part of a data set's identity
+    data: bytes | None = None  # of a ROW, while it is on its way to a worker

@@ -1,107 +1,200 @@
-"""Metadata files (csv, jsonl, json, parquet) as a stream of (image, caption) cells."""
+"""Metadata files (csv, tsv, jsonl, json, parquet) as a stream of rows: an image cell and a caption cell, or what is wrong.
+
+A new kind of metadata file is a function here that yields its rows, and a line in READERS.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_prep.sources import captions
+from data_prep.sources.regular_files import open_regular
+from files.shown import shown
 
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 # DiffSynth: image, prompt; Hugging Face imagefolder: file_name, text or caption; musubi-tuner: image_path, caption.
-IMAGE_COLUMNS = ("image", "file_name", "image_path")
+IMAGE_COLUMNS = ("image", "file_name", "image_path", "filename", "file_path", "filepath", "file", "path", "img")
 CAPTION_COLUMNS = ("prompt", "text", "caption")
+LONGEST_CELL = 1 << 24  # characters: long captions; the csv module's own limit is 128 KiB
 
 
-def rows(path: Path, image_column: str | None = None, caption_column: str | None = None) -> Iterator[tuple[Any, Any]]:
-    """Yield the image cell and the caption cell of each row; the columns are found by name where they aren't given.
+@dataclass(frozen=True)
+class MetadataRow:
+    """One row. `problem` says why it cannot be read; then there are no cells."""
 
-    Raises ValueError for an unknown file type, a column that isn't there, and text that isn't of the file's type.
+    where: str  # "metadata.csv line 7": for messages
+    image: Any = None
+    caption: Any = None
+    problem: str = ""
+
+
+class BadRow(ValueError):
+    """A row that cannot be read, while others can."""
+
+
+Cells = tuple[str, Mapping[str, Any] | BadRow]  # where, and {column: cell}
+
+
+def rows(path: Path, image_column: str | None = None, caption_column: str | None = None) -> Iterator[MetadataRow]:
+    """Yield the rows; the columns are found by name (in any case, spaces around them aside) where they aren't given.
+
+    JSON's objects may each have other names. Raises ValueError for an unknown file type, a column that no row has, and
+    what isn't of the file's type as a whole; OSError for what is no regular file.
     """
-    readers = {".csv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
-    reader = readers.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"{path}: metadata must be one of {', '.join(readers)}")
-    image = caption = None
+        raise ValueError(f"{shown(path)}: metadata must be one of {', '.join(READERS)}")
+    objects = path.suffix.lower() in (".jsonl", ".json")
+    names: list[str] = []
+    images = texts = False
+    with open_regular(path) as file:
+        for where, cells in reader(file, path):
+            if isinstance(cells, BadRow):
+                yield MetadataRow(where, problem=str(cells))
+                continue
+            names = names or [str(name) for name in cells]
+            image = find_column(image_column, IMAGE_COLUMNS, cells)
+            text = find_column(caption_column, CAPTION_COLUMNS, cells)
+            images, texts = images or image is not None, texts or text is not None
+            if not objects and not (images and texts):
+                break
+            yield MetadataRow(where, cells.get(image or ""), cells.get(text or ""))
+    for kind, found, wanted, known in (
+        ("image", images, image_column, IMAGE_COLUMNS),
+        ("caption", texts, caption_column, CAPTION_COLUMNS),
+    ):
+        if names and not found:
+            candidates = [wanted] if wanted else known
+            header = "" if objects else " (the first line must name the columns)"
+            raise ValueError(
+                f"{shown(path)} has no column {' or '.join(map(shown, candidates))}, only "
+                f"{shown(', '.join(names))}{header}: name it with --{kind}_column"
+            )
+
+
+def find_column(wanted: str | None, known: tuple[str, ...], cells: Mapping[str, Any]) -> str | None:
+    """Name of the column as the file spells it; None when it has none of them."""
+    if wanted is not None and wanted in cells:
+        return wanted
+    spelled: dict[str, str] = {}
+    for name in cells:  # of equals the first
+        spelled.setdefault(str(name).strip().lower(), name)
+    return next((spelled[name] for name in ([wanted.lower()] if wanted else known) if name in spelled), None)
+
+
+# ── kinds of files ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _text(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
+    """The file as text. Bytes that are no UTF-8 become half surrogate pairs, which a caption is refused for."""
+    encoding = captions.encoding_of(file.read(4))
+    file.seek(0)
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    return io.TextIOWrapper(file, encoding, errors, newline)
+
+
+def _csv(file: IO[bytes], path: Path) -> Iterator[Cells]:
+    csv.field_size_limit(LONGEST_CELL)
+    text = _text(file, newline="")
+    first = text.readline(1 << 16)
+    text.seek(0)
+    delimiter = next((mark for mark in ",\t;" if mark in first), ",")
+    line = 1
     try:
-        for row in reader(path):
-            if image is None or caption is None:
-                image = _column("image", image_column, IMAGE_COLUMNS, row, path)
-                caption = _column("caption", caption_column, CAPTION_COLUMNS, row, path)
-            yield row.get(image), row.get(caption)
+        reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        line = reader.line_num + 1
+        for cells in reader:
+            where, line = f"{path.name} line {line}", reader.line_num + 1
+            if not cells or not any(cells):
+                continue
+            if len(cells) > len(header):
+                advice = "put captions that hold commas into double quotes"
+                yield where, BadRow(f"{len(cells)} cells and {len(header)} columns: {advice}")
+                continue
+            yield where, dict.fromkeys(header) | dict(zip(header, cells, strict=False))
+    except csv.Error as error:
+        yield f"{path.name} line {line}", BadRow(f"not valid csv ({error}): nothing from there on could be read")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not {error.encoding} at byte {error.start}: save it as UTF-8") from None
+        raise ValueError(f"{shown(path)}: not {error.encoding} at byte {error.start}: save it as UTF-8") from None
 
 
-def _column(kind: str, wanted: str | None, known: tuple[str, ...], row: Mapping[str, Any], path: Path) -> str:
-    candidates = (wanted,) if wanted else known
-    for name in candidates:
-        if name in row:
-            return name
-    raise ValueError(
-        f"{path} has no column {' or '.join(candidates)}, only {', '.join(map(str, row))}: name it with --{kind}_column"
-    )
+def _jsonl(file: IO[bytes], path: Path) -> Iterator[Cells]:
+    try:
+        for number, line in enumerate(_text(file), start=1):
+            where = f"{path.name} line {number}"
+            if not line.strip():
+                continue
+            try:
+                yield where, _object(_parse(line))
+            except BadRow as error:
+                yield where, error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(path)}: not {error.encoding} at byte {error.start}: save it as UTF-8") from None
 
 
-def _encoding(path: Path) -> str:
-    with path.open("rb") as file:
-        return captions.encoding_of(file.read(4))
-
-
-def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
-    csv.field_size_limit(1 << 24)  # long captions; the module's own limit is 128 KiB
-    with path.open(encoding=_encoding(path), newline="") as file:
-        try:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                if None in row:
-                    raise ValueError(
-                        f"{path} line {reader.line_num}: more cells than columns:"
-                        " put captions that hold commas into double quotes"
-                    )
-                yield row
-        except csv.Error as error:
-            raise ValueError(f"{path}: not valid csv: {error}") from None
-
-
-def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding=_encoding(path)) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _object(_parse(line, f"{path} line {number}"), f"{path} line {number}")
-
-
-def _json(path: Path) -> Iterator[Mapping[str, Any]]:
-    values = _parse(path.read_text(encoding=_encoding(path)), str(path))
+def _json(file: IO[bytes], path: Path) -> Iterator[Cells]:
+    try:
+        values = _parse(_text(file).read())
+    except (BadRow, UnicodeDecodeError) as error:
+        raise ValueError(f"{shown(path)}: {error}") from None
     if not isinstance(values, list):
-        raise ValueError(f"{path}: must be a list of objects, not {type(values).__name__}")
+        raise ValueError(f"{shown(path)}: must be a list of objects, not {type(values).__name__}")
     for number, value in enumerate(values, start=1):
-        yield _object(value, f"{path} entry {number}")
+        where = f"{path.name} entry {number}"
+        try:
+            yield where, _object(value)
+        except BadRow as error:
+            yield where, error
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+        raise BadRow(f"not valid JSON: {error}") from None
+    except RecursionError:
+        raise BadRow("not valid JSON: nested too deep") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BadRow(f"not valid JSON: {error}") from None
 
 
-def _object(value: Any, where: str) -> Mapping[str, Any]:
+def _object(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: must be an object, not {type(value).__name__}")
+        raise BadRow(f"must be an object, not {type(value).__name__}")
     return value
 
 
-def _parquet(path: Path) -> Iterable[Mapping[str, Any]]:
+def _parquet(file: IO[bytes], path: Path) -> Iterator[Cells]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not valid parquet: {str(error).splitlines()[0]}") from None
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name} row {number}", row
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, BadRow):
+            raise
+        what = f"{shown(path)}: not valid parquet: {str(error).splitlines()[0]}"
+        if not number:
+            raise ValueError(what) from None
+        yield f"{path.name} row {number + 1}", BadRow(f"{what}: nothing from there on could be read")
+
+
+READERS: dict[str, Callable[[IO[bytes], Path], Iterator[Cells]]] = {
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".parquet": _parquet,
+}

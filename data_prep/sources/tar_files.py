@@ -1,76 +1,200 @@
-"""Existing WebDataset tars as a source: images with their captions, read in place by offset."""
+"""Existing WebDataset tars as a source: images with their captions, read in place by offset.
+
+A member's caption is the .txt, .caption or .json with the same name before its last dot (`photo v1.2.jpg`,
+`photo v1.2.txt`), else, as webdataset groups members, before its first dot (`000.img.jpg`, `000.txt`). The members of a
+sample need not stand side by side. A name that comes again begins a new sample: nothing replaces anything.
+"""
 
 from __future__ import annotations
 
 import json
+import posixpath
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO
 
+from data_prep.images.formats import IMAGE_EXTENSIONS, unread
+from data_prep.images.skip_reasons import BAD_CAPTION, BROKEN_LINK, BROKEN_TAR, NOT_REGULAR
+from data_prep.shard_format.tar_members import BrokenTar, readable, sparse_content, tar_members
 from data_prep.sources import captions
-from data_prep.sources.found_input import Input
+from data_prep.sources.found_input import PLAIN, SPARSE, Input
 from data_prep.sources.metadata_files import CAPTION_COLUMNS
+from data_prep.sources.regular_files import open_regular
+from data_prep.sources.remarks import HIDDEN, LONELY_CAPTIONS, NAMED_TWICE, OTHER_MEMBERS, Remarks
 
-MAX_TEXT_BYTES = 1 << 24  # captions and json members; anything larger isn't a caption
+TEXT_SUFFIXES = ("txt", "caption", "json")
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
 
-def members(
-    path: str, relative: str, file: bytes, extensions: frozenset[str], caption_column: str | None
-) -> Iterator[Input]:
-    """Inputs of one uncompressed tar. Adjacent members that agree up to the first dot of their name are one sample.
+@dataclass(frozen=True)
+class Member:
+    """One file of a tar: how its content is read, or why it can't be."""
 
-    The caption is KEY.txt, else KEY.caption, else a text field of KEY.json. A tar that ends early gives what it holds,
-    then one input with the problem.
+    name: str
+    offset: int
+    size: int
+    kind: str = PLAIN
+    problem: tuple[str, str] | None = None
+
+
+@dataclass
+class Group:
+    """Members of one name before its dot; `texts` by suffix."""
+
+    images: list[tuple[int, Member]] = field(default_factory=list)
+    texts: dict[str, Member] = field(default_factory=dict)
+    used: bool = False
+
+
+def members(path: str, relative: str, file: bytes, caption_column: str | None, remarks: Remarks) -> Iterator[Input]:
+    """Inputs of one uncompressed tar, in the order of its images.
+
+    What can't be read of the archive is one more input, with the problem, behind those that can.
     """
-    problem = None
-    group: dict[str, tarfile.TarInfo] = {}
-    key = None
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # the list that tarfile keeps would grow with the archive
-                if not member.isreg():
-                    continue
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if folder + slash + stem != key:
-                    yield from _sample(tar, group, relative, file, extensions, caption_column)
-                    group, key = {}, folder + slash + stem
-                group[suffix.lower()] = member
-            yield from _sample(tar, group, relative, file, extensions, caption_column)
-            group = {}
-    except (tarfile.TarError, OSError, EOFError) as error:
-        problem = ("broken tar", str(error))
-    if problem:
-        yield Input(relative, file, 0, -1, None, problem)
+        with open_regular(path) as source:
+            found, broken = _listed(source, relative, remarks)
+            yield from _inputs(source, found, relative, file, caption_column, remarks)
+    except OSError as error:
+        broken = error.strerror or str(error)
+    if broken:
+        yield Input(relative, file, 0, -1, None, (BROKEN_TAR, broken))
 
 
-def _sample(
-    tar: tarfile.TarFile,
-    group: dict[str, tarfile.TarInfo],
+def _listed(source: IO[bytes], relative: str, remarks: Remarks) -> tuple[list[Member], str]:
+    """All files of the archive, links resolved, and what is wrong with it where not all of it could be read."""
+    found: list[Member] = []
+    links: dict[int, str] = {}  # place in `found` -> the target's name
+    broken = ""
+    try:
+        for member in tar_members(source):
+            name = _normal(member.name)
+            if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+                remarks.add(HIDDEN, f"{relative}/{readable(name)}")
+            elif member.type in _LINKS:
+                hard = member.type == tarfile.LNKTYPE
+                links[len(found)] = _normal(
+                    member.linkname if hard else posixpath.join(posixpath.dirname(name), member.linkname)
+                )
+                found.append(Member(name, 0, 0))
+            elif member.issparse():
+                found.append(Member(name, member.offset, member.size, SPARSE))
+            elif member.isreg():
+                found.append(Member(name, member.offset_data, member.size))
+            elif not member.isdir():
+                found.append(Member(name, 0, 0, PLAIN, (NOT_REGULAR, "a device, FIFO or unknown member")))
+    except BrokenTar as error:
+        broken = str(error)
+    return _resolved(found, links), broken
+
+
+def _normal(name: str) -> str:
+    """'./a//b' and '/a/b' are 'a/b'."""
+    return posixpath.normpath("/" + name).lstrip("/")
+
+
+def _resolved(found: list[Member], links: dict[int, str]) -> list[Member]:
+    """Links replaced by what they lead to within the archive: a hard link to what came before, a symbolic one to anything."""
+    named: dict[str, int] = {}
+    for place, member in enumerate(found):
+        if place not in links:
+            named[member.name] = place
+    resolved = list(found)
+    for place, target in links.items():
+        end = named.get(target)
+        steps = 0
+        while end is None and steps < 40 and (on := _link_named(found, links, target)) is not None:
+            target, steps = on, steps + 1
+            end = named.get(target)
+        source = found[end] if end is not None else None
+        if source is None:
+            problem = (BROKEN_LINK, readable(target))
+            resolved[place] = Member(found[place].name, 0, 0, PLAIN, problem)
+        else:
+            resolved[place] = Member(found[place].name, source.offset, source.size, source.kind, source.problem)
+    return resolved
+
+
+def _link_named(found: list[Member], links: dict[int, str], name: str) -> str | None:
+    return next((target for place, target in links.items() if found[place].name == name), None)
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """'d/photo v1.2.JPG' -> ('d/photo v1.2', 'd/photo v1', 'jpg'): before its last dot, its first dot, behind the last."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.rpartition(".")
+    if not dot:
+        return name, name, ""
+    return folder + slash + stem, folder + slash + base.partition(".")[0], suffix.lower()
+
+
+def _inputs(
+    source: IO[bytes], found: list[Member], relative: str, file: bytes, caption_column: str | None, remarks: Remarks
+) -> Iterator[Input]:
+    groups: dict[str, list[Group]] = defaultdict(lambda: [Group()])
+    images: list[tuple[Member, str, Group]] = []
+    seen: set[str] = set()
+    for place, member in enumerate(found):
+        key, _, suffix = _split(member.name)
+        if suffix in IMAGE_EXTENSIONS:
+            if member.name in seen:
+                remarks.add(NAMED_TWICE, f"{relative}/{readable(member.name)}")
+                groups[key].append(Group())
+            seen.add(member.name)
+            groups[key][-1].images.append((place, member))
+            images.append((member, suffix, groups[key][-1]))
+        elif suffix in TEXT_SUFFIXES:
+            if suffix in groups[key][-1].texts:
+                groups[key].append(Group())
+            groups[key][-1].texts[suffix] = member
+        elif suffix and member.problem is None:
+            remarks.add(OTHER_MEMBERS, f"{relative}/{readable(member.name)}")
+    for member, suffix, group in images:
+        texts = group.texts
+        group.used = True
+        if not texts:
+            first = _split(member.name)[1]
+            if first in groups:
+                groups[first][-1].used = True
+                texts = groups[first][-1].texts
+        yield _input(source, member, suffix, texts, relative, file, caption_column)
+    for name, several in groups.items():
+        for group in several:
+            if not group.used and group.texts and not group.images:
+                remarks.add(LONELY_CAPTIONS, f"{relative}/{readable(name)}")
+
+
+def _input(
+    source: IO[bytes],
+    member: Member,
+    suffix: str,
+    texts: dict[str, Member],
     relative: str,
     file: bytes,
-    extensions: frozenset[str],
     caption_column: str | None,
-) -> Iterator[Input]:
-    images = [member for suffix, member in group.items() if suffix.rpartition(".")[2] in extensions]
-    if not images:
-        return
-    caption, problem = None, None
-    try:
-        caption = _caption(tar, group, caption_column)
-    except ValueError as error:
-        problem = ("caption not readable", f"{relative}/{images[0].name}: {error}")
-    for member in images:
-        yield Input(f"{relative}/{_readable(member.name)}", file, member.offset_data, member.size, caption, problem)
+) -> Input:
+    path = f"{relative}/{readable(member.name)}"
+    caption, problem = None, member.problem or unread(suffix)
+    if problem is None:
+        try:
+            caption = _caption(source, texts, caption_column)
+        except (ValueError, RecursionError, OSError) as error:
+            problem = (BAD_CAPTION, f"{path}: {error}")
+    looked = (
+        f"looked for {', '.join(readable(_split(member.name)[0]) + '.' + text for text in TEXT_SUFFIXES)} in the tar"
+    )
+    return Input(path, file, member.offset, member.size, caption, problem, kind=member.kind, hint=looked)
 
 
-def _caption(tar: tarfile.TarFile, group: dict[str, tarfile.TarInfo], caption_column: str | None) -> str | None:
+def _caption(source: IO[bytes], texts: dict[str, Member], caption_column: str | None) -> str | None:
     for suffix in () if caption_column else ("txt", "caption"):
-        if suffix in group:
-            return captions.decode(_content(tar, group[suffix]))
-    if "json" not in group:
+        if suffix in texts:
+            return captions.decode(_content(source, texts[suffix]))
+    if "json" not in texts:
         return None
-    fields = json.loads(_content(tar, group["json"]))  # its errors are ValueErrors
+    fields = json.loads(_content(source, texts["json"]))  # its errors are ValueErrors, and RecursionError
     if not isinstance(fields, dict):
         raise ValueError(f"the json member is a {type(fields).__name__}, not an object")
     for name in (caption_column,) if caption_column else CAPTION_COLUMNS:
@@ -79,13 +203,12 @@ def _caption(tar: tarfile.TarFile, group: dict[str, tarfile.TarInfo], caption_co
     return None
 
 
-def _readable(name: str) -> str:
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > MAX_TEXT_BYTES:
-        raise ValueError(f"{member.name} has {member.size} bytes: too long for a caption")
-    file = tar.extractfile(member)
-    assert file is not None, "only regular files are asked for"
-    return file.read()
+def _content(source: IO[bytes], member: Member) -> bytes:
+    if member.problem is not None:
+        raise ValueError(f"{readable(member.name)}: {': '.join(member.problem)}")
+    if member.size > captions.MAX_BYTES:
+        raise ValueError(f"{readable(member.name)} has {member.size} bytes: too long for a caption")
+    if member.kind == SPARSE:
+        return sparse_content(source, member.offset)
+    source.seek(member.offset)
+    return source.read(member.size)

@@ -15,11 +15,15 @@ import pytest
 from PIL import Image
 
 from data_prep import check_shards, make_shards
+from data_prep.packing.plan import file_sha256
 from data_prep.shard_format import shards
 from data_prep.shard_format.scan_tars import build_index
 from data_prep.shard_format.shards import Bucket, TarShardWriter, read_index, read_manifest, write_index, write_manifest
 from tests.helpers.photos import encoded, photo
 
+NUMBERS = [
+    name for name in shards.SHARD_ROWS.names if name.startswith(("crop", "original", "width", "height", "frames"))
+]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -64,6 +68,15 @@ def rewrite(folder: Path, change: dict[str, bytes]) -> None:
                 columns[f"{member}_offset"][row], columns[f"{member}_size"][row] = place
     reader.close()
     write_index(folder, columns)
+    rows = pq.read_table(folder / "000000.parquet").to_pydict()
+    kept = [place for place, status in enumerate(rows["status"]) if status == "ok"]
+    for place, row in zip(kept, np.flatnonzero(index.shard == 0), strict=True):
+        for name in (f"{member}_{what}" for member in ("payload", "json", "txt") for what in ("offset", "size")):
+            rows[name][place] = int(columns[name][row])
+    shards.write_rows(folder / "000000.parquet", rows, shards.SHARD_ROWS)
+    stats = json.loads((folder / "000000_stats.json").read_text())
+    stats |= {"bytes": tar.bytes, "sha256": tar.sha256, "rows_sha256": file_sha256(folder / "000000.parquet")}
+    (folder / "000000_stats.json").write_text(json.dumps(stats))
     first = dataclasses.replace(manifest.shards[0], bytes=tar.bytes, sha256=tar.sha256)
     write_manifest(folder, dataclasses.replace(manifest, shards=[first, *manifest.shards[1:]]))
 
@@ -92,7 +105,11 @@ def test_changed_cut_missing_and_unknown_tars(copy: Path, capsys: pytest.Capture
     [
         ({"jpg": encoded(photo(32, 32))}, r"000000000000 \(0\.jpg\): cannot be decoded: image is 32x32, its bucket"),
         ({"jpg": b"\xff\xd8 nothing"}, "cannot be decoded"),
-        ({"txt": b"another caption"}, "json says key 000000000000 and caption 'a picture with"),
+        ({"txt": b"another caption"}, "caption has 15 characters, the index says 42"),
+        (
+            {"txt": b"a picture with the number 1 & <b>marks</b>"},
+            "json says key 000000000000 and caption 'a picture with",
+        ),
         ({"txt": b"caf\xe9"}, "cannot be decoded: 'utf-8' codec"),
         ({"json": b"{"}, "cannot be decoded: Expecting property name"),
     ],
@@ -132,12 +149,22 @@ def test_encoded_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         tensors = {"latent": torch.zeros(latent, dtype=torch.bfloat16), "prompt_embeds": torch.zeros(7, 3)}
         tensors["prompt_embeds"] = tensors["prompt_embeds"].bfloat16()
         with TarShardWriter(tmp_path / "000000.tar") as tar:
-            members = [("safetensors", save(tensors)), ("json", b'{"key":"000000000000","caption":"x"}'), ("txt", b"x")]
+            members = [
+                ("safetensors", save(tensors)),
+                ("json", b'{"key":"000000000000","caption":"x","path":"a.jpg"}'),
+                ("txt", b"x"),
+            ]
             places = tar.add("000000000000", members).values()
         columns = {"key": ["000000000000"], "path": ["a.jpg"], "shard": [0], "bucket": [0], "caption_length": [1]}
         for name, (offset, size) in zip(("payload", "json", "txt"), places, strict=True):
             columns |= {f"{name}_offset": [offset], f"{name}_size": [size]}
         write_index(tmp_path, columns | {"prompt_tokens": [tokens]})
+        record = dict.fromkeys(shards.SHARD_ROWS.names, "") | {name: values[0] for name, values in columns.items()}
+        record |= {"status": "ok", "copied": False, "prompt_tokens": tokens} | dict.fromkeys(NUMBERS, 0)
+        rows = {name: [record[name]] for name in shards.SHARD_ROWS.names}
+        shards.write_rows(tmp_path / "000000.parquet", rows, shards.SHARD_ROWS)
+        stats = {"samples": 1, "bytes": tar.bytes, "sha256": tar.sha256, "reasons": {}, "buckets": {}, "failed": 0}
+        (tmp_path / "000000_stats.json").write_text(json.dumps(stats | {"fingerprint": "f"}))
         (tmp_path / "sizes.json").write_text('{"000000.tar": 1}')
         (tmp_path / "empty_prompt.safetensors").write_bytes(b"")
         shard = shards.Shard("000000.tar", 1, tar.bytes, tar.sha256)

@@ -1,7 +1,9 @@
 """Encoded shards: the right tensors, the same bytes whoever made them, restartable, never mixed."""
 
+import dataclasses
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load, load_file
 
 from data_prep import check_shards, encode_shards, make_shards
+from data_prep.encoding import encoders as encoders_file
+from data_prep.encoding.encoders import Encoders
 from data_prep.images.stored_pixels import decode_stored
 from data_prep.shard_format.scan_tars import build_index
 from data_prep.shard_format.shards import ShardReader, read_index, read_manifest
@@ -180,7 +184,7 @@ def test_a_broken_image_is_named(images, tiny_model, tmp_path, capsys):
 
 
 def test_a_finished_set_loads_no_encoder(images, encoded, tiny_model, capsys, monkeypatch):
-    monkeypatch.setattr(encode_shards.Encoders, "load", None)
+    monkeypatch.setattr(Encoders, "load", None)
     before = hashes(encoded)
     assert encode(tiny_model, images, encoded, "--latent_std") == 0
     assert "nothing to do" in capsys.readouterr().out and hashes(encoded) == before
@@ -212,14 +216,61 @@ def test_captions_of_like_length_share_a_batch_and_the_cache_is_bounded(monkeypa
             batches.append([len(caption) for caption in captions])
             return [torch.zeros(len(caption), 4) for caption in captions]
 
-    encoders = encode_shards.Encoders(None, TextEncoder(), latent_std=False)
+    encoders = Encoders(None, TextEncoder(), latent_std=False)
     captions = ["x" * length for length in (9, 1, 8, 2, 9)]
     found = encoders.encode_captions(captions, 2)
     assert batches == [[1, 2], [8, 9]] and {len(text): len(tensor) for text, tensor in found.items()} == {
         1: 1, 2: 2, 8: 8, 9: 9
     }  # fmt: skip
-    monkeypatch.setattr(encode_shards, "CACHE_BYTES", 100)
+    monkeypatch.setattr(encoders_file, "CACHE_BYTES", 100)
     encoders.encode_captions(["x"], 2)
     assert batches == [[1, 2], [8, 9]]
     encoders.encode_captions(["x", "x" * 8], 2)  # x was used lately and stayed, 8 had to go
     assert batches == [[1, 2], [8, 9], [8]]
+
+
+def test_long_captions_are_counted_and_named(tiny_model, tmp_path, capsys):
+    """8,000 words are cut by the encoder, 600 only by training's own limit; a damaged encoding.json is written again."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    words = {"short": "a cat", "long": "cat " * 600, "longest": "cat " * 8000}
+    for name, text in words.items():
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(text)
+    images, output = tmp_path / "images", tmp_path / "encoded"
+    flags = ["--dataset_base_path", str(folder), "--output_path", str(images), "--max_pixels", "4096"]
+    assert make_shards.main([*flags, "--num_workers", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 captions are longer than the 1,024 tokens" in printed and "first longest.png" in printed
+    assert encode(tiny_model, images, output) == 0
+    printed = capsys.readouterr().out
+    tokens = re.search(
+        r"warning: 1 captions are longer .* first longest.png \(its caption of (\d+) tokens is cut at 1024\)", printed
+    )
+    assert tokens and int(tokens[1]) > 1024
+    assert re.search(r"[12] captions have more than 512 tokens, .*--max_prompt_tokens", printed)
+    (output / "encoding.json").write_text("{")
+    (output / "000000_stats.json").write_text("")
+    assert encode(tiny_model, images, output) == 0
+    assert "encoding.json is damaged: written again" in capsys.readouterr().out
+
+
+def test_training_says_which_captions_it_cuts(tmp_path):
+    from tests.helpers.data_sets import write_set
+    from train.data.from_config import cut_captions
+    from train.data.shard_dataset import ShardDataset
+
+    dataset = ShardDataset(write_set(tmp_path / "set"))
+    assert cut_captions(dataset, 512) is None
+    tokens = dataset.index.prompt_tokens.copy()
+    tokens[[3, 5]] = 700, 800
+    dataset.index = dataclasses.replace(dataset.index, prompt_tokens=tokens)
+    line = cut_captions(dataset, 512)
+    assert "2 captions are longer than max_prompt_tokens=512" in line and "photos/3.jpg" in line
+    assert line.endswith("--max_prompt_tokens 800 would hold them")
+    images = ShardDataset(write_set(tmp_path / "images", payload="jpg"))
+    lengths = images.index.caption_length.copy()
+    lengths[2] = 9000
+    images.index = dataclasses.replace(images.index, caption_length=lengths)
+    assert "probably about 2250 tokens at most" in cut_captions(images, 1024)
+    assert "reads no more than 1024: shorten them" in cut_captions(images, 1024)

@@ -4,6 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from files.shown import shown
+from qwen_image.encoders.text_encoder import MAX_TOKENS
 from train.config.train_config import TrainConfig
 from train.data.batch_shapes import (
     BatchOptions,
@@ -140,9 +144,36 @@ def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset |
             say(WEAKER)
             return StreamedSet(config.data, say, config.data_cache_path)
         options = config.validation_samples, config.max_prompt_tokens, say, config.data_cache_path
-        return ShardDataset(config.data, *options)
+        dataset = ShardDataset(config.data, *options)
     except ImportError as error:  # fsspec has the protocol, but its package is missing
         raise ValueError(f"data: {config.data} needs another package: {error}") from None
+    if line := cut_captions(dataset, config.max_prompt_tokens):
+        say(line)
+    return dataset
+
+
+def cut_captions(dataset: ShardDataset, max_prompt_tokens: int) -> str | None:
+    """What to say of captions that training cuts; None when there are none.
+
+    Encoded sets know their tokens. Image sets know characters, of which English has about four a token: an estimate.
+    """
+    index = dataset.index
+    tokens = index.prompt_tokens if dataset.encoded else index.caption_length // 4
+    long = np.flatnonzero(tokens > max_prompt_tokens)
+    if not len(long):
+        return None
+    first, most = long[0], int(tokens[long].max())
+    about = "" if dataset.encoded else "probably about "
+    if max_prompt_tokens < min(most, MAX_TOKENS):
+        could = (
+            f"--max_prompt_tokens {min(most, MAX_TOKENS)} would hold {'them' if most <= MAX_TOKENS else 'more of them'}"
+        )
+    else:
+        could = f"the text encoder reads no more than {MAX_TOKENS}: shorten them"
+    return (
+        f"warning: {len(long)} captions are longer than max_prompt_tokens={max_prompt_tokens} and are cut"
+        f" ({about}{most} tokens at most); first {shown(dataset.source(int(first)))}; {could}"
+    )
 
 
 def make_order(config: TrainConfig, dataset: ShardDataset | StreamedSet) -> Order | None:

@@ -248,5 +248,5 @@ def image_size(data: bytes) -> tuple[int, int]:
 
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
         return image.size

@@ -21,7 +21,7 @@ def save_png(path: Path, image: Image.Image, parameters: dict[str, Any]) -> None
 
 def read_parameters(path: Path) -> dict[str, Any]:
     """What `save_png` wrote beside the pixels."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG", "JPEG")) as image:
         return json.loads(image.info["parameters"])
 
 

@@ -123,7 +123,8 @@ class Preview:
             return None
         grid = folder / "grid.png"
         if self.ranks.is_main:
-            images = [Image.open(folder / f"{n:02d}.png").convert("RGB") for n in range(len(options.prompts))]
+            paths = [folder / f"{n:02d}.png" for n in range(len(options.prompts))]
+            images = [Image.open(path, formats=["PNG"]).convert("RGB") for path in paths]
             try:
                 make_grid([images], [f"step {step}"], list(options.prompts)).save(grid)
             except OSError as error:

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from data_prep.images import convert as images
+from data_prep.images import header as headers
 from data_prep.images import resizing
 from data_prep.images.buckets import BucketOptions
-from data_prep.images.convert import BadImage, ImageOptions
+from data_prep.images.header import ImageOptions
+from data_prep.images.skip_reasons import BadImage
 from tests.helpers.photos import encoded, opened, photo, psnr
 
 FIXED = ImageOptions(buckets=BucketOptions(fixed=(64, 48)), format="png", resize="pillow")
@@ -61,7 +63,7 @@ def test_orientation_decides_before_the_filters() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(photo(90, 60), exif=exif)
-    header = images.read_header(io.BytesIO(data), FIXED)
+    header = headers.read_header(io.BytesIO(data), FIXED)
     assert (header.width, header.height) == (60, 90)
     assert reason(data)[1] == "too small"  # 60 pixels wide once upright
 

@@ -31,7 +31,7 @@ def base(tmp_path: Path) -> Path:
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(6):
-        (folder / f"{number}.png").write_bytes(encoded(photo(90, 80, seed=number), "PNG"))
+        (folder / f"{number}.png").write_bytes(encoded(photo(90, 80, seed=number), "PNG") + b"behind the end mark")
         (folder / f"{number}.txt").write_text("caption")
     (folder / "page.jpg").write_bytes(b"<html>")
     (folder / "page.txt").write_text("caption")

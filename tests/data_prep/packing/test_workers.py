@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.images.convert import BadImage, ImageOptions
+from data_prep.images.header import ImageOptions
+from data_prep.images.skip_reasons import BadImage
 from data_prep.packing import workers
 from data_prep.sources.found_input import Input
 from tests.helpers.photos import die_if_deadly, encoded, photo

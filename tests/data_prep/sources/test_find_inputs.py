@@ -14,6 +14,7 @@ import pytest
 
 from data_prep.sources.find_inputs import Sources
 from data_prep.sources.found_input import Input
+from data_prep.sources.remarks import SAME_STEM
 from tests.helpers.photos import encoded, photo
 
 JPEG = encoded(photo(32, 32))
@@ -117,7 +118,7 @@ def test_rows_that_cannot_be_used_are_inputs_with_a_problem(tmp_path: Path) -> N
         "no image path",
         "caption not readable",
         None,
-        "file missing",
+        "not a regular file",
     ]
     assert found[3].caption is None
 
@@ -167,7 +168,7 @@ def test_duplicate_stems(tmp_path: Path) -> None:
     base = folder_of(tmp_path, {"a.jpg": JPEG, "a.k.jpg": JPEG, "a.png": JPEG, "a.txt": "both"})
     source = Sources(base)
     assert captions_of(source) == {"a.jpg": "both", "a.png": "both", "a.k.jpg": None}
-    assert source.duplicate_stems == ["a.png"]
+    assert source.remarks.counts[SAME_STEM] == 1 and source.remarks.first[SAME_STEM] == "a.png"
     with pytest.raises(ValueError, match=r"a\.png: another image of this folder has the same name"):
         list(Sources(base, on_duplicate_stem="error"))
 
@@ -176,7 +177,7 @@ def test_duplicate_stems(tmp_path: Path) -> None:
 def test_paths_that_lead_out_are_refused(tmp_path: Path, path: str) -> None:
     base = folder_of(tmp_path / "base", {"x.jpg": JPEG, "m.csv": f"image,prompt\nx.jpg,a\n{path},b\n"})
     folder_of(tmp_path, {"secret.jpg": JPEG})
-    with pytest.raises(ValueError, match=r"m\.csv row 2: image .* lies outside of --dataset_base_path"):
+    with pytest.raises(ValueError, match=r"m\.csv line 3: image .* lies outside of --dataset_base_path"):
         list(Sources(base, base / "m.csv"))
 
 
@@ -201,13 +202,17 @@ def test_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"m\.csv: no such file"):
         Sources(tmp_path, tmp_path / "m.csv")
     for name, content, message in (
-        ("m.csv", "foo,bar\n1,2\n", "no column image or file_name or image_path, only foo, bar: name it with --image"),
-        ("m.csv", "image,bar\n1,2\n", "no column prompt or text or caption, only image, bar: name it with --caption"),
-        ("m.csv", "image,prompt\n1,a cat, asleep\n", "line 2: more cells than columns: put captions that hold commas"),
+        ("m.csv", "foo,bar\n1,2\n", "no column image or file_name or .*, only foo, bar .*: name it with --image"),
+        (
+            "m.csv",
+            "image,bar\n1,2\n",
+            "no column prompt or text or caption, only image, bar .*: name it with --caption",
+        ),
+        ("m.csv", "a.jpg,one\nb.jpg,two\n", "the first line must name the columns"),
         ("m.json", "{}", "must be a list of objects, not dict"),
-        ("m.jsonl", "{bad", "line 1: not valid JSON"),
+        ("m.jsonl", '{"a": 1}', "no column image or file_name"),
         ("m.parquet", "PAR1", "not valid parquet"),
-        ("m.xlsx", "", "metadata must be one of .csv, .jsonl, .json, .parquet"),
+        ("m.xlsx", "", "metadata must be one of .csv, .tsv, .jsonl, .json, .parquet"),
     ):
         folder_of(tmp_path, {name: content})
         with pytest.raises(ValueError, match=message):

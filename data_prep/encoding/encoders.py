@@ -1,0 +1,108 @@
+"""The frozen encoders of one model on this rank's device: images to latents, captions to prompt embeddings."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen_image.encoders.text_encoder import TextEncoder
+    from qwen_image.encoders.vae import VAE
+    from qwen_image.loading.model_files import ModelFiles
+
+CACHE_BYTES = 1 << 30  # embeddings of the latest captions on a rank: about 1,000 captions of 150 tokens
+
+
+def device_of_rank() -> torch.device:
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def encoder_dtype(asked: str | None) -> str:
+    """Name of the encoders' type on this rank's device."""
+    return asked or ("bfloat16" if device_of_rank().type == "cuda" else "float32")
+
+
+@dataclass
+class Encoders:
+    """VAE and text encoder of one model on this rank's device."""
+
+    vae: VAE
+    text_encoder: TextEncoder
+    latent_std: bool
+
+    def __post_init__(self) -> None:
+        self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._cached = 0  # bytes
+        self._counted: dict[str, int] = {}  # of the long captions that came lately
+
+    @classmethod
+    def load(cls, files: ModelFiles, dtype_name: str, latent_std: bool) -> Encoders:
+        import torch
+
+        from qwen_image.encoders.text_encoder import TextEncoder
+        from qwen_image.encoders.vae import VAE
+
+        device, dtype = device_of_rank(), getattr(torch, dtype_name)
+        text_encoder = TextEncoder.from_files(files["text_encoder"], files["tokenizer"], dtype, device)
+        return cls(VAE.from_files(files["vae"], dtype, device), text_encoder, latent_std)
+
+    def encode_images(self, images: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
+        """Per uint8 [H, W, 3] image: latent bf16 [16, H/8, W/8], and latent_std of that shape if asked."""
+        import torch
+
+        from qwen_image.encoders.vae import pixels_from_uint8
+
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.vae.device, non_blocking=True)
+        mode, std = self.vae.encode_moments(pixels_from_uint8(pixels))
+        found = {"latent": mode} | ({"latent_std": std} if self.latent_std else {})
+        stored = {name: tensor.squeeze(2).to(torch.bfloat16).cpu() for name, tensor in found.items()}
+        return [{name: tensor[i].clone() for name, tensor in stored.items()} for i in range(len(images))]
+
+    def encode_captions(self, captions: list[str], batch_size: int) -> dict[str, torch.Tensor]:
+        """bf16 [T, D] of each caption, on the CPU; one that came lately is not encoded again.
+
+        Captions of similar length are encoded together. In bfloat16 their company may change an embedding's last bit.
+        """
+        import torch
+
+        unknown = sorted(set(captions) - self._cache.keys(), key=lambda caption: (len(caption), caption))
+        for start in range(0, len(unknown), batch_size):
+            batch = unknown[start : start + batch_size]
+            for caption, embeds in zip(batch, self.text_encoder.encode_list(batch), strict=True):
+                self._cache[caption] = embeds.to("cpu", torch.bfloat16).clone()
+                self._cached += self._cache[caption].nbytes
+        for caption in captions:
+            self._cache.move_to_end(caption)
+        found = {caption: self._cache[caption] for caption in captions}
+        while self._cached > CACHE_BYTES:
+            self._cached -= self._cache.popitem(last=False)[1].nbytes
+        return found
+
+    def tokens_of(self, caption: str) -> int:
+        """Tokens of the whole caption and the template's end, of which MAX_TOKENS are encoded; 0 where it is surely shorter."""
+        from qwen_image.encoders.text_encoder import MAX_TOKENS, TEMPLATE
+
+        if len(caption.encode()) <= MAX_TOKENS:  # a token is at least a byte
+            return 0
+        if caption not in self._counted:
+            if len(self._counted) > 1000:
+                self._counted.clear()
+            whole = self.text_encoder.tokenizer(TEMPLATE.format(caption)).input_ids
+            self._counted[caption] = len(whole) - self.text_encoder.template_drop
+        return self._counted[caption]
+
+    def empty_prompt(self) -> bytes:
+        """The embedding of the empty caption as a safetensors file: what caption dropout trains with."""
+        import safetensors.torch
+
+        return safetensors.torch.save({"prompt_embeds": self.encode_captions([""], 1)[""]})

@@ -1,0 +1,43 @@
+"""What was seen in the sources and is no input: counted, with the first example, said once and kept in the manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from files.shown import shown
+
+OWN_FOLDERS = (
+    "folders left out because they hold a data set of ours (give such a folder as --dataset_base_path to pack it)"
+)
+SAME_STEM = "images share their name and caption with another"
+LISTED_TWICE = "rows of metadata name an image that an earlier row names: a sample each"
+UNLISTED = "images beside a metadata file are not in it, and left out"
+LONELY_CAPTIONS = "caption files have no image beside them"
+HIDDEN = "hidden files and folders (.name) left out"
+REPEATS = "images lie in kohya's repeat folders (10_name): repeats are not applied, each is one sample"
+PLACEHOLDERS = "captions hold [trigger] or {a|b}, which is trained as it stands"
+CUT_UNLESS_RAISED = (
+    "captions are long for training's 512 tokens: train_lora.py --max_prompt_tokens 1024 would hold them"
+)
+CUT_ANYWAY = "captions are longer than the 1,024 tokens that the text encoder reads: the rest is cut off"
+LINKED_FOLDERS = "links to folders within the base folder not followed, since their targets are walked anyway"
+PACKED_ARCHIVES = "packed archives not read: unpack them (plain .tar is read in place)"
+NAMED_TWICE = "images in tars have a name that came before: a sample each"
+OTHER_MEMBERS = "members of tars are neither images nor captions"
+OTHER_PARQUET = "parquet files without images"
+
+
+class Remarks:
+    """Counts by text, each with its first example."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, text: str, example: str, count: int = 1) -> None:
+        self.counts[text] += count
+        self.first.setdefault(text, example)
+
+    def lines(self) -> list[str]:
+        """One line for people each, names made harmless."""
+        return [f"{count} {text}; first {shown(self.first[text])}" for text, count in self.counts.items()]
