@@ -80,8 +80,11 @@ def check(args: argparse.Namespace) -> list[str]:
     if args.report:
         from data_prep.checking.report import write_report
 
-        write_report(args.report, args.shards, manifest, problems[:SHOWN], len(problems), args.pictures)
-        print(f"report: {args.report}")
+        try:
+            write_report(args.report, args.shards, manifest, problems[:SHOWN], len(problems), args.pictures)
+            print(f"report: {shown(args.report)}")
+        except ValueError as error:  # an index that cannot be read
+            problems.append(f"no report: {error}")
     return problems
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import json
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.checking import report_page as html
+from data_prep.checking.report_page import page
 from data_prep.images.stored_pixels import decode_stored
 from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, read_index
 from files.atomic_files import write_file
@@ -20,106 +23,153 @@ from files.atomic_files import write_file
 THUMBNAIL = 400  # pixels of the longer side, enough for screens of two pixels a point
 BUCKETS_SHOWN = 24
 LEFT_OUT_SHOWN = 100
+CAPTION_SHOWN = 2000  # characters: the rest of a caption of millions is not read here
 BINS = 41  # odd: squares have a bin of their own
 
 
 def write_report(path: Path, folder: Path, manifest: Manifest, problems: list[str], count: int, pictures: int) -> None:
     """Write one HTML file that needs nothing else. `problems` are the first of `count`."""
-    index = read_index(folder)
+    index = _drawable(read_index(folder), manifest)
     totals = manifest.totals
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     size = f"{megabytes / 1000:,.2f} GB" if megabytes >= 1000 else f"{megabytes:,.1f} MB"
-    numbers = [(f"{len(index):,}", "samples"), (f"{len(manifest.shards):,}", "shards"), (size, "in tars")]
-    numbers += [(f"{len(manifest.buckets):,}", "buckets")]
-    numbers += [(f"{totals[name]:,}", label) for name, label in (("copied", "copied"), ("filtered", "filtered"),
-                ("failed", "failed")) if name in totals]  # fmt: skip
-    reasons = sorted(totals.get("reasons", {}).items(), key=lambda item: (-item[1], item[0]))
-    body = [html.tiles(numbers)]
-    if problems:
-        more = [f"and {count - len(problems)} more"] if count > len(problems) else []
-        body.append(html.section("Problems", html.items(problems + more)))
-    ratios = html.section("Aspect ratios (width : height)", _ratios(folder, manifest, index))
-    left_out = html.section("Left out", html.reason_bars(reasons) + _left_out(folder))
-    right = html.stack(ratios, html.section("Caption lengths", _captions(index)), left_out)
-    body.append(html.grid(html.section("Buckets", _buckets(manifest)), right))
-    shown = min(pictures, len(index))
-    body.append(html.section(f"{shown} of {len(index):,} samples", _sheet(folder, manifest, index, shown)))
-    body.append(html.section("How it was made", _making(manifest)))
+    tiles = [(f"{len(index):,}", "samples"), (f"{len(manifest.shards):,}", "shards"), (size, "in tars")]
+    tiles += [(f"{len(manifest.buckets):,}", "buckets")]
+    tiles += [(f"{totals[name]:,}", name) for name in ("copied", "filtered", "failed") if name in totals]
     kind = "latents and prompt embeddings" if manifest.payload == "safetensors" else f"{manifest.payload} images"
-    subtitle = f"{kind} · format version {manifest.format_version} · fingerprint {manifest.fingerprint[:12]}"
-    write_file(path.absolute(), html.page(folder.absolute().name, subtitle, count, body).encode())
+    left_out, warned = _left_out(folder)
+    text = page(
+        title=folder.absolute().name,
+        subtitle=f"{kind} · format version {manifest.format_version} · fingerprint {manifest.fingerprint[:12]}",
+        problem_count=count,
+        problems=problems + ([f"and {count - len(problems)} more"] if count > len(problems) else []),
+        tiles=tiles,
+        buckets=_buckets(manifest),
+        ratios=_ratios(folder, manifest, index),
+        captions=_captions(index),
+        reasons=sorted(totals.get("reasons", {}).items(), key=lambda item: (-item[1], item[0])),
+        left_out=left_out,
+        warned=warned,
+        remarks=_remarks(totals),
+        samples=len(index),
+        pictures=_pictures(folder, manifest, index, min(pictures, len(index))),
+        options=_lines(manifest.options),
+        encoders=_lines(manifest.encoding or {}),
+        versions=_lines(manifest.versions),
+        shards=[
+            (s.name, f"{s.samples:>6} samples  {s.bytes / 1e6:>9.2f} MB  sha256 {s.sha256[:16]}…")
+            for s in manifest.shards
+        ],
+    )
+    write_file(path.absolute(), text)
 
 
-def _buckets(manifest: Manifest) -> str:
+def _drawable(index: ShardIndex, manifest: Manifest) -> ShardIndex:
+    """Those rows whose bucket and shard exist, so that a damaged set has a report too."""
+    buckets, shards = len(manifest.buckets), len(manifest.shards)
+    kept = (index.bucket >= 0) & (index.bucket < buckets) & (index.shard >= 0) & (index.shard < shards)
+    return index if kept.all() else ShardIndex(**{name: column[kept] for name, column in vars(index).items()})
+
+
+def _remarks(totals: dict[str, Any]) -> list[str]:
+    ignored = ", ".join(
+        f"{count} {kind or 'without an extension'}" for kind, count in totals.get("ignored", {}).items()
+    )
+    return [
+        *totals.get("remarks", []),
+        *([f"files that are neither images nor captions: {ignored}"] if ignored else []),
+    ]
+
+
+def _buckets(manifest: Manifest) -> dict[str, Any]:
+    """The largest ones as bars, each with its shape drawn to scale."""
     largest = sorted(manifest.buckets, key=lambda bucket: -bucket.count)[:BUCKETS_SHOWN]
     largest.sort(key=lambda bucket: (bucket.width / bucket.height, bucket.width))
-    bars = html.bucket_bars([(bucket.width, bucket.height, bucket.count) for bucket in largest])
-    rest = len(manifest.buckets) - len(largest)
-    return bars + (f'<p class="note">and {rest} smaller ones</p>' if rest else "")
+    longest = max((max(bucket.width, bucket.height) for bucket in largest), default=1)
+    most = max((bucket.count for bucket in largest), default=0) or 1
+    shown = [
+        {
+            "width": bucket.width,
+            "height": bucket.height,
+            "count": bucket.count,
+            "share": f"{100 * bucket.count / most:.1f}",
+            "shape_width": ceil(24 * bucket.width / longest),
+            "shape_height": ceil(24 * bucket.height / longest),
+        }
+        for bucket in largest
+    ]
+    return {"shown": shown, "rest": len(manifest.buckets) - len(largest)}
 
 
-def _ratios(folder: Path, manifest: Manifest, index: ShardIndex) -> str:
+def _chart(counts: np.ndarray, labels: list[str], ticks: list[tuple[float, str]]) -> dict[str, Any]:
+    """A histogram's bars; `places` are those of the bars that are not empty. Ticks stand at positions from 0 to 1."""
+    places = np.flatnonzero(counts).tolist()
+    return {"counts": counts.tolist(), "places": places, "labels": labels, "ticks": ticks}
+
+
+def _ratios(folder: Path, manifest: Manifest, index: ShardIndex) -> dict[str, Any]:
     """Of the sources where the rows tell, else of the buckets; on a logarithmic scale, so that 2:1 mirrors 1:2."""
-    sizes = np.array([(bucket.width, bucket.height) for bucket in manifest.buckets])[index.bucket]
+    sizes = np.array([(bucket.width, bucket.height) for bucket in manifest.buckets]).reshape(-1, 2)[index.bucket]
     found = []
     for shard in manifest.shards:
-        path = folder / shard.name.replace(".tar", ".parquet")
-        names = pq.read_schema(path).names if path.is_file() else []
-        if "original_width" in names:
-            table = pq.read_table(path, columns=["original_width", "original_height", "status"])
+        table = _rows(folder / shard.name.replace(".tar", ".parquet"), ["original_width", "original_height", "status"])
+        if table is not None:
             kept = table["status"].to_numpy() == "ok"
             found.append(np.stack([table[name].to_numpy()[kept] for name in table.column_names[:2]], axis=1))
     sizes = np.concatenate(found) if found else sizes
+    sizes = sizes[(sizes > 0).all(axis=1)]
     logs = np.log2(sizes[:, 0] / sizes[:, 1])
-    limit = max(1.0, float(np.abs(logs).max()))
+    limit = max(1.0, float(np.abs(logs).max(initial=0)))
     counts, edges = np.histogram(logs, BINS, (-limit, limit))
     labels = [f"{2 ** edges[i]:.2f} to {2 ** edges[i + 1]:.2f}" for i in range(BINS)]
     named = [(1 / 4, "1:4"), (1 / 2, "1:2"), (2 / 3, "2:3"), (1, "1:1"), (3 / 2, "3:2"), (2, "2:1"), (4, "4:1")]
     ticks = [((np.log2(ratio) + limit) / (2 * limit), text) for ratio, text in named]
-    return html.histogram(counts.tolist(), labels, [(float(p), text) for p, text in ticks if -1e-9 <= p <= 1 + 1e-9])
+    return _chart(counts, labels, [(float(p), text) for p, text in ticks if -1e-9 <= p <= 1 + 1e-9])
 
 
-def _captions(index: ShardIndex) -> str:
+def _rows(path: Path, columns: list[str]) -> pa.Table | None:
+    """Columns of NNNNNN.parquet; None when it is damaged or another program's."""
+    try:
+        names = pq.read_schema(path).names
+        return pq.read_table(path, columns=columns) if set(columns) <= set(names) else None
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+
+
+def _captions(index: ShardIndex) -> dict[str, Any]:
     lengths = index.caption_length
-    highest = max(BINS, int(np.percentile(lengths, 99.5)))
+    highest = max(BINS, int(np.percentile(lengths, 99.5)) if len(lengths) else 0)
     counts, edges = np.histogram(np.minimum(lengths, highest), BINS, (0, highest))
-    labels = [f"{_ceil(edges[i])} to {_ceil(edges[i + 1]) - 1} characters" for i in range(BINS)]
-    labels[-1] = f"{_ceil(edges[-2])} characters and more"
+    labels = [f"{ceil(edges[i])} to {ceil(edges[i + 1]) - 1} characters" for i in range(BINS)]
+    labels[-1] = f"{ceil(edges[-2])} characters and more"
     ticks = [(share, f"{round(share * highest)}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    if lengths.max() > highest:
+    longest = int(lengths.max(initial=0))
+    if longest > highest:
         ticks[-1] = (1.0, f"{highest} and more")
-    note = (
-        f"median {int(np.median(lengths))} characters, longest {int(lengths.max())}, {int((lengths == 0).sum())} empty"
-    )
-    return html.histogram(counts.tolist(), labels, ticks) + f'<p class="note">{note}</p>'
+    median = int(np.median(lengths)) if len(lengths) else 0
+    note = f"median {median} characters, longest {longest}, {int((lengths == 0).sum())} empty"
+    return _chart(counts, labels, ticks) | {"note": note}
 
 
-def _left_out(folder: Path) -> str:
-    """The first inputs that were left out, failures before what was filtered, with what was wrong."""
-    found: dict[str, list[tuple[str, str]]] = {"failed": [], "filtered": []}
+def _left_out(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The first inputs that were left out, failures before what was filtered, with what was wrong; those with warnings."""
+    found: dict[str, list[tuple[str, str]]] = {"failed": [], "filtered": [], "ok": []}
     for path in sorted(folder.glob("[0-9]*.parquet")):
-        if len(found["failed"]) >= LEFT_OUT_SHOWN:
-            break
-        columns = ["path", "status", "reason", "detail"]
-        if not set(columns) <= set(pq.read_schema(path).names):
+        table = _rows(path, ["path", "status", "reason", "detail"])
+        if table is None:
             continue  # img2dataset's rows have the same names
-        table = pq.read_table(path, columns=columns)
-        for row in table.filter(pc.field("status") != "ok").to_pylist():
-            why = row["reason"] + (f": {row['detail']}" if row["detail"] else "")
-            rows = found[row["status"]]
+        odd = table.filter((pc.field("status") != "ok") | (pc.field("detail") != ""))
+        for row in odd.to_pylist():
+            why = ": ".join(text for text in (row["reason"], row["detail"]) if text)
+            rows = found.get(row["status"], [])
             if len(rows) < LEFT_OUT_SHOWN:
                 rows.append((row["path"], why))
-    shown = [*found["failed"], *found["filtered"]][:LEFT_OUT_SHOWN]
-    return html.folded(f"Which ones (the first {len(shown)})", html.table(shown)) if shown else ""
+    return [*found["failed"], *found["filtered"]][:LEFT_OUT_SHOWN], found["ok"]
 
 
-def _ceil(edge: float) -> int:
-    return int(np.ceil(edge))
-
-
-def _sheet(folder: Path, manifest: Manifest, index: ShardIndex, count: int) -> str:
+def _pictures(folder: Path, manifest: Manifest, index: ShardIndex, count: int) -> list[dict[str, Any]]:
     """Samples evenly spread over the set, as they are stored."""
-    reader, figures = ShardReader(folder, manifest), []
+    reader, pictures = ShardReader(folder, manifest), []
     for row in np.linspace(0, len(index) - 1, count).round().astype(int):
         bucket = manifest.buckets[index.bucket[row]]
         try:
@@ -131,10 +181,16 @@ def _sheet(folder: Path, manifest: Manifest, index: ShardIndex, count: int) -> s
                 url = _thumbnail(decode_stored(data, bucket.width, bucket.height))
         except (ValueError, OSError) as error:
             text, url = f"cannot be shown: {error}", ""
-        ratio = bucket.width / bucket.height
-        figures.append((url, ratio, text, f"{bucket.width}×{bucket.height} · {index.path[row]}"))
+        note = f"{bucket.width}×{bucket.height} · {index.path[row]}"
+        pictures.append(
+            {"url": url, "ratio": bucket.width / bucket.height, "caption": text[:CAPTION_SHOWN], "note": note}
+        )
     reader.close()
-    return html.contact_sheet(figures)
+    return pictures
+
+
+def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in values.items()]
 
 
 def _thumbnail(pixels: np.ndarray) -> str:
@@ -143,18 +199,3 @@ def _thumbnail(pixels: np.ndarray) -> str:
     out = io.BytesIO()
     image.save(out, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _making(manifest: Manifest) -> str:
-    def lines(values: dict) -> list[tuple[str, str]]:
-        return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in values.items()]
-
-    parts = [html.table(lines(manifest.options))]
-    if manifest.encoding:
-        parts.append(html.folded("Encoders", html.table(lines(manifest.encoding))))
-    parts.append(html.folded("Versions", html.table(lines(manifest.versions))))
-    shards = [
-        (s.name, f"{s.samples:>6} samples  {s.bytes / 1e6:>9.2f} MB  sha256 {s.sha256[:16]}…") for s in manifest.shards
-    ]
-    parts.append(html.folded(f"{len(shards)} shards", html.table(shards[:1000])))
-    return "".join(parts)

@@ -24,7 +24,7 @@ from PIL import Image, ImageCms
 
 SRGB = ImageCms.createProfile("sRGB")
 SRGB_GAMMA = 0.45455  # as PNG's gAMA spells it
-STRIP_BYTES = 1 << 24  # pixels are converted in strips, so that a large image is in memory once and not four times
+STRIP_BYTES = 1 << 22  # pixels are converted in strips, so that a large image is in memory once and not four times
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
