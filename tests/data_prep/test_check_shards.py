@@ -181,6 +181,92 @@ def test_encoded_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "prompt_embeds is [7, 3], the index says 9 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("bucket", r"index.parquet: 1 rows name a bucket that the manifest has not, first row 3: 99"),
+        ("negative", r"1 rows name a bucket that the manifest has not, first row 3: -1"),
+        ("shard", r"1 rows name a shard that the manifest has not"),
+        ("path", r"path is '0\.jpg' in 000000.parquet, 'other.jpg' in index.parquet"),
+        ("prompt_tokens", "prompt_tokens of image shards must be 0"),
+        ("key", "1 keys come twice, first 000000000000"),
+        ("totals", r"the manifest's totals say 99 samples, its shards 10"),
+        ("no totals", r"the manifest's totals say None samples, its shards 10"),
+        ("rows", r"000000.parquet is damaged|000000.parquet does not have the sha256"),
+        ("no rows", "000000.parquet is missing"),
+        ("other rows", "000000.parquet does not have the sha256 of 000000_stats.json"),
+        ("stats", "000001_stats.json is missing or damaged"),
+        ("plan", "plan/ is damaged"),
+        ("plan rows", "plan/ is damaged"),
+        ("sizes", "sizes.json does not agree"),
+        ("index", "index.parquet is damaged"),
+    ],
+)
+def test_every_file_of_a_set_is_looked_at(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, message: str
+) -> None:
+    columns = pq.read_table(copy / "index.parquet").to_pydict()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    changes = {"bucket": ("bucket", 3, 99), "negative": ("bucket", 3, -1), "shard": ("shard", 9, 7)}
+    changes |= {
+        "path": ("path", 0, "other.jpg"),
+        "prompt_tokens": ("prompt_tokens", 0, 5),
+        "key": ("key", 1, columns["key"][0]),
+    }
+    files = {"rows": "000000.parquet", "stats": "000001_stats.json", "plan": "plan/plan.json", "sizes": "sizes.json",
+             "index": "index.parquet", "plan rows": "plan/plan.parquet"}  # fmt: skip
+    if damage in changes:
+        name, row, value = changes[damage]
+        columns[name][row] = value
+        write_index(copy, columns)
+    elif damage in ("totals", "no totals"):
+        manifest["totals"] = {"samples": 99} if damage == "totals" else {}
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+    elif damage == "no rows":
+        (copy / "000000.parquet").unlink()
+    elif damage == "other rows":
+        shutil.copy(copy / "000001.parquet", copy / "000000.parquet")
+    else:
+        (copy / files[damage]).write_bytes((copy / files[damage]).read_bytes()[:-9])
+    assert check(copy, "--report", str(tmp_path / "report.html")) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_hostile_manifest_is_one_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each value of the manifest replaced by one of another type, taken out, or led out of the folder."""
+    whole = json.loads((copy / "manifest.json").read_text())
+    whole["buckets"], whole["shards"] = whole["buckets"][:1], whole["shards"][:1]
+    tried = 0
+    for places in ([], ["buckets", 0], ["shards", 0], ["totals"], ["options"]):
+        target = whole
+        for place in places:
+            target = target[place]
+        for name in list(target):
+            for value in (None, -1, "x", [], {}, 10**30, "../../x", KeyError):
+                damaged = json.loads(json.dumps(whole))
+                target = damaged
+                for place in places:
+                    target = target[place]
+                if value is KeyError:
+                    del target[name]
+                else:
+                    target[name] = value
+                (copy / "manifest.json").write_text(json.dumps(damaged))
+                assert check(copy, "--quick") in (1, 2)
+                tried += 1
+    (copy / "manifest.json").write_text("[" * 100_000)
+    assert check(copy) == 2
+    assert tried > 200 and "Traceback" not in capsys.readouterr().err
+
+
+def test_check_is_as_strict_as_packing(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index, reader = read_index(copy), shards.ShardReader(copy)
+    data = reader.read(0, int(index.payload_offset[0]), int(index.payload_size[0]))
+    rewrite(copy, {"jpg": data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]})
+    assert check(copy) == 1
+    assert "cannot be decoded: corrupt data" in capsys.readouterr().err
+
+
 # ── shards without an index ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -233,6 +319,25 @@ def test_report_holds_everything_itself(packed: Path, tmp_path: Path) -> None:
     assert "number 0 &amp; &lt;b&gt;marks" in page and "<b>marks" not in page
     options = read_manifest(packed).options
     assert all(name in page for name in options) and json.dumps(options["quality"]) in page
+
+
+def test_long_and_hostile_names_in_the_report(tmp_path: Path) -> None:
+    base, long = tmp_path / "in", "n" * 200
+    base.mkdir()
+    for name in (long, "<img src=x onerror=alert(1)>", "\x1b[2J"):
+        (base / f"{name}.png").write_bytes(encoded(photo(80, 80), "PNG"))
+        (base / f"{name}.txt").write_text("<script>alert(1)</script>")
+    (base / ("x" * 200 + ".png")).write_bytes(b"<html>")
+    (base / ("x" * 200 + ".txt")).write_text("x")
+    flags = ["--dataset_base_path", str(base), "--output_path", str(tmp_path / "out"), "--max_pixels", "4096"]
+    assert make_shards.main([*flags, "--num_workers", "0", "--resize", "pillow"]) == 0
+    assert check(tmp_path / "out", "--report", str(tmp_path / "report.html")) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "<img src=x" not in page and long in page
+    for element in ("td,th", "figure", ".rows>*"):  # whatever holds a name may be broken anywhere
+        rule = re.search(re.escape(element) + r"\{([^}]*)\}", page)
+        assert rule and "overflow-wrap:anywhere" in rule[1], element
+    assert "nowrap" not in re.sub(r"\.verdict\{[^}]*\}", "", page)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
