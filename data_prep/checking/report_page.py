@@ -13,4 +13,4 @@ def page(**content: Any) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(TEMPLATE.read_text()).render(content)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content)

@@ -103,8 +103,11 @@ class Sources:
 
     # ── a folder tree ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _folder(self, folder: str) -> Iterator[Input]:
-        """Inputs of one directory, then of those in it. A metadata file speaks for the whole tree below it."""
+    def _folder(self, folder: str, beside: tuple[str, ...] = ()) -> Iterator[Input]:
+        """Inputs of one directory, then of those in it. A metadata file speaks for the whole tree below it.
+
+        `beside`: the other folders of its parent, where captions may lie that people expect to be found.
+        """
         names: list[str] = []
         folders: list[str] = []
         try:
@@ -131,7 +134,7 @@ class Sources:
             self.files_seen += len(names) - 1
             yield from self._listed(Path(path), Path(folder))
             return
-        yield from self._files(folder, names, folders)
+        yield from self._files(folder, names, [*folders, *beside])
         for name in sorted(folders, key=os.fsencode):
             path = os.path.join(folder, name)
             if os.path.realpath(path) == self._excluded:
@@ -145,7 +148,7 @@ class Sources:
             if _is_own_set(path):
                 self.remarks.add(remarks.OWN_FOLDERS, self._relative(path))
                 continue
-            yield from self._folder(path)
+            yield from self._folder(path, tuple(f"../{other}" for other in folders if other != name))
 
     def _holds_images(self, path: str) -> bool:
         """Whether a metadata.parquet is one of the images themselves."""

@@ -18,7 +18,7 @@ class Names:
     def __init__(self, names: list[str], folders: list[str]) -> None:
         self._present = set(names)
         self._other_case = {name.lower(): name for name in sorted(names, reverse=True)}
-        self._folders = {name.lower(): name for name in folders}
+        self._folders = {name.rpartition("/")[2].lower(): name for name in folders}
 
     def sidecar(self, stem: str, extensions: tuple[str, ...]) -> str | None:
         """The caption file of an image. The stem must match exactly (A.jpg is not a.txt's image), the extension in any case."""

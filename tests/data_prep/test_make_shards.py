@@ -126,7 +126,7 @@ def bomb() -> bytes:
 def test_every_bad_input_gets_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out = photos_in(tmp_path / "in", 12), tmp_path / "out"
     good = encoded(photo(100, 100))
-    animation = [Image.new("RGB", (100, 100), colour) for colour in ("red", "blue")]
+    animation = [Image.new("RGB", (100, 100), color) for color in ("red", "blue")]
     files = {
         "empty.jpg": b"",
         "page.jpg": b"<html>not found</html>",

@@ -1,4 +1,4 @@
-"""One image: turning, colour, resize, copy, and each way to fail with its reason."""
+"""One image: turning, color, resize, copy, and each way to fail with its reason."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_exif_behind_the_pixels_of_a_png() -> None:
     assert (result.original_width, result.original_height) == (90, 120)
 
 
-# ── colour ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── color ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_grey_of_16_bits_is_scaled() -> None:
@@ -218,7 +218,7 @@ def test_filters() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_animations(kind: str) -> None:
-    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (64, 48), color) for color in ("red", "lime", "blue")]
     out = io.BytesIO()
     frames[0].save(out, kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
     result = images.store(out.getvalue(), FIXED)

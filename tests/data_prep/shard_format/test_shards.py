@@ -141,7 +141,7 @@ def test_clear_errors(tmp_path: Path) -> None:
     path.write_text(json.dumps(dataclasses.asdict(manifest) | {"format_version": 9}))
     with pytest.raises(ValueError, match="has format version 9, this code reads 1"):
         read_manifest(tmp_path)
-    for damaged in ("{", "{}", json.dumps(dataclasses.asdict(manifest) | {"colour": 1})):
+    for damaged in ("{", "{}", json.dumps(dataclasses.asdict(manifest) | {"color": 1})):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="is damaged"):
             read_manifest(tmp_path)

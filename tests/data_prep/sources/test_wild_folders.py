@@ -126,6 +126,8 @@ def test_where_a_caption_was_looked_for(tmp_path: Path) -> None:
     assert "looked for a.txt and a.caption; there is a.jpg.txt, captions.csv, a folder captions/" in hints["a.jpg"]
     assert "b.json" in hints["b.jpg"] and "C.txt" in hints["c.jpg"] and "captions/" in hints["d.png"]
     assert source.remarks.counts[remarks.LONELY_CAPTIONS] == 4
+    apart = put(tmp_path / "apart", {"images/a.jpg": JPEG, "captions/a.txt": "x"})
+    assert [item.hint for item in Sources(apart)] == ["looked for a.txt and a.caption; there is a folder ../captions/"]
 
 
 # ── metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────
