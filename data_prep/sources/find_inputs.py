@@ -163,6 +163,7 @@ class Sources:
     def _files(self, folder: str, names: list[str], folders: list[str]) -> Iterator[Input]:
         near = missing_files.Names(names, folders)
         repeats = _REPEATS.fullmatch(os.path.basename(folder)) is not None
+        tars = {stem for stem, extension in map(_split, names) if extension == "tar"}
         last_stem = None
         used: set[str] = set()
         for name in sorted(names, key=lambda name: (os.fsencode(_split(name)[0]), os.fsencode(name))):
@@ -187,7 +188,7 @@ class Sources:
                     hint = near.hint(stem, name, CAPTION_EXTENSIONS)
                 yield self._input(path, caption, unread(extension) or problem, hint)
             elif extension == "parquet":
-                yield from self._parquet(path, stem in {_split(other)[0] for other in names if other.endswith(".tar")})
+                yield from self._parquet(path, stem in tars)
             elif extension in ARCHIVES:
                 self.remarks.add(remarks.PACKED_ARCHIVES, self._relative(path))
             elif extension not in CAPTION_EXTENSIONS:

@@ -25,6 +25,7 @@ from data_prep.sources.regular_files import open_regular
 from data_prep.sources.remarks import HIDDEN, LONELY_CAPTIONS, NAMED_TWICE, OTHER_MEMBERS, Remarks
 
 TEXT_SUFFIXES = ("txt", "caption", "json")
+HARD = "hard link"  # kind of a member until it is resolved
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
 
@@ -78,7 +79,7 @@ def _listed(source: IO[bytes], relative: str, remarks: Remarks) -> tuple[list[Me
                 links[len(found)] = _normal(
                     member.linkname if hard else posixpath.join(posixpath.dirname(name), member.linkname)
                 )
-                found.append(Member(name, 0, 0))
+                found.append(Member(name, 0, 0, HARD if hard else PLAIN))
             elif member.issparse():
                 found.append(Member(name, member.offset, member.size, SPARSE))
             elif member.isreg():
@@ -97,17 +98,21 @@ def _normal(name: str) -> str:
 
 def _resolved(found: list[Member], links: dict[int, str]) -> list[Member]:
     """Links replaced by what they lead to within the archive: a hard link to what came before, a symbolic one to anything."""
-    named: dict[str, int] = {}
+    last: dict[str, int] = {}
+    before: dict[int, int] = {}  # place of a link -> of the member that had its target's name then
     for place, member in enumerate(found):
         if place not in links:
-            named[member.name] = place
+            last[member.name] = place
+        elif member.kind == HARD and links[place] in last:
+            before[place] = last[links[place]]
+    on_from = {found[place].name: target for place, target in links.items()}
     resolved = list(found)
     for place, target in links.items():
-        end = named.get(target)
+        end = before.get(place, last.get(target))
         steps = 0
-        while end is None and steps < 40 and (on := _link_named(found, links, target)) is not None:
+        while end is None and steps < 40 and (on := on_from.get(target)) is not None:
             target, steps = on, steps + 1
-            end = named.get(target)
+            end = last.get(target)
         source = found[end] if end is not None else None
         if source is None:
             problem = (BROKEN_LINK, readable(target))
@@ -115,10 +120,6 @@ def _resolved(found: list[Member], links: dict[int, str]) -> list[Member]:
         else:
             resolved[place] = Member(found[place].name, source.offset, source.size, source.kind, source.problem)
     return resolved
-
-
-def _link_named(found: list[Member], links: dict[int, str], name: str) -> str | None:
-    return next((target for place, target in links.items() if found[place].name == name), None)
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -115,6 +115,12 @@ def test_links_are_followed_within_the_tar(tmp_path: Path) -> None:
         list(tar_samples(tmp_path / "s.tar"))
 
 
+def test_a_hard_link_leads_to_what_came_before(tmp_path: Path) -> None:
+    link = {"type": tarfile.LNKTYPE, "linkname": "a.jpg"}
+    tar_of(tmp_path / "s.tar", [("a.jpg", ONE), ("h.jpg", None, link), ("h.txt", b"h"), ("a.jpg", TWO)])
+    assert [bytes_of(tmp_path, item) for item in Sources(tmp_path)] == [ONE, ONE, TWO]
+
+
 @pytest.mark.parametrize("dialect", ["gnu", "posix"])
 def test_sparse_members(tmp_path: Path, dialect: str) -> None:
     inside = tmp_path / "inside"
