@@ -6,6 +6,7 @@
 Every component is the class the real checkpoint names (diffusers' transformer, VAE and scheduler, transformers'
 Qwen2.5-VL and Qwen2 tokenizer), so the folder goes through the same loading code as the 20B model, here and in
 `diffusers.QwenImagePipeline.from_pretrained(folder)`. What it paints is noise: nothing was ever learned.
+(demo/drawing_model/ holds one that can draw.)
 """
 
 from __future__ import annotations
@@ -81,21 +82,17 @@ def build_tiny_model(
     text_layers: int = 2,
     text_dim: int = 64,
     vae_dim: int = 8,
-    blur_vae: bool = False,
     dtype: str = "float32",
     max_shard_size: str = "10GB",
 ) -> Path:
     """Write a model with random weights drawn from `seed` into `folder` and return the folder.
 
     `layers`, `heads` × `head_dim` shape the transformer (60, 24 × 128 in the real one), `text_layers` and `text_dim`
-    the text encoder (28, 3584), `vae_dim` is the VAE's base width (96). `blur_vae` gives the VAE weights that keep colors
-    (demo/blur_vae.py). `dtype` ("float32" or "bfloat16") is that of the saved weights; `max_shard_size` splits them
-    over several files, as the real checkpoint's are.
+    the text encoder (28, 3584), `vae_dim` is the VAE's base width (96). `dtype` ("float32" or "bfloat16") is that of the
+    saved weights; `max_shard_size` splits them over several files, as the real checkpoint's are.
     Raises ValueError for shapes that the rotary positions cannot divide.
     """
     axes_dims = rotary_axes(head_dim)
-    if blur_vae and vae_dim < 8:
-        raise ValueError(f"vae_dim {vae_dim} is too narrow for a blur VAE: it needs 8 or more")
     if text_dim % 64:
         raise ValueError(f"text_dim {text_dim} must be a multiple of 64 (4 heads with rotary sections)")
     import torch
@@ -104,11 +101,11 @@ def build_tiny_model(
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)  # the classes' own initialization draws from the global generator
-        tokenizer = _tokenizer()
+        tokenizer = make_tokenizer(TOKENIZER_CAPTIONS, TOKENIZER_VOCABULARY)
         parts = {
             "transformer": _transformer(layers, heads, head_dim, axes_dims, text_dim, seed),
-            "text_encoder": _text_encoder(tokenizer, text_layers, text_dim),
-            "vae": _vae(vae_dim, blur_vae),
+            "text_encoder": make_text_encoder(tokenizer, text_layers, text_dim),
+            "vae": _vae(vae_dim),
         }
     for part in parts.values():
         for parameter in part.parameters():
@@ -128,8 +125,8 @@ def rotary_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def _tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE in which every word of the template is one token, as in the real vocabulary."""
+def make_tokenizer(captions: list[str], vocabulary: int) -> Qwen2Tokenizer:
+    """Byte-level BPE learned from `captions`, in which every word of the template is one token, as in the real vocabulary."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -144,18 +141,18 @@ def _tokenizer() -> Qwen2Tokenizer:
     for token in SPECIAL_TOKENS:
         template = template.replace(token, "")
     trainer = trainers.BpeTrainer(
-        vocab_size=TOKENIZER_VOCABULARY,
+        vocab_size=vocabulary,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     # 100 templates to each caption: its words are merged to the end before the captions' words use up the vocabulary.
     roles = ["system\n", "user\n", "assistant\n"]
-    model.train_from_iterator([template, *roles] * 100 + TOKENIZER_CAPTIONS, trainer)
+    model.train_from_iterator([template, *roles] * 100 + captions, trainer)
 
     bpe = json.loads(model.to_str())["model"]
-    vocabulary = bpe["vocab"] | {token: len(bpe["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    special = {token: len(bpe["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
     return Qwen2Tokenizer(
-        vocab=vocabulary,
+        vocab=bpe["vocab"] | special,
         merges=[tuple(pair) for pair in bpe["merges"]],
         unk_token=None,
         eos_token="<|im_end|>",
@@ -193,7 +190,8 @@ def _transformer(
     return model
 
 
-def _text_encoder(tokenizer: Qwen2Tokenizer, layers: int, dim: int) -> Qwen2_5_VLForConditionalGeneration:
+def make_text_encoder(tokenizer: Qwen2Tokenizer, layers: int, dim: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL with random weights from torch's global generator, `layers` of width `dim`; the vision tower is tiny."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     spread = 1 / math.sqrt(dim)  # instead of 0.02, so that attention moves the tokens of so narrow a model
@@ -239,17 +237,13 @@ def _text_encoder(tokenizer: Qwen2Tokenizer, layers: int, dim: int) -> Qwen2_5_V
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _vae(base_dim: int, blur: bool) -> AutoencoderKLQwenImage:
+def _vae(base_dim: int) -> AutoencoderKLQwenImage:
     """The VAE with latents_mean and latents_std measured on smooth noise, so that its latents are unit-sized."""
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    from demo.blur_vae import set_blur_weights
-
     vae = AutoencoderKLQwenImage(base_dim=base_dim, z_dim=16)
     generator = torch.Generator().manual_seed(0)
-    if blur:
-        set_blur_weights(vae, generator)
     blobs = torch.randn(4, 3, 12, 12, generator=generator)
     pixels = torch.nn.functional.interpolate(blobs, size=(96, 96), mode="bicubic").clamp(-1, 1)
     latents = vae.encode(pixels[:, :, None]).latent_dist.mode()  # [4, 16, 1, 12, 12]
@@ -271,9 +265,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text_layers", type=int, default=2, help="layers of the text encoder (default 2)")
     parser.add_argument("--text_dim", type=int, default=64, help="width of the text encoder (default 64)")
     parser.add_argument("--vae_dim", type=int, default=8, help="base width of the VAE (default 8)")
-    parser.add_argument(
-        "--blur_vae", action="store_true", help="a VAE that keeps colors, so that images show something"
-    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the saved weights")
     parser.add_argument("--max_shard_size", default="10GB", help="largest weight file, such as 100MB (default 10GB)")
     options = vars(parser.parse_args(argv))

@@ -28,6 +28,7 @@ ROOMS: dict[str, list[str]] = {
         *("config", "process", "flow", "lora", "data", "step"),
         *("engine", "base_model", "fit", "saving", "watching"),
     ],
+    "demo": ["tiny_model", "pictures", "drawing"],
 }
 # Of the packer, training knows the format of shards, their pixels and what was said of the encoders: no more.
 TRAIN_SEES = ("data_prep.shard_format.", "data_prep.images.stored_pixels", "data_prep.encoding.encoder_facts")
