@@ -1,4 +1,4 @@
-"""The demo's own parts: the photographs, the VAE that keeps colors, the report; the whole run is a slow test."""
+"""The demo's own parts: the photographs, the report; the whole run is a slow test."""
 
 from __future__ import annotations
 
@@ -50,25 +50,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         write_photo_folder(tmp_path / "photos")
 
 
-def test_the_blur_vae_gives_colors_back(tmp_path: Path):
-    """A picture that is smooth at the scale of 8 pixels survives encoding and decoding."""
-    import torch
-    from diffusers import AutoencoderKLQwenImage
-
-    from demo.tiny_model import build_tiny_model
-
-    folder = build_tiny_model(tmp_path / "model", layers=1, blur_vae=True)
-    vae = AutoencoderKLQwenImage.from_pretrained(folder, subfolder="vae")
-    across = torch.linspace(-0.8, 0.8, 96)
-    picture = torch.stack([across.expand(64, 96), -across.expand(64, 96), torch.full((64, 96), 0.3)])
-    with torch.no_grad():
-        latents = vae.encode(picture[None, :, None]).latent_dist
-        decoded = vae.decode(latents.mode()).sample[0, :, 0]
-    assert latents.std.max() < 0.01
-    inner = (slice(None), slice(16, -16), slice(16, -16))  # the convolutions' zero padding darkens the rim
-    assert (decoded[inner] - picture[inner]).abs().max() < 0.05
-
-
 def write_metrics(output: Path, validation: list[float]) -> None:
     (output / "run" / "wandb").mkdir(parents=True)
     rows = [{"step": step, "loss": 2 - step / 100, "seconds_per_step": 0.1} for step in range(1, 60)]
@@ -77,10 +58,13 @@ def write_metrics(output: Path, validation: list[float]) -> None:
 
 
 def write_results(output: Path) -> None:
-    for folder in ("photos", "shards", "encoded", "samples"):
+    for folder in ("photos", "photo_shards", "pictures", "encoded", "samples"):
         (output / folder).mkdir()
     buckets = [{"id": 0, "width": 256, "height": 128, "count": 1}, {"id": 1, "width": 64, "height": 64, "count": 0}]
-    (output / "shards" / "manifest.json").write_text(json.dumps({"buckets": buckets, "shards": [{}]}))
+    (output / "photo_shards" / "manifest.json").write_text(json.dumps({"buckets": buckets, "shards": [{}]}))
+    (output / "photos.html").touch()
+    scores = {"subject": [0.0, 0.9], "style": [0.0, 1.0], "others": [0.95, 0.93], "moved": 4.0}
+    (output / "samples" / "scores.json").write_text(json.dumps(scores))
     (output / "run" / "lora.safetensors").write_bytes(bytes(1000))
     (output / "samples" / "grid.png").touch()
 
@@ -120,7 +104,8 @@ def test_report_misses_a_file(tmp_path: Path):
 def test_only_a_folder_of_the_demo_is_emptied(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     precious = tmp_path / "precious.txt"
     precious.touch()
-    assert run.main(["--output_path", str(tmp_path)]) == 2
+    (tmp_path / "model_index.json").touch()
+    assert run.main(["--output_path", str(tmp_path), "--model", str(tmp_path)]) == 2
     assert "choose another --output_path" in capsys.readouterr().err
     assert precious.exists()
     run.clear(tmp_path / "new")
@@ -135,7 +120,14 @@ def test_a_failing_stage_ends_the_demo(tmp_path: Path, capfd: pytest.CaptureFixt
     assert "$ python data_prep/make_shards.py" in capfd.readouterr().out
 
 
+def test_without_a_drawing_model_the_demo_says_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run.main(["--output_path", str(tmp_path / "demo"), "--model", str(tmp_path)]) == 2
+    assert "demo/train_drawing_model.py" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not (run.MODEL / "model_index.json").is_file(), reason="no weights in demo/drawing_model/")
 def test_the_whole_demo(tmp_path: Path):
-    assert run.main(["--output_path", str(tmp_path / "demo"), "--steps", "60"]) == 0
+    assert run.main(["--output_path", str(tmp_path / "demo")]) == 0
     assert (tmp_path / "demo" / "samples" / "grid.png").stat().st_size > 10_000
