@@ -145,7 +145,7 @@ def report(
     facts["vae_error"] = vae.mean_error(parts.vae, test.pictures[:256])
     say(start, f"classifier on drawn pictures: {told_score(facts['classifier_on_drawn'])}")
     say(start, f"VAE: mean error {facts['vae_error']:.2f} of 255 levels")
-    facts |= score_model(output, judge, arguments.score_pictures, arguments.side, device, output / "preview.png")
+    facts |= score_model(output, judge, arguments.score_pictures, arguments.side, device, output / "preview.jpg")
     facts["seconds"] = round(time.perf_counter() - start)
     facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     facts["bytes"] = bytes_of(output)

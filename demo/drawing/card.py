@@ -70,6 +70,8 @@ classifier (`classifier.safetensors`, learned from drawn pictures of all pairs) 
 classifier's own accuracy on drawn pictures that are new to it: what a perfect model would get. “all” counts a picture
 only if every answer is right. `python demo/score_drawings.py --model demo/drawing_model` measures it again.
 
+![what it drew of held-out pairs](preview.jpg)
+
 | | held-out pairs | seen pairs | drawn pictures |
 | --- | --- | --- | --- |
 {table}

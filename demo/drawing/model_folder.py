@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-VOCABULARY = 1100  # 256 bytes, the template's words and the captions', and what these are merged from
+VOCABULARY = 820  # 256 bytes, the template's words and the captions', and what these are merged from
 SAVED_DTYPE = torch.float16
 
 
