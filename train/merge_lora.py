@@ -73,6 +73,8 @@ def merge(
     transformer = empty_transformer(found)
     stored = match_weights(transformer, component.weights)
     presets = [Preset.read(text, transformer) for text in loras]
+    for note in (note for preset in presets for note in preset.lora.notes):
+        print(one_line(note), file=sys.stderr)
     size = sum(byte_size(tensor) for tensor in stored.values())
     nearest = next(path for path in output_path.absolute().parents if path.exists())
     if shutil.disk_usage(nearest).free < size:

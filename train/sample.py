@@ -64,15 +64,20 @@ def sample(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from qwen_image.kernel_check import distrust_kernels
-    from qwen_image.loading.model_files import ModelSource
+    from qwen_image.loading.model_files import ModelSource, empty_transformer, resolve_model
     from qwen_image.pipeline import QwenImagePipeline
     from train.lora.inject import attach_lora, set_lora_enabled
     from train.lora.lora_file import read_lora
     from train.watching.image_grid import make_grid, save_png
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source, lora = ModelSource.from_options(arguments), None
+    if arguments.lora is not None:  # before the model is read
+        lora = read_lora(arguments.lora, empty_transformer(resolve_model(source, ("transformer",))))
+        for note in lora.notes:
+            print(one_line(note), file=sys.stderr)
     pipeline = QwenImagePipeline.from_pretrained(
-        ModelSource.from_options(arguments),
+        source,
         dtype=getattr(torch, arguments.dtype),
         device=device,
         progress=True,
@@ -81,8 +86,8 @@ def sample(arguments: argparse.Namespace) -> int:
     config, dtype = pipeline.transformer.config, getattr(torch, arguments.dtype)
     for line in distrust_kernels(config, dtype, torch.device(device), float8=False, trains=False):
         print(line, file=sys.stderr)
-    if arguments.lora is not None:
-        attach_lora(pipeline.transformer, read_lora(arguments.lora, pipeline.transformer), arguments.lora_strength)
+    if lora is not None:
+        attach_lora(pipeline.transformer, lora, arguments.lora_strength)
 
     with_lora = [False, True] if arguments.compare else [arguments.lora is not None]
     jobs = [(prompt, arguments.seed + i) for prompt in arguments.prompt for i in range(arguments.num_images)]

@@ -2,14 +2,17 @@
 
 import hashlib
 import math
+import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qwen_image.model.transformer import QwenImageTransformer
+from train.lora.dora import magnitude
 from train.lora.spec import ADAPTER, LoraSpec
-from train.lora.targets import resolve_targets
+from train.lora.targets import base_layer, resolve_targets
 
 if TYPE_CHECKING:
     from train.lora.lora_file import LoraFile
@@ -65,43 +68,69 @@ def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 def start_from(transformer: QwenImageTransformer, lora: "LoraFile", spec: LoraSpec) -> int:
     """Put a LoRA file into injected, still untrained LoRA weights; returns how many layers it fills.
 
-    Layers that the file doesn't have stay as they are (an update of zero). Raises ValueError when the file adapts a
-    layer that this run doesn't, or has another rank.
+    What the layer computes is then what the file says, exactly: a lower rank fills the first rows, and the rest starts as
+    in a new run (lora_B zero). In a DoRA run, the magnitude of a plain LoRA's layer is the length that it gives the rows.
+    Layers that the file doesn't have stay as they are (an update of zero). Raises ValueError when the file adapts a layer
+    that this run doesn't, has a higher rank, or is a DoRA and the run is none.
     """
     parameters = lora_parameters(transformer)
     for name, layer in lora.layers.items():
         if f"{name}.lora_A" not in parameters:
             raise ValueError(f"lora_checkpoint adapts {name}, this run doesn't: add it to lora_target_modules")
         rank = len(layer["lora_A"])
-        if rank != spec.rank:
-            raise ValueError(f"lora_checkpoint has rank {rank} on {name}, this run has lora_rank {spec.rank}")
-        for kind, tensor in layer.items():
-            if f"{name}.{kind}" not in parameters:
-                raise ValueError(f"lora_checkpoint has {kind} on {name}: it is a DoRA, so this run needs lora_dora")
-            parameters[f"{name}.{kind}"].data.copy_(tensor / spec.scale if kind == "lora_B" else tensor)
+        if rank > spec.rank:
+            raise ValueError(
+                f"lora_checkpoint has rank {rank} on {name}, this run has lora_rank {spec.rank}: say at least {rank}"
+            )
+        if layer.keys() > {"lora_A", "lora_B"} and not spec.dora:
+            raise ValueError(
+                f"lora_checkpoint has {', '.join(sorted(layer.keys() - {'lora_A', 'lora_B'}))} on {name}: it is a DoRA, so "
+                "this run needs lora_dora"
+            )
+        parameters[f"{name}.lora_A"].data[:rank] = layer["lora_A"]
+        parameters[f"{name}.lora_B"].data[:, :rank] = layer["lora_B"] / spec.scale
+        if spec.dora:
+            parameters[f"{name}.lora_magnitude_vector"].data.copy_(magnitude_of(transformer, name, layer))
     return len(lora.layers)
 
 
+def magnitude_of(transformer: nn.Module, name: str, layer: dict[str, torch.Tensor]) -> torch.Tensor:
+    """PEFT's magnitude vector [out] of a layer from a file; for a plain LoRA the one that changes nothing."""
+    if "lora_magnitude_vector" in layer:
+        return layer["lora_magnitude_vector"]
+    weight = base_layer(transformer, name).weight
+    return magnitude(weight, layer["lora_A"], layer["lora_B"], layer.get("dora_scale"))
+
+
 def attach_lora(transformer: QwenImageTransformer, lora: "LoraFile", strength: float = 1.0) -> None:
-    """Put a LoRA file onto the transformer as an adapter for inference; ranks may differ from layer to layer."""
+    """Put a LoRA file onto the transformer as an adapter for inference; ranks and DoRA may differ from layer to layer."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    ranks = lora.ranks()
-    rank = max(ranks.values())
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern={f"^{name}$": r for name, r in ranks.items() if r != rank},
-        alpha_pattern={f"^{name}$": r for name, r in ranks.items() if r != rank},
-        target_modules=list(ranks),
-        use_dora=any("lora_magnitude_vector" in layer for layer in lora.layers.values()),
-    )
-    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
+    plain = {name for name, layer in lora.layers.items() if layer.keys() == {"lora_A", "lora_B"}}
+    magnitudes = {n: magnitude_of(transformer, n, layer) for n, layer in lora.layers.items() if n not in plain}
+    for names, dora in ((plain, False), (magnitudes.keys(), True)):
+        ranks = {name: rank for name, rank in lora.ranks().items() if name in names}
+        if not ranks:
+            continue
+        rank = max(ranks.values())
+        others = {f"^{re.escape(name)}$": r for name, r in ranks.items() if r != rank}
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            rank_pattern=others,
+            alpha_pattern=others,
+            target_modules=list(ranks),
+            use_dora=dora,
+        )
+        with warnings.catch_warnings():  # of the second call: that there is an adapter already
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
     for name, layer in lora.layers.items():
         module: Any = transformer.get_submodule(name)
-        for kind, tensor in layer.items():
-            holder = getattr(module, kind)[ADAPTER]
-            holder.weight.data.copy_(tensor)
+        for kind in ("lora_A", "lora_B"):
+            getattr(module, kind)[ADAPTER].weight.data.copy_(layer[kind])
+        if name in magnitudes:
+            module.lora_magnitude_vector[ADAPTER].weight.data.copy_(magnitudes[name])
         module.set_scale(ADAPTER, strength)
     transformer.requires_grad_(False)
 

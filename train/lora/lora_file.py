@@ -1,14 +1,16 @@
-"""The LoRA file: what diffusers and ComfyUI load, and whatever other programs wrote.
+"""The LoRA file: what diffusers, ComfyUI and DiffSynth load, and whatever other programs wrote.
 
-A file holds `transformer.<module>.lora_A.weight` and `lora_B.weight` with the scale alpha/rank (rsLoRA: alpha/√rank)
-multiplied into lora_B, and no alpha tensors: then every reader applies the right scale, also those that ignore
-metadata (ComfyUI) or `.alpha` (diffusers beside lora_A names). Rank, alpha and the scale stand in the header.
+A file holds lora_A and lora_B of each layer with the scale alpha/rank (rsLoRA: alpha/√rank) multiplied into lora_B, and no
+alpha tensors (kohya's spelling: alpha = rank): then every reader applies the right scale, also those that ignore metadata
+(ComfyUI) or `.alpha` (diffusers beside lora_A names). Rank, alpha and the scale stand in the header.
+
+    lora = read_lora(path, transformer)             # any spelling; refused by name if it is no LoRA of this transformer
+    write_lora(path, lora.layers, "comfyui", metadata, torch.bfloat16)
 """
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,34 +18,61 @@ from torch import nn
 from files.atomic_files import whole_file
 from files.shown import shown
 from qwen_image.loading.safetensors_writer import safetensors_blocks
-from train.lora.spec import ADAPTER, LoraSpec
+from train.lora.adapter_metadata import AdapterMetadata
+from train.lora.dora import HEADER
+from train.lora.lora_format import SPELLINGS, TEXT_ENCODER, adaptable_layers, split_key, why_not
+from train.lora.spec import LoraSpec
 from train.lora.targets import base_layer
 
-PREFIX = "transformer."  # diffusers' name of the component inside a LoRA file
+Layer = dict[str, torch.Tensor]
+MAGNITUDES = ("lora_magnitude_vector", "dora_scale")  # kept in float32: a rounded one changes every weight of its row
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def save_lora(
-    path: Path, tensors: dict[str, torch.Tensor], spec: LoraSpec, metadata: dict[str, str], dtype: torch.dtype
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    spec: LoraSpec,
+    metadata: dict[str, str],
+    dtype: torch.dtype,
+    lora_format: str = "diffusers",
 ) -> None:
-    """Write a LoRA file: `tensors` by short name (see `short_name`), whole, not partitioned.
-
-    A reader never sees half a file. Raises OSError.
-    """
-    state = {}
+    """Write trained weights, by short name (see `short_name`), whole, not partitioned. Raises OSError."""
+    layers: dict[str, Layer] = {}
     for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
         tensor = tensor.detach().float().cpu()
-        if name.endswith("lora_B"):
-            tensor = tensor * spec.scale
-        suffix = "" if name.endswith("lora_magnitude_vector") else ".weight"
-        state[f"{PREFIX}{name}{suffix}"] = tensor.to(dtype).contiguous()
+        layers.setdefault(layer, {})[kind] = tensor * spec.scale if kind == "lora_B" else tensor
     header = {
-        "format": "pt",
         "lora_rank": str(spec.rank),
         "lora_alpha": str(spec.alpha),
         "lora_scale_in_lora_B": repr(spec.scale),
         "lora_target_modules": ",".join(spec.target_modules),
         **metadata,
     }
+    write_lora(path, layers, lora_format, header, dtype)
+
+
+def write_lora(
+    path: Path, layers: dict[str, Layer], lora_format: str, metadata: dict[str, str], dtype: torch.dtype
+) -> None:
+    """Write layers (the scale inside lora_B) as a program spells them; DoRA's magnitudes in float32, all else in `dtype`.
+
+    A reader never sees half a file. Raises OSError, and ValueError for a DoRA in a spelling that has no name for its
+    magnitudes.
+    """
+    spelling, state = SPELLINGS[lora_format], {}
+    for name, layer in layers.items():
+        for kind, tensor in layer.items():
+            if kind not in spelling.endings:
+                raise ValueError(f"lora_format {lora_format} has no name for a DoRA's {kind}")
+            kept = torch.float32 if kind in MAGNITUDES else dtype
+            state[spelling.key(name, kind)] = tensor.detach().to("cpu", kept).contiguous()
+        if "alpha" in spelling.endings:
+            state[spelling.key(name, "alpha")] = torch.tensor(float(len(layer["lora_A"])), dtype=dtype)
+    header = {"format": "pt", **metadata, "lora_format": lora_format}
+    if any("dora_scale" in layer for layer in layers.values()):
+        header |= HEADER
     ordered = dict(sorted(state.items()))
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in ordered.items()}
     with whole_file(path) as file:
@@ -53,88 +82,137 @@ def save_lora(
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA read from disk: per layer lora_A [r, in], lora_B [out, r] (scale included), DoRA magnitude [out] if any."""
+    """A LoRA read from disk: per layer lora_A [r, in], lora_B [out, r] (scale included), and for DoRA either
+    lora_magnitude_vector [out] or dora_scale [out, 1] (train/lora/dora.py); all float32.
 
-    layers: dict[str, dict[str, torch.Tensor]]
+    `dtype` is that of the file's weights; `notes` are lines for people about what was left out.
+    """
+
+    layers: dict[str, Layer]
     metadata: dict[str, str]
+    dtype: torch.dtype = torch.float32
+    notes: tuple[str, ...] = ()
 
     def ranks(self) -> dict[str, int]:
         return {name: len(layer["lora_A"]) for name, layer in self.layers.items()}
+
+    @property
+    def is_dora(self) -> bool:
+        return any(kind in layer for layer in self.layers.values() for kind in MAGNITUDES)
 
 
 def read_lora(path: Path, transformer: nn.Module) -> LoraFile:
     """Read a LoRA file by any of the names in use: ours and diffusers', DiffSynth's, ComfyUI's, kohya's.
 
-    Raises FileNotFoundError, and ValueError when the file is no LoRA of this transformer, naming the first layer that
-    does not fit.
+    Weights of a text encoder are left out, with a note. Raises FileNotFoundError, and ValueError when the file is no LoRA
+    of this transformer or holds what can't be applied, naming the first key at fault; before weights are read, if names
+    and shapes tell.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"no LoRA file at {path}")
+        raise FileNotFoundError(f"no LoRA file at {shown(path)}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+            keys, notes = _keys_by_layer(path, list(file.keys()), transformer, metadata)
+            adapter = AdapterMetadata.read(metadata, shown(path))
+            for name, kinds in keys.items():
+                _check_shapes(path, name, kinds, file, base_layer(transformer, name))
+            stored = {name: {k: file.get_tensor(key) for k, key in kinds.items()} for name, kinds in keys.items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error})") from error
-    names = {name: name for name in _adaptable_names(transformer)}
-    names |= {name.replace(".", "_"): name for name in names}
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, kind = _split_lora_key(key)
+        raise ValueError(f"{shown(path)} is no readable safetensors file ({error})") from error
+    layers = {name: _scaled(path, name, layer, adapter) for name, layer in stored.items()}
+    dtypes = [layer[kind].dtype for layer in stored.values() for kind in ("lora_A", "lora_B")]
+    dtype = dtypes[0] if len(set(dtypes)) == 1 and dtypes[0].itemsize > 1 else torch.float32
+    return LoraFile(layers, metadata, dtype, notes)
+
+
+def _keys_by_layer(
+    path: Path, keys: list[str], transformer: nn.Module, metadata: dict[str, str]
+) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
+    """Layer → kind → key, and notes about what is left out. Raises ValueError for the first key that can't be used."""
+    names = adaptable_layers(transformer)
+    layers: dict[str, dict[str, str]] = {}
+    encoder = [key for key in keys if TEXT_ENCODER.match(key)]
+    for key in keys:
+        if TEXT_ENCODER.match(key):
+            continue
+        module, kind = split_key(key)
         if module not in names or kind is None:
-            raise ValueError(f"{path}: {shown(key)} is no LoRA weight of a layer that this transformer has")
-        layers.setdefault(names[module], {})[kind] = tensor.float()
-    default_scale = _metadata_scale(metadata)
-    for name, layer in layers.items():
-        if not {"lora_A", "lora_B"} <= layer.keys():
-            raise ValueError(f"{path}: {name} has only {', '.join(layer)}; the file is incomplete")
-        base = base_layer(transformer, name)  # its weight may be partitioned (ZeRO-3)
-        shape = (layer["lora_B"].shape[0], layer["lora_A"].shape[1])
-        if shape != (base.out_features, base.in_features) or layer["lora_B"].shape[1] != len(layer["lora_A"]):
+            raise ValueError(f"{shown(path)}: {shown(key)}: {why_not(key)}")
+        if kind == "dora_scale" and "dora_scale" not in metadata:
             raise ValueError(
-                f"{path}: LoRA of {name} is made for a {shape[0]}×{shape[1]} layer, but this model's is "
-                f"{base.out_features}×{base.in_features}; it belongs to another model"
+                f"{shown(path)}: {shown(key)}: a DoRA whose formula the file doesn't tell: LyCORIS and ComfyUI divide by "
+                "different lengths; merge it into the base with the program that made it"
             )
-        alpha = layer.pop("alpha", None)
-        scale = default_scale if alpha is None else alpha.item() / len(layer["lora_A"])
-        layer["lora_B"] = layer["lora_B"] * scale
-    return LoraFile(layers, metadata)
+        twin = layers.setdefault(names[module], {}).setdefault(kind, key)
+        if twin != key:
+            raise ValueError(
+                f"{shown(path)}: {shown(twin)} and {shown(key)} are two spellings of one weight: the file was put together "
+                "wrongly, and which one counts is not known"
+            )
+    if not layers:
+        what = f"only {len(encoder)} weights of a text encoder" if encoder else "no weights"
+        raise ValueError(f"{shown(path)} holds {what}: there is nothing in it for the transformer")
+    if not encoder:
+        return layers, ()
+    return layers, (
+        f"{shown(path)}: {len(encoder)} weights of a text encoder are left out (first {shown(encoder[0])}); "
+        f"{len(layers)} layers of the transformer are used",
+    )
 
 
-def _adaptable_names(transformer: nn.Module) -> list[str]:
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    return [name.removesuffix(".base_layer") for name in linear if ".lora_" not in name]
+def _check_shapes(path: Path, name: str, kinds: dict[str, str], file: Any, base: nn.Linear) -> None:
+    """Raise ValueError unless these weights make a LoRA of `base` (whose own weight may be partitioned: ZeRO-3)."""
+    shapes = {kind: list(file.get_slice(key).get_shape()) for kind, key in kinds.items()}
+    where = f"{shown(path)}: "
+    missing = [half for half in ("lora_A", "lora_B") if half not in kinds]
+    if missing:
+        raise ValueError(f"{where}{name} has only {', '.join(kinds)}; the file is incomplete")
+    for kind, key in kinds.items():
+        dtype = file.get_slice(key).get_dtype()
+        if dtype not in _FLOATS and kind != "alpha":
+            raise ValueError(f"{where}{shown(key)} holds {dtype} numbers; the weights of a LoRA are floating-point")
+        if kind in ("lora_A", "lora_B") and len(shapes[kind]) != 2:
+            raise ValueError(f"{where}{shown(key)} has shape {shapes[kind]}; the weights of a LoRA are matrices")
+        if kind == "alpha" and shapes[kind] not in ([], [1]):
+            raise ValueError(f"{where}{shown(key)} has shape {shapes[kind]}; an alpha is one number")
+        if kind in MAGNITUDES and torch.Size(shapes[kind]).numel() != base.out_features:
+            raise ValueError(
+                f"{where}{shown(key)} has shape {shapes[kind]}; the layer has {base.out_features} outputs, each with one "
+                "magnitude"
+            )
+    if {*MAGNITUDES} <= kinds.keys():
+        raise ValueError(f"{where}{name} has both {' and '.join(MAGNITUDES)}: one DoRA has one of them")
+    (rank, inputs), (outputs, rank_b) = shapes["lora_A"], shapes["lora_B"]
+    if rank != rank_b:
+        raise ValueError(f"{where}LoRA of {name}: lora_A has rank {rank}, lora_B has rank {rank_b}")
+    if rank == 0:
+        raise ValueError(f"{where}LoRA of {name} has rank 0: it is empty")
+    if (outputs, inputs) != (base.out_features, base.in_features):
+        raise ValueError(
+            f"{where}LoRA of {name} is made for a {outputs}×{inputs} layer, but this model's is "
+            f"{base.out_features}×{base.in_features}; it belongs to another model"
+        )
 
 
-def _split_lora_key(key: str) -> tuple[str, str | None]:
-    """`transformer.a.b.lora_A.weight` → (`a.b`, `lora_A`); down/up and alpha likewise; None for anything else."""
-    for prefix in (PREFIX, "diffusion_model.", "lora_unet_", "lycoris_"):
-        key = key.removeprefix(prefix)
-    key = key.replace(f".{ADAPTER}.", ".")
-    for suffix, kind in (
-        (".lora_A.weight", "lora_A"),
-        (".lora_B.weight", "lora_B"),
-        (".lora_down.weight", "lora_A"),
-        (".lora_up.weight", "lora_B"),
-        (".lora.down.weight", "lora_A"),
-        (".lora.up.weight", "lora_B"),
-        (".alpha", "alpha"),
-        (".lora_magnitude_vector", "lora_magnitude_vector"),
-        (".lora_magnitude_vector.weight", "lora_magnitude_vector"),
-    ):
-        if key.endswith(suffix):
-            return key.removesuffix(suffix), kind
-    return key, None
-
-
-def _metadata_scale(metadata: dict[str, str]) -> float:
-    """alpha/rank of files that diffusers' `save_lora_weights` wrote with adapter metadata; 1 for all others."""
-    if "lora_adapter_metadata" not in metadata:
-        return 1.0
-    adapter = json.loads(metadata["lora_adapter_metadata"])
-    rank, alpha = adapter.get("transformer.r"), adapter.get("transformer.lora_alpha")
-    if not rank or alpha is None:
-        return 1.0
-    return alpha / math.sqrt(rank) if adapter.get("transformer.use_rslora") else alpha / rank
+def _scaled(path: Path, name: str, stored: Layer, adapter: AdapterMetadata) -> Layer:
+    """The layer in float32 with its scale in lora_B. Raises ValueError for what is not finite."""
+    layer = {kind: tensor.float() for kind, tensor in stored.items()}
+    for kind, tensor in layer.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{shown(path)}: {kind} of {name} has values that are NaN or infinite: its training failed, or the file "
+                "is damaged"
+            )
+    rank, alpha = len(layer["lora_A"]), layer.pop("alpha", None)
+    scale = adapter.scale(name, rank) if alpha is None else alpha.item() / rank
+    layer["lora_B"] = layer["lora_B"] * scale
+    if not layer["lora_B"].isfinite().all():
+        raise ValueError(f"{shown(path)}: lora_B of {name} times its scale {scale:g} is no longer finite")
+    if "lora_magnitude_vector" in layer:
+        layer["lora_magnitude_vector"] = layer["lora_magnitude_vector"].flatten()
+    if "dora_scale" in layer:
+        layer["dora_scale"] = layer["dora_scale"].reshape(-1, 1)
+    return layer

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from files.shown import shown
 from qwen_image.loading.model_files import weights_fingerprint
 from train.config.check_paths import split_weight
+from train.lora.dora import magnitude
 from train.lora.lora_file import LoraFile, read_lora
 from train.lora.targets import base_layer
 
@@ -32,8 +34,8 @@ class Preset:
         """`FILE` or `FILE:WEIGHT`. Raises FileNotFoundError, or ValueError when the file is no LoRA of `transformer`."""
         path, weight = split_weight(text)
         lora = read_lora(path, transformer)
-        if weight != 1 and any("lora_magnitude_vector" in layer for layer in lora.layers.values()):
-            raise ValueError(f"{path} is a DoRA: it has no weight but 1, got {weight:g}")
+        if weight != 1 and lora.is_dora:
+            raise ValueError(f"{shown(path)} is a DoRA: it has no weight but 1, got {weight:g}")
         return cls(path, weight, lora)
 
     def identity(self) -> dict[str, Any]:
@@ -44,8 +46,8 @@ class Preset:
 def merged(weight: torch.Tensor, name: str, presets: Sequence[Preset]) -> torch.Tensor:
     """`weight` [out, in] of layer `name` with all presets in it, computed in float32 where it lies, in its own dtype.
 
-    W + weight · lora_B · lora_A, one preset after the other, rounded once. For DoRA (arXiv:2402.09353, eq. 5) each row is
-    then scaled to the length that the magnitude vector says.
+    W + weight · lora_B · lora_A, one preset after the other, rounded once. For DoRA (train/lora/dora.py) each row is then
+    scaled to the length that the magnitude vector or ComfyUI's dora_scale says.
     """
     total = weight.float()
     for preset in presets:
@@ -53,9 +55,14 @@ def merged(weight: torch.Tensor, name: str, presets: Sequence[Preset]) -> torch.
         if layer is None:
             continue
         lora_a, lora_b = (layer[kind].to(total.device) for kind in ("lora_A", "lora_B"))
+        length = None
+        if layer.keys() > {"lora_A", "lora_B"}:
+            length = layer.get("lora_magnitude_vector")
+            if length is None:
+                length = magnitude(total, lora_a, lora_b, layer["dora_scale"])
         total = total + preset.weight * (lora_b @ lora_a)
-        if "lora_magnitude_vector" in layer:
-            total = total * (layer["lora_magnitude_vector"].to(total.device) / total.norm(dim=1)).unsqueeze(1)
+        if length is not None:
+            total = total * (length.to(total.device) / total.norm(dim=1)).unsqueeze(1)
     return total.to(weight.dtype)
 
 
