@@ -173,5 +173,5 @@ def load_transformer(
 ) -> QwenImageTransformer:
     """The transformer on `device`, frozen, in evaluation mode; no second copy of the weights ever exists."""
     transformer = empty_transformer(files)
-    load_weights(transformer, files["transformer"].weights, dtype, device, progress)
+    load_weights(transformer, files["transformer"].weights, dtype, device, progress, unscaled_float8=True)
     return transformer.eval()

@@ -60,8 +60,10 @@ def convert(
     """
     import torch
 
-    from qwen_image.loading.model_files import ModelSource, empty_transformer, resolve_model
-    from qwen_image.model.transformer import QwenImageTransformer, TransformerConfig
+    from qwen_image.loading.model_files import ModelSource, resolve_model
+    from qwen_image.loading.weights import empty_transformer
+    from qwen_image.model.sizes import TransformerConfig
+    from qwen_image.model.transformer import QwenImageTransformer
     from train.lora.lora_file import read_lora, write_lora
     from train.lora.lora_format import SPELLINGS
 
@@ -102,9 +104,11 @@ def with_magnitudes(
     lora: "LoraFile", lora_format: str, source: Path, transformer: Any, files: "ModelFiles | None"
 ) -> "tuple[dict[str, Layer], list[str]]":
     """The layers of a DoRA with the magnitudes that the spelling stores, made from the base's weights; lines for people."""
-    from qwen_image.loading.model_files import match_weights
+    import torch
+
+    from qwen_image.loading.safetensors_ranges import read_whole
+    from qwen_image.loading.weights import match_weights
     from train.lora.dora import dora_scale, magnitude
-    from train.merge_lora import read
 
     own, wanted = "lora_magnitude_vector", "dora_scale"
     if lora_format != "comfyui":
@@ -128,7 +132,7 @@ def with_magnitudes(
         layer = dict(layer)
         if own in layer:
             length, matrices = layer.pop(own), (layer["lora_A"], layer["lora_B"])
-            weight = read(stored[f"{name}.weight"])
+            weight = read_whole(stored[f"{name}.weight"], torch.float32)
             made = (
                 dora_scale(weight, *matrices, length) if own != "dora_scale" else magnitude(weight, *matrices, length)
             )

@@ -3,8 +3,8 @@
     python train/merge_lora.py --model Qwen/Qwen-Image --lora style.safetensors --output_path merged/transformer
     python train/merge_lora.py --model MODEL --lora a.safetensors:0.8 --lora b.safetensors:0.5 --output_path MERGED
 
-MERGED receives config.json and the weights, in the base's dtype. Use it as `--transformer_path MERGED` here, or as
-`QwenImageTransformer2DModel.from_pretrained("MERGED")` in diffusers. One tensor is in memory at a time.
+MERGED receives config.json and the weights, in the base's dtype (float8: in bfloat16). Use it as `--transformer_path MERGED`
+here, or as `QwenImageTransformer2DModel.from_pretrained("MERGED")` in diffusers. One tensor is in memory at a time.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def merge(
     missing, FileExistsError, and OSError when the disk has too little room.
     """
     from qwen_image.loading.model_files import ModelSource, resolve_model
-    from qwen_image.loading.weights import empty_transformer, match_weights
+    from qwen_image.loading.weights import empty_transformer, float8_warning, match_weights
     from train.lora.preset_loras import Preset
 
     if output_path.exists():
@@ -73,7 +73,7 @@ def merge(
     transformer = empty_transformer(found)
     stored = match_weights(transformer, component.weights)
     presets = [Preset.read(text, transformer) for text in loras]
-    for note in (note for preset in presets for note in preset.lora.notes):
+    for note in [*float8_warning(found), *(note for preset in presets for note in preset.lora.notes)]:
         print(one_line(note), file=sys.stderr)
     size = sum(byte_size(tensor) for tensor in stored.values())
     nearest = next(path for path in output_path.absolute().parents if path.exists())
@@ -101,8 +101,15 @@ def merge(
     return len(groups), size
 
 
+def merged_dtype(tensor: "StoredTensor") -> "torch.dtype":
+    """The base's own, but for float8, in which most of a LoRA's update would be rounded away: bfloat16."""
+    import torch
+
+    return torch.bfloat16 if tensor.dtype.itemsize == 1 else tensor.dtype
+
+
 def byte_size(tensor: "StoredTensor") -> int:
-    return tensor.numel * tensor.dtype.itemsize
+    return tensor.numel * merged_dtype(tensor).itemsize
 
 
 def split(stored: dict[str, "StoredTensor"], file_bytes: int) -> Iterator[list[str]]:
@@ -121,7 +128,8 @@ def split(stored: dict[str, "StoredTensor"], file_bytes: int) -> Iterator[list[s
 def write_merged(
     path: Path, stored: dict[str, "StoredTensor"], presets: "Sequence[Preset]", metadata: dict[str, str]
 ) -> None:
-    """Write one safetensors file, tensor by tensor; those without a LoRA byte by byte as they are."""
+    """Write one safetensors file, tensor by tensor; those without a LoRA as they are."""
+    from qwen_image.loading.safetensors_ranges import read_whole
     from qwen_image.loading.safetensors_writer import safetensors_blocks
     from train.lora.preset_loras import merged
 
@@ -129,26 +137,13 @@ def write_merged(
 
     def values() -> "Iterator[torch.Tensor]":
         for name, tensor in stored.items():
-            base = read(tensor)
+            base = read_whole(tensor, merged_dtype(tensor))
             yield merged(base, name.removesuffix(".weight"), presets) if name in adapted else base
 
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+    layout = {name: (merged_dtype(tensor), tensor.shape) for name, tensor in stored.items()}
     with whole_file(path) as file:
         for block in safetensors_blocks(layout, values(), metadata):
             file.write(block)
-
-
-def read(stored: "StoredTensor") -> "torch.Tensor":
-    """The whole tensor from its file."""
-    import torch
-
-    values = torch.empty(stored.shape, dtype=stored.dtype)
-    with stored.path.open("rb") as file:
-        file.seek(stored.offset)
-        count = file.readinto(values.flatten().view(torch.uint8).numpy().data)
-    if count != byte_size(stored):
-        raise ValueError(f"{stored.path} ends inside a tensor; download it again")
-    return values
 
 
 if __name__ == "__main__":

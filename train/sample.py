@@ -64,7 +64,8 @@ def sample(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from qwen_image.kernel_check import distrust_kernels
-    from qwen_image.loading.model_files import ModelSource, empty_transformer, resolve_model
+    from qwen_image.loading.model_files import ModelSource, resolve_model
+    from qwen_image.loading.weights import empty_transformer, float8_warning
     from qwen_image.pipeline import QwenImagePipeline
     from train.lora.inject import attach_lora, set_lora_enabled
     from train.lora.lora_file import read_lora
@@ -72,10 +73,13 @@ def sample(arguments: argparse.Namespace) -> int:
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source, lora = ModelSource.from_options(arguments), None
+    files = resolve_model(source, ("transformer",))
+    notes = float8_warning(files)
     if arguments.lora is not None:  # before the model is read
-        lora = read_lora(arguments.lora, empty_transformer(resolve_model(source, ("transformer",))))
-        for note in lora.notes:
-            print(one_line(note), file=sys.stderr)
+        lora = read_lora(arguments.lora, empty_transformer(files))
+        notes += lora.notes
+    for note in notes:
+        print(one_line(note), file=sys.stderr)
     pipeline = QwenImagePipeline.from_pretrained(
         source,
         dtype=getattr(torch, arguments.dtype),

@@ -5,19 +5,30 @@ chat template, through Qwen2.5-VL's language model, and the tokens that the temp
 five tokens after the caption stay, so "" has five tokens.
 """
 
+import re
 from typing import Any
 
 import torch
 
-from qwen_image.loading.model_files import Component
-from qwen_image.loading.weights import stream_tensors
+from files.shown import shown
+from qwen_image.loading.model_files import Component, read_json_object
+from qwen_image.loading.weights import load_weights
 from qwen_image.model.prompt import Prompt
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
+MODEL_TYPE = "qwen2_5_vl"
+# What the language model's weights are called in checkpoints of transformers 5 and 4, in ComfyUI's file, and alone.
+_LANGUAGE_MODEL = re.compile(r"^(model\.language_model\.|language_model\.model\.|model\.(?!visual\.)|)")
+_OTHER_PARTS = ("visual.", "model.visual.", "lm_head.", "language_model.lm_head.")  # vision tower, vocabulary head
 MAX_TOKENS = 1024  # of caption plus template end; sampling uses 512 by default
+
+
+def language_model_name(name: str) -> str | None:
+    """A tensor's name in a checkpoint of Qwen2.5-VL → its name in the language model; None for the other parts."""
+    return None if name.startswith(_OTHER_PARTS) else _LANGUAGE_MODEL.sub("", name, count=1)
 
 
 class TextEncoder:
@@ -33,20 +44,36 @@ class TextEncoder:
     def from_files(
         cls, text_encoder: Component, tokenizer: Component, dtype: torch.dtype, device: torch.device | str
     ) -> "TextEncoder":
-        """Load with transformers' own class, so that names of older and newer checkpoints map alike."""
-        from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+        """Load the language model by the transformer's own reader; the file's other parts are left where they are.
+
+        Raises FileNotFoundError without a configuration, and ValueError when configuration, names, shapes or the tokenizer
+        are another model's, before any weight is read.
+        """
+        from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
         config_file = text_encoder.folder / "config.json"
         if not config_file.is_file():
             raise FileNotFoundError(
                 f"{config_file} is missing; the text encoder is Qwen2.5-VL in the Hugging Face layout"
             )
-        config = Qwen2_5_VLConfig.from_pretrained(text_encoder.folder)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=dict(stream_tensors(text_encoder.weights)), dtype=dtype
-        )
-        language_model = model.model.language_model.to(device)
-        return cls(AutoTokenizer.from_pretrained(tokenizer.folder, padding_side="right"), language_model)
+        kind = read_json_object(config_file).get("model_type")
+        if kind != MODEL_TYPE:
+            raise ValueError(
+                f"{shown(config_file)} says model_type {shown(repr(kind))}; the text encoder is a {MODEL_TYPE}"
+            )
+        config = Qwen2_5_VLConfig.from_pretrained(text_encoder.folder).text_config
+        words = AutoTokenizer.from_pretrained(tokenizer.folder, padding_side="right")
+        if len(words) > config.vocab_size:
+            raise ValueError(
+                f"{shown(tokenizer.folder)} has {len(words)} tokens, the text encoder knows {config.vocab_size}: tokenizer and "
+                "text encoder belong to different models"
+            )
+        with torch.device("meta"):
+            language_model = Qwen2_5_VLTextModel(config)
+        load_weights(language_model, text_encoder.weights, dtype, device, rename=language_model_name)
+        rotary: Any = type(language_model.rotary_emb)  # its frequencies are computed, not stored, and were on "meta"
+        language_model.rotary_emb = rotary(config).to(device)
+        return cls(words, language_model)
 
     @property
     def device(self) -> torch.device:

@@ -147,7 +147,7 @@ def _check_family(root: Path, model: str) -> None:
         raise FileNotFoundError(
             f"{model}: model_index.json is missing, so this is no model folder in the Hugging Face layout"
         )
-    pipeline = _json_object(index).get("_class_name")
+    pipeline = read_json_object(index).get("_class_name")
     if pipeline not in _TEXT_TO_IMAGE_PIPELINES:
         raise ValueError(
             f"{model} is a {pipeline}; only text-to-image models of QwenImagePipeline (Qwen-Image, Qwen-Image-2512) "
@@ -181,7 +181,7 @@ def _folder_weights(folder: Path, component: str) -> tuple[Path, ...]:
         return ()
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        weight_map = _json_object(indexes[0]).get("weight_map")
+        weight_map = read_json_object(indexes[0]).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{indexes[0]} has no weight_map; download it again")
         names = sorted({plain_name(name, indexes[0]) for name in weight_map.values()})
@@ -197,7 +197,8 @@ def _folder_weights(folder: Path, component: str) -> tuple[Path, ...]:
     return files
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is no JSON, or holds something else than an object."""
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:

@@ -7,6 +7,9 @@ tensor is read without the rest.
         reader.read(stored["img_in.weight"], half, first=1000)           # elements 1000 … of the flattened tensor
     # here all of it has arrived, or the first error is raised
 
+Values that are NaN or infinite end the reading with an error: one would spoil every image and every gradient. float8 numbers
+that come with a scale (`StoredTensor.scale`, see float8_scales.py) are multiplied with it.
+
 Reading in parallel is what makes a disk give its full speed; a memory map (safetensors' own way) faults page by page.
 Format: 8 bytes length (little endian), a JSON header, then the tensors' bytes (huggingface.co/docs/safetensors).
 """
@@ -15,7 +18,7 @@ import json
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -46,12 +49,17 @@ _SINGLE_FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transfor
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: contiguous, at bytes [offset, offset + numel · itemsize)."""
+    """A tensor in a file: contiguous, at bytes [offset, offset + numel · itemsize).
+
+    `name` is the file's own. `scale` (float32, one number or one a row) is what the stored numbers are multiplied with.
+    """
 
     path: Path
     dtype: torch.dtype
     shape: torch.Size
     offset: int
+    name: str = ""
+    scale: torch.Tensor | None = field(default=None, compare=False)
 
     @property
     def numel(self) -> int:
@@ -61,9 +69,18 @@ class StoredTensor:
 def read_headers(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
     """All tensors of `files` in the order in which they lie there, single-file prefixes removed; reads no weights.
 
-    Raises ValueError for a file that is no safetensors file, is truncated, or holds a type that torch has not.
+    Raises ValueError for a file that is no safetensors file, is truncated, or holds a type that torch has not, and for a
+    tensor that two files hold.
     """
-    return {name: stored for path in files for name, stored in _read_header(path).items()}
+    found: dict[str, StoredTensor] = {}
+    for path in files:
+        for name, stored in _read_header(path).items():
+            if name in found:
+                raise ValueError(
+                    f"{shown(found[name].path)} and {shown(path)} both hold {shown(name)}: they are not parts of one model"
+                )
+            found[name] = stored
+    return found
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -78,7 +95,11 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
             tensors = {
                 name: StoredTensor(
-                    path, DTYPES[entry["dtype"]], torch.Size(entry["shape"]), 8 + length + entry["data_offsets"][0]
+                    path,
+                    DTYPES[entry["dtype"]],
+                    torch.Size(entry["shape"]),
+                    8 + length + entry["data_offsets"][0],
+                    name,
                 )
                 for name, entry in entries
             }
@@ -96,11 +117,36 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 def single_file_prefix(names: list[str]) -> str:
     """What stands before the transformer's own names in a single-file checkpoint, or nothing."""
-    return next((prefix for prefix in _SINGLE_FILE_PREFIXES if names and names[0].startswith(prefix)), "")
+    return next((p for p in _SINGLE_FILE_PREFIXES if any(name.startswith(p) for name in names)), "")
 
 
 def _unreadable(path: Path, reason: str) -> ValueError:
     return ValueError(f"{path} is no readable safetensors file ({reason}); download it again")
+
+
+def _not_finite(stored: StoredTensor) -> ValueError:
+    return ValueError(
+        f"{shown(stored.path)}: {shown(stored.name)} has values that are NaN or infinite: download it again, or take another "
+        "model"
+    )
+
+
+def _scales_of(stored: StoredTensor, first: int, count: int) -> torch.Tensor:
+    """Of the flattened tensor's elements [first, first + count): one number, or as many as elements."""
+    assert stored.scale is not None
+    if stored.scale.numel() == 1:
+        return stored.scale.reshape(())
+    columns = stored.numel // stored.scale.numel()
+    rows = stored.scale.flatten()[first // columns : (first + count - 1) // columns + 1]
+    return rows.repeat_interleave(columns)[first % columns : first % columns + count]
+
+
+def read_whole(stored: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One tensor on the CPU, in its own dtype or another. Raises ValueError for a file that ends too early or holds NaN."""
+    values = torch.empty(stored.shape, dtype=dtype or stored.dtype)
+    with RangeReader() as reader:
+        reader.read(stored, values)
+    return values
 
 
 class RangeReader:
@@ -118,6 +164,9 @@ class RangeReader:
         self._files: dict[Path, int] = {}
         self._local = threading.local()
         self._stop = threading.Event()
+        self._looked_at: list[
+            tuple[StoredTensor, torch.Tensor]
+        ] = []  # on a GPU: read at the end, so that nothing waits
         self._bar = tqdm(
             desc="loading weights", total=total, unit="B", unit_scale=True, disable=not progress, mininterval=0.5
         )
@@ -141,7 +190,7 @@ class RangeReader:
         if self._stop.is_set():
             return
         size = part.numel() * stored.dtype.itemsize
-        in_place = part.device.type == "cpu" and part.dtype == stored.dtype
+        in_place = part.device.type == "cpu" and part.dtype == stored.dtype and stored.scale is None
         buffer = part.view(torch.uint8) if in_place else self._staging(part.is_cuda)[:size]
         view = buffer.numpy().data
         done = 0
@@ -153,7 +202,19 @@ class RangeReader:
             done += count
         if not in_place:
             part.copy_(buffer.view(stored.dtype))  # waits for the device: the buffer is used again
+        if stored.scale is not None:
+            part.mul_(_scales_of(stored, first, part.numel()).to(part.device))
+        self._look(stored, part)
         self._bar.update(size)
+
+    def _look(self, stored: StoredTensor, part: torch.Tensor) -> None:
+        """Raise ValueError, now (on the CPU) or at the end, unless all of `part` is finite. Costs less than the copy did."""
+        if not part.is_floating_point() or part.element_size() == 1:
+            return
+        if part.is_cuda:
+            self._looked_at.append((stored, torch.stack(torch.aminmax(part)).isfinite().all()))
+        elif not torch.linalg.vector_norm(part).isfinite() and not part.isfinite().all():  # the norm alone may overflow
+            raise _not_finite(stored)
 
     def _staging(self, pinned: bool) -> torch.Tensor:
         """This thread's buffer; pinned for a GPU, or the copy would go through another one."""
@@ -177,6 +238,9 @@ class RangeReader:
                     self._stop.set()  # the chunks that are still waiting are not worth reading
                     if kind is None:
                         raise
+            for stored, finite in self._looked_at if kind is None else ():
+                if not finite:
+                    raise _not_finite(stored)
         finally:
             self._pool.shutdown(wait=True)
             for descriptor in self._files.values():

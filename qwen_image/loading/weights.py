@@ -7,16 +7,19 @@ The headers say whether names and shapes are the module's before any weight is r
 shall stay, so no second copy of the model ever exists.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from files.shown import shown
+from qwen_image.loading.float8_scales import attach_scales, unscaled
 from qwen_image.loading.model_files import ModelFiles, transformer_config
-from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor, read_headers, single_file_prefix
+from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor, read_headers
 from qwen_image.model.transformer import QwenImageTransformer
+
+Rename = Callable[[str], str | None]
 
 
 def empty_transformer(files: ModelFiles) -> QwenImageTransformer:
@@ -25,34 +28,21 @@ def empty_transformer(files: ModelFiles) -> QwenImageTransformer:
         return QwenImageTransformer(transformer_config(files))
 
 
-def stream_tensors(files: tuple[Path, ...], device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor, one at a time, single-file prefixes removed; on the CPU views of the mapped file."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in files:
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                names = list(file.keys())
-                prefix = single_file_prefix(names)
-                for name in names:
-                    yield name.removeprefix(prefix), file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}); download it again") from error
-
-
 def load_weights(
     module: nn.Module,
     files: tuple[Path, ...],
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    rename: Rename | None = None,
+    unscaled_float8: bool = False,
 ) -> None:
     """Fill a module built on the meta device from safetensors, cast and moved piece by piece; freezes all.
 
-    Peak memory is the model plus a few pieces of 16 MiB. Raises ValueError when names or shapes are another model's,
-    before any weight is read.
+    Peak memory is the model plus a few pieces of 16 MiB. Arguments and errors are those of `match_weights`, raised before
+    any weight is read; ValueError also for values that are not finite.
     """
-    stored = match_weights(module, files)
+    stored = match_weights(module, files, rename, unscaled_float8)
     total = sum(tensor.numel * tensor.dtype.itemsize for tensor in stored.values())
     with RangeReader(progress, total) as reader:
         for name, tensor in stored.items():
@@ -61,28 +51,74 @@ def load_weights(
             reader.read(tensor, values)
 
 
-def match_weights(module: nn.Module, files: tuple[Path, ...]) -> dict[str, StoredTensor]:
-    """Where each parameter of `module` lies in `files`, in the files' order; reads headers alone.
+def match_weights(
+    module: nn.Module, files: tuple[Path, ...], rename: Rename | None = None, unscaled_float8: bool = True
+) -> dict[str, StoredTensor]:
+    """Where each parameter of `module` lies in `files`, in the files' order; reads headers and float8 scales alone.
 
-    Raises ValueError when a file is damaged, or names or shapes are another model's.
+    Args:
+        rename: the file's name of a tensor → the module's, or None for one that belongs to a part that is not loaded.
+        unscaled_float8: take float8 weights without scales, which lost precision (`float8_warning` tells).
+
+    Raises ValueError when a file is damaged, names, shapes or types are another model's, or a float8 scale is missing.
     """
     expected = {name: parameter.shape for name, parameter in module.named_parameters()}
-    stored = read_headers(files)
+    stored = _renamed(attach_scales(read_headers(files)), rename)
+    where = shown(files[0].parent if len(files) > 1 else files[0])
     for name, tensor in stored.items():
         if name in expected and tensor.shape != expected[name]:
             raise ValueError(
-                f"{files[0].parent}: {name} has shape {list(tensor.shape)}, but the configuration says "
+                f"{where}: {shown(tensor.name)} has shape {list(tensor.shape)}, but the configuration says "
                 f"{list(expected[name])}; configuration and weights belong to different models"
             )
     missing, unexpected = sorted(expected.keys() - stored.keys()), [name for name in stored if name not in expected]
     if missing or unexpected:
         raise ValueError(
-            f"{files[0].parent}: these weights are not this model's: {len(missing)} tensors missing"
+            f"{where}: these weights are not this model's: {len(missing)} tensors missing"
             + (f" (first {shown(missing[0])})" if missing else "")
             + f", {len(unexpected)} unknown"
-            + (f" (first {shown(unexpected[0])})" if unexpected else "")
+            + (f" (first {shown(stored[unexpected[0]].name)})" if unexpected else "")
+        )
+    for tensor in stored.values():
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{where}: {shown(tensor.name)} holds {str(tensor.dtype).removeprefix('torch.')} numbers: a quantized file of "
+                "another program, which is not read; use the bfloat16 file"
+            )
+    rounded = unscaled(stored.values())
+    if rounded is not None and not unscaled_float8:
+        raise ValueError(
+            f"{where}: {shown(rounded.name)} is float8 without a scale, so its values are lost or off: use the bfloat16 file, "
+            "or one with scales"
         )
     return stored
+
+
+def _renamed(stored: dict[str, StoredTensor], rename: Rename | None) -> dict[str, StoredTensor]:
+    if rename is None:
+        return stored
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        own = rename(name)
+        if own is None:
+            continue
+        if own in found:
+            raise ValueError(
+                f"{shown(tensor.path)}: {shown(found[own].name)} and {shown(tensor.name)} are two spellings of one weight"
+            )
+        found[own] = tensor
+    return found
+
+
+def float8_warning(files: ModelFiles) -> list[str]:
+    """A line for people when the transformer's file is float8 without scales; reads headers alone."""
+    rounded = unscaled(attach_scales(read_headers(files["transformer"].weights)).values())
+    if rounded is None:
+        return []
+    return [
+        f"warning: {shown(rounded.path)} holds float8 weights without scales: every weight has lost precision for good "
+        "(2 or 3 bits of mantissa are left); the bfloat16 file is better, and takes as little with --base_precision float8"
+    ]
 
 
 def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -63,7 +63,11 @@ def merged(weight: torch.Tensor, name: str, presets: Sequence[Preset]) -> torch.
         total = total + preset.weight * (lora_b @ lora_a)
         if length is not None:
             total = total * (length.to(total.device) / total.norm(dim=1)).unsqueeze(1)
-    return total.to(weight.dtype)
+    result = total.to(weight.dtype)
+    if not result.isfinite().all():
+        files = ", ".join(shown(preset.path) for preset in presets if name in preset.lora.layers)
+        raise ValueError(f"the weight of {name} is no longer finite with {files} merged in: their values are too large")
+    return result
 
 
 def merge_presets(transformer: nn.Module, presets: Sequence[Preset]) -> int:
