@@ -34,6 +34,12 @@ def merge() -> int:
     return main()
 
 
+def convert() -> int:
+    from train.convert_lora import main
+
+    return main()
+
+
 def make_shards() -> int:
     from data_prep.make_shards import main
 
