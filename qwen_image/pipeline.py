@@ -101,6 +101,8 @@ class QwenImagePipeline:
             transformer = load_transformer(files, dtype, device, progress)
         if "text_encoder" in components:
             text_encoder = TextEncoder.from_files(files["text_encoder"], files["tokenizer"], dtype, device)
+        if transformer is not None and text_encoder is not None:
+            check_prompt_width(text_encoder, transformer.config.joint_attention_dim)
         if "vae" in components:
             vae = VAE.from_files(files["vae"], dtype, device)
         return cls(transformer, text_encoder, vae, schedule, files)
@@ -160,6 +162,16 @@ class QwenImagePipeline:
         if self.text_encoder is None:
             raise ValueError("prompts in words need the component text_encoder; load it or pass embeddings")
         return self.text_encoder.encode(prompts, max_tokens)
+
+
+def check_prompt_width(text_encoder: TextEncoder, width: int) -> None:
+    """Raise ValueError unless the text encoder makes embeddings of the width that the transformer reads."""
+    made = text_encoder.language_model.config.hidden_size
+    if made != width:
+        raise ValueError(
+            f"the text encoder makes prompt embeddings {made} wide, but the transformer takes {width}: they belong to "
+            "different models (--text_encoder_path, --transformer_path)"
+        )
 
 
 def draw_noise(seeds: list[int], height: int, width: int, dtype: torch.dtype) -> torch.Tensor:

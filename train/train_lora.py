@@ -99,17 +99,19 @@ def train(config: TrainConfig) -> int:
     choose_workspaces(ranks.device, config.deterministic)
     preemption = Preemption()
     zero = ZeroPlan.from_config(config, ranks.world)
-    ranks.say(*zero.warnings())
     seed_everything(config.seed, config.deterministic)
     data = RunData.from_config(config, ranks)
     spec = LoraSpec.from_config(config)
     base = BasePlan.from_config(config, zero, spec)
-    ranks.say(*base.lines(ranks.device))
+    ranks.say(*zero.warnings(), *base.lines(ranks.device))
+    identity = base.identity() | spec.identity() | data.identity() | config.identity(**data.decided)
+    checkpoints = Checkpoints.from_config(config, ranks.say)
+    found = checkpoints.find(config.resume)
+    if checkpoints.is_finished(found, data.steps, identity, config.resume_ignore_data):
+        return DONE
     setup = Setup.from_config(config, zero, spec, base, data, ranks)
     memory = check_memory(setup, ranks)
     facts = prepare_run_folder(config, zero.settings, setup.trainable, data.steps, data.decided, ranks.is_main)
-    checkpoints = Checkpoints.from_config(config, ranks.say)
-    found = checkpoints.find(config.resume)
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
     pipeline = load_pipeline(base, zero, data.dataset, memory.encoders, ranks)
@@ -123,18 +125,16 @@ def train(config: TrainConfig) -> int:
     validation = Validation(data.dataset, encoder, ranks.rank, ranks.world, ranks.device)
 
     # ── Going on where an earlier run stopped; then numbers, and what is fastest that fits ────────────────────────────
-    identity = base.identity(pipeline.files) | spec.identity() | data.identity() | config.identity(**data.decided)
     resumed = checkpoints.resume(engine, found, identity, config.resume_ignore_data)
-    if 0 < resumed.step < data.steps:
-        export.write_again(engine, resumed.step)
+    export.write_again(engine, resumed.step, data.steps)
     ranks.say(*data.lines(), spec.line(len(step.adapted), setup.trainable))
     fit = fit_step(config, setup, step.module, data, resumed.step, ranks.device)
     ranks.say(*step.lines, *fit.lines)
 
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
     facts |= data.decided | {"trainable": setup.trainable}
-    sizes = data.steps, data.global_batch, resumed.step
-    metrics = Metrics.from_config(config, *sizes, ranks.rank, facts, resumed.wandb_id)
+    sizes = data.steps, data.global_batch, resumed.step, ranks.rank
+    metrics = Metrics.from_config(config, *sizes, facts, resumed.wandb_id)
     loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.say)
     loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, fit.peak_watch(metrics.say), preemption)
     return loop.run(Outputs(validation, preview, export, checkpoints, identity))
@@ -178,6 +178,8 @@ class Loop:
         self.peak, self.preemption = peak, preemption
         self.learning_rate = LearningRate.from_config(config, total_steps)
         self.watch = LossWatch(metrics.say, engine.device, resumed.loss)
+        for line in self.learning_rate.lines_on_resuming(self.step, resumed.client):
+            metrics.say(line)
 
     def run(self, outputs: Outputs) -> int:
         """Train until the last step is done, one is not finite, or the run is asked to leave; returns the exit code."""
@@ -259,7 +261,9 @@ class Loop:
         if code == DONE:
             self.peak.tell()
             path = export.write_final(self.engine, self.step)
-            lines[DONE] = "; ".join([f"LoRA of step {self.step}: {path}", *shapes_met(self.engine.module)])
+            lines[DONE] = "; ".join(
+                [f"LoRA of step {self.step}: {path}", *shapes_met(self.engine.module), *export.notes(path)]
+            )
         export.finish()
         if code in lines:
             self.metrics.say(lines[code])

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from qwen_image.float8.linear import check_float8, float8_bytes
-from qwen_image.loading.model_files import ModelFiles, ModelSource, resolve_model
-from qwen_image.loading.weights import empty_transformer, match_weights
+from qwen_image.loading.model_files import ModelSource, resolve_model
+from qwen_image.loading.weights import empty_transformer, float8_warning, match_weights
 from qwen_image.model.dtypes import DTYPES
 from qwen_image.model.modulation import modulation_layers
 from qwen_image.model.sizes import PIXEL_MULTIPLE
@@ -18,6 +18,7 @@ from qwen_image.noise_schedule import SigmaSchedule
 from train.config.train_config import TrainConfig
 from train.config.zero_plan import ZeroPlan
 from train.flow.timestep_sampling import SIGMA_STEPS
+from train.lora.inject import check_starting_file
 from train.lora.preset_loras import Preset
 from train.lora.spec import LoraSpec
 from train.lora.targets import resolve_targets
@@ -36,6 +37,7 @@ class BasePlan:
         tabulated: it does: a table over σ stands in for the modulation layers (qwen_image/model/modulation.py).
         presets: LoRAs that are merged into it.
         sampled: steps and image tokens of the sample images, whose noise levels the table must know too; None: no images.
+        notes: for people, about the files.
     """
 
     source: ModelSource
@@ -46,6 +48,7 @@ class BasePlan:
     tabulated: bool = False
     presets: tuple[Preset, ...] = ()
     sampled: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec) -> "BasePlan":
@@ -64,11 +67,13 @@ class BasePlan:
         if config.sample_prompts:
             tokens = (config.sample_height // PIXEL_MULTIPLE) * (config.sample_width // PIXEL_MULTIPLE)
             sampled = config.sample_num_inference_steps, tokens
-        return cls(source, empty, DTYPES[config.dtype], float8, can_tabulate, tabulated, presets, sampled)
+        notes = (*float8_warning(files), *(note for preset in presets for note in preset.lora.notes))
+        notes += check_starting_file(config.lora_checkpoint, empty, spec)
+        return cls(source, empty, DTYPES[config.dtype], float8, can_tabulate, tabulated, presets, sampled, notes)
 
     def lines(self, device: torch.device) -> list[str]:
         """For people: what `device` makes of it. Raises ValueError for one that can't multiply float8."""
-        return check_float8(device, self.dtype) if self.float8 else []
+        return [*self.notes, *(check_float8(device, self.dtype) if self.float8 else [])]
 
     @property
     def blocks(self) -> int:
@@ -90,8 +95,9 @@ class BasePlan:
             sigmas += schedule.sigmas(*self.sampled).tolist()
         return sigmas
 
-    def identity(self, files: ModelFiles) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of the base: on another one a LoRA means nothing."""
+        files = resolve_model(self.source, ("transformer",))
         model = (
             {"transformer": files.fingerprint("transformer")}
             | ({"presets": [preset.identity() for preset in self.presets]} if self.presets else {})

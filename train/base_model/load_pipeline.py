@@ -8,7 +8,7 @@ from qwen_image.loading.model_files import (
     resolve_model,
 )
 from qwen_image.loading.pinned_memory import pin
-from qwen_image.pipeline import QwenImagePipeline
+from qwen_image.pipeline import QwenImagePipeline, check_prompt_width
 from train.base_model.base_plan import BasePlan
 from train.base_model.load_transformer import load_base
 from train.base_model.online_encoder import EncoderPlace
@@ -38,6 +38,8 @@ def load_pipeline(
         dtype=base.dtype,
         device=ranks.device if encoder_place == "device" else "cpu",
     )
+    if pipeline.text_encoder is not None:
+        check_prompt_width(pipeline.text_encoder, base.empty.config.joint_attention_dim)
     if encoder_place == "swap" and pipeline.vae is not None and pipeline.text_encoder is not None:
         pipeline.vae.to(ranks.device)
         if ranks.device.type == "cuda":

@@ -114,7 +114,16 @@ class TrainConfig:
         "add_v_proj",
     )
     lora_rslora: Annotated[bool, "rank-stabilised LoRA: scale by alpha / sqrt(rank)"] = False
-    lora_dora: Annotated[bool, "DoRA: train the magnitude of the weights too"] = False
+    lora_dora: Annotated[
+        bool,
+        "DoRA: train the magnitude of the weights too; ComfyUI (v0.3.77 or newer) reads it in its own lora_format alone, every "
+        "program after train/merge_lora.py",
+    ] = False
+    lora_format: Annotated[
+        Literal["diffusers", "comfyui", "diffsynth", "kohya"],
+        "whose spelling the LoRA files have: ComfyUI reads all, DiffSynth comfyui and diffsynth (docs/lora_files.md); "
+        "train/convert_lora.py rewrites a file",
+    ] = "diffusers"
     lora_dtype: Annotated[
         Precision | None, "of the LoRA weights in the forward pass (AdamW's are float32); not given: as dtype"
     ] = None
@@ -240,6 +249,10 @@ class TrainConfig:
         if self.loader == "webdataset" and (self.max_steps is None or self.validation_samples):
             raise ValueError(
                 "loader webdataset knows no epochs and can't hold samples out: give max_steps, and no validation_samples"
+            )
+        if self.lora_dora and self.lora_format in ("diffsynth", "kohya"):
+            raise ValueError(
+                f"lora_format {self.lora_format} has no name for the magnitudes of lora_dora: use diffusers or comfyui"
             )
         for name in ("model", "data", "resume", "wandb_project", "lora_target_modules"):
             if not getattr(self, name):

@@ -106,6 +106,7 @@ class RunData:
             "data": self.dataset.fingerprint,
             "order": {"loader": "webdataset"} if self.order is None else self.order.state(),
             "global_batch": self.global_batch,
+            "steps": self.steps,
         }
 
     def lines(self) -> list[str]:

@@ -33,6 +33,28 @@ class LearningRate:
         remaining = 1 - done if self.course == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.peak * max(0.0, remaining)
 
+    def lines_on_resuming(self, step: int, before: dict[str, Any]) -> list[str]:
+        """For people: what the schedule does from optimizer step `step` on, where that is not what the earlier run would
+        have done. `before`: its client state in the checkpoint, with `config` and (not in old ones) `steps`.
+        """
+        options = before.get("config", {})
+        steps = before.get("steps") or options.get("max_steps")
+        if not step or not steps:
+            return []
+        earlier = LearningRate(
+            options.get("learning_rate", self.peak),
+            options.get("lr_scheduler", self.course),
+            options.get("lr_warmup_steps", self.warmup_steps),
+            steps,
+        )
+        now, then = self.at(step), earlier.at(step - 1)
+        if math.isclose(self.at(step - 1), then, rel_tol=1e-6, abs_tol=1e-6 * self.peak):
+            return []
+        return [
+            f"learning rate: {now:.3g} from step {step + 1} on ({self.course}, {self.total_steps} steps); the earlier run "
+            f"({earlier.course}, {earlier.total_steps} steps) was at {then:.3g} in step {step}"
+        ]
+
     def set(self, engine: Any, step: int) -> None:
         """Give the engine's optimizer the learning rate of optimizer step `step`."""
         for group in engine.optimizer.param_groups:

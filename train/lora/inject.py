@@ -4,6 +4,8 @@ import hashlib
 import math
 import re
 import warnings
+from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,8 +76,20 @@ def start_from(transformer: QwenImageTransformer, lora: "LoraFile", spec: LoraSp
     that this run doesn't, has a higher rank, or is a DoRA and the run is none.
     """
     parameters = lora_parameters(transformer)
+    check_start(lora, spec, {name.removesuffix(".lora_A") for name in parameters if name.endswith(".lora_A")})
     for name, layer in lora.layers.items():
-        if f"{name}.lora_A" not in parameters:
+        rank = len(layer["lora_A"])
+        parameters[f"{name}.lora_A"].data[:rank] = layer["lora_A"]
+        parameters[f"{name}.lora_B"].data[:, :rank] = layer["lora_B"] / spec.scale
+        if spec.dora:
+            parameters[f"{name}.lora_magnitude_vector"].data.copy_(magnitude_of(transformer, name, layer))
+    return len(lora.layers)
+
+
+def check_start(lora: "LoraFile", spec: LoraSpec, adapted: Collection[str]) -> None:
+    """Raise ValueError when a run of `spec` on the `adapted` layers can't start from a LoRA file."""
+    for name, layer in lora.layers.items():
+        if name not in adapted:
             raise ValueError(f"lora_checkpoint adapts {name}, this run doesn't: add it to lora_target_modules")
         rank = len(layer["lora_A"])
         if rank > spec.rank:
@@ -87,11 +101,20 @@ def start_from(transformer: QwenImageTransformer, lora: "LoraFile", spec: LoraSp
                 f"lora_checkpoint has {', '.join(sorted(layer.keys() - {'lora_A', 'lora_B'}))} on {name}: it is a DoRA, so "
                 "this run needs lora_dora"
             )
-        parameters[f"{name}.lora_A"].data[:rank] = layer["lora_A"]
-        parameters[f"{name}.lora_B"].data[:, :rank] = layer["lora_B"] / spec.scale
-        if spec.dora:
-            parameters[f"{name}.lora_magnitude_vector"].data.copy_(magnitude_of(transformer, name, layer))
-    return len(lora.layers)
+
+
+def check_starting_file(path: Path | None, empty: QwenImageTransformer, spec: LoraSpec) -> tuple[str, ...]:
+    """Read `--lora_checkpoint`, if there is one, before the model is; lines for people about it.
+
+    Raises what `read_lora` and `check_start` raise. `empty`: the transformer on the meta device.
+    """
+    from train.lora.lora_file import read_lora
+
+    if path is None:
+        return ()
+    lora = read_lora(path, empty)
+    check_start(lora, spec, resolve_targets(empty, spec.target_modules))
+    return lora.notes
 
 
 def magnitude_of(transformer: nn.Module, name: str, layer: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -38,7 +38,12 @@ class LoraSpec:
 
     def line(self, layers: int, trainable: int) -> str:
         """For people, before step 0."""
-        return f"LoRA of rank {self.rank}, scale {self.scale:g}, on {layers} layers: {trainable:,} trainable parameters"
+        scale = f"scale {self.scale:g}"
+        if self.alpha != self.rank:
+            root = "√" if self.rslora else ""
+            usual = math.sqrt(self.rank) if self.rslora else 1
+            scale += f" (lora_alpha {self.alpha:g} / {root}{self.rank}; lora_alpha {self.rank} would give {usual:g})"
+        return f"LoRA of rank {self.rank}, {scale}, on {layers} layers: {trainable:,} trainable parameters"
 
     @property
     def scale(self) -> float:

@@ -12,13 +12,14 @@ train/engine/optimizer_state.py.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from files.shown import shown
 from train.config.train_config import TrainConfig
 from train.engine.optimizer_state import gather, read_counters, read_kinds, restore, trainable_shapes
 from train.saving.checkpoint_folder import (
@@ -30,6 +31,7 @@ from train.saving.checkpoint_folder import (
     prune,
     write_checkpoint,
 )
+from train.saving.final_file import FINAL, final_file_is_whole
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Resumed:
         loss: `LossWatch.state()`, so that the next row averages over the same steps as if nothing had happened.
         wandb_id: of the W&B run to go on in; None for another run's checkpoint.
         path: of the checkpoint; None at the beginning.
+        client: all that the checkpoint remembers of its run.
     """
 
     step: int = 0
@@ -49,6 +52,7 @@ class Resumed:
     loss: dict[str, Any] | None = None
     wandb_id: str | None = None
     path: Path | None = None
+    client: dict[str, Any] = field(default_factory=dict)
 
     @property
     def from_checkpoint(self) -> bool:
@@ -63,6 +67,7 @@ class Checkpoints:
         on_error: a checkpoint that can't be written (a full disk) ends the run with an OSError (`stop`), or is reported
             and left out (`continue`). Earlier ones are untouched either way.
         say: where notes go.
+        lora_format: the spelling of the run's LoRA file (for `is_finished`).
     """
 
     def __init__(
@@ -72,13 +77,16 @@ class Checkpoints:
         keep_every: int = 0,
         on_error: Literal["stop", "continue"] = "stop",
         say: Say = print,
+        lora_format: str = "diffusers",
     ) -> None:
+        self.lora_format = lora_format
         self.output_path, self.folder = output_path, output_path / "checkpoints"
         self.keep, self.keep_every, self.on_error, self.say = keep, keep_every, on_error, say
 
     @classmethod
     def from_config(cls, config: TrainConfig, say: Say) -> "Checkpoints":
-        return cls(config.output_path, config.keep_checkpoints, config.keep_every, config.on_save_error, say)
+        kept = config.keep_checkpoints, config.keep_every, config.on_save_error
+        return cls(config.output_path, *kept, say, config.lora_format)
 
     def save(self, engine: Any, step: int, client: dict[str, Any]) -> Path | None:
         """Write the checkpoint of optimizer step `step`; a collective. Its folder, or None if it could not be written.
@@ -124,6 +132,27 @@ class Checkpoints:
             raise outcome[0]
         return outcome[0]
 
+    def is_finished(
+        self, found: Checkpoint | None, steps: int, identity: dict[str, Any], ignore_data: bool = False
+    ) -> bool:
+        """Whether the run of `steps` optimizer steps is over and its LoRA file is there, which is said; a collective.
+
+        That is so when `found` is this run's own, of its last step or a later one, and the file is whole, of that step, and
+        spelled as asked. Raises ValueError for a checkpoint of another run, as going on from it would.
+        """
+        if found is None or found.step < steps or not found.path.resolve().is_relative_to(self.folder.resolve()):
+            return False
+        check_same(found, identity, ignore_data, say=lambda line: None)
+        outcome: list[Any] = [False]
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            outcome = [final_file_is_whole(self.output_path, found.step, self.lora_format)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(outcome, device=object_device())
+        if outcome[0]:
+            path = shown(self.output_path / FINAL)
+            self.say(f"finished: LoRA of step {found.step}: {path} (more steps: --max_steps or --num_epochs)")
+        return bool(outcome[0])
+
     def resume(
         self, engine: Any, found: Checkpoint | None, identity: dict[str, Any], ignore_data: bool = False
     ) -> Resumed:
@@ -140,6 +169,7 @@ class Checkpoints:
             loss=found.client.get("loss"),
             wandb_id=found.client.get("wandb_id") if own else None,
             path=found.path,
+            client=found.client,
         )
 
     def load(self, engine: Any, checkpoint: Checkpoint) -> None:

@@ -13,14 +13,15 @@ from qwen_image.loading.model_files import ModelFiles
 from qwen_image.model.dtypes import DTYPES
 from train.config.train_config import TrainConfig
 from train.engine.deepspeed_engine import whole_weights
+from train.lora.dora import dora_scale
 from train.lora.inject import short_name
 from train.lora.lora_file import save_lora
 from train.lora.spec import LoraSpec
+from train.lora.targets import base_layer
 from train.process.ranks import Ranks
 from train.saving.checkpoints import settle
+from train.saving.final_file import FINAL
 from train.saving.run_folder import PACKAGES, collect_versions
-
-FINAL = "lora.safetensors"
 
 
 class LoraExport:
@@ -33,6 +34,7 @@ class LoraExport:
     Args:
         save_steps: how often a run writes one.
         metadata: what the header says besides the LoRA's own shape.
+        lora_format: whose spelling the files have.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LoraExport:
         spec: LoraSpec,
         metadata: dict[str, str],
         ranks: Ranks,
+        lora_format: str = "diffusers",
     ):
         self.output_path, self.save_steps, self.dtype, self.on_save_error = (
             output_path,
@@ -51,7 +54,7 @@ class LoraExport:
             dtype,
             on_save_error,
         )
-        self.spec, self.metadata, self.ranks = spec, metadata, ranks
+        self.spec, self.metadata, self.ranks, self.lora_format = spec, metadata, ranks, lora_format
         self._writer: threading.Thread | None = None
         self._problem: OSError | None = None
         self._path = output_path
@@ -77,15 +80,24 @@ class LoraExport:
             "versions": ", ".join(f"{name} {versions[name]}" for name in PACKAGES),
         }
         save_dtype = DTYPES[config.save_dtype]
-        return cls(config.output_path, config.save_steps, save_dtype, config.on_save_error, spec, metadata, ranks)
+        where = config.output_path, config.save_steps
+        return cls(*where, save_dtype, config.on_save_error, spec, metadata, ranks, config.lora_format)
+
+    def notes(self, path: Path) -> list[str]:
+        """For people, at the end of a run: what its file needs elsewhere."""
+        if not self.spec.dora or self.lora_format == "comfyui":
+            return []
+        return [
+            f"for ComfyUI, a DoRA needs train/convert_lora.py {path} OUT --format comfyui --model MODEL, or train/merge_lora.py"
+        ]
 
     def write(self, engine: Any, step: int) -> Path:
         """Start to write the LoRA of optimizer step `step`; a collective. Returns the file's path on every rank."""
         return self._start(engine, step, f"lora-{step}.safetensors")
 
-    def write_again(self, engine: Any, step: int) -> None:
+    def write_again(self, engine: Any, step: int, steps: int) -> None:
         """For a run that goes on from `step`: its file, if one was due. A kill may have come between checkpoint and file."""
-        if self.save_steps and step % self.save_steps == 0:
+        if 0 < step < steps and self.save_steps and step % self.save_steps == 0:
             self.write(engine, step)
 
     def write_final(self, engine: Any, step: int) -> Path:
@@ -109,6 +121,8 @@ class LoraExport:
         weights = whole_weights(engine)
         if self.ranks.is_main:
             tensors = {short_name(name).removeprefix("transformer."): weight for name, weight in weights.items()}
+            if self.spec.dora and self.lora_format == "comfyui":
+                tensors = with_dora_scales(tensors, engine.module.transformer, self.spec.scale, self.dtype)
             self._writer = threading.Thread(target=self._save, args=(path, tensors, step), name="lora-export")
             self._writer.start()
         self._pending = True
@@ -116,6 +130,26 @@ class LoraExport:
 
     def _save(self, path: Path, tensors: dict[str, torch.Tensor], step: int) -> None:
         try:
-            save_lora(path, tensors, self.spec, {**self.metadata, "step": str(step)}, self.dtype)
+            header = {**self.metadata, "step": str(step)}
+            save_lora(path, tensors, self.spec, header, self.dtype, self.lora_format)
         except Exception as error:  # whatever it is, the training thread has to learn of it
             self._problem = error if isinstance(error, OSError) else OSError(None, f"{type(error).__name__}: {error}")
+
+
+def with_dora_scales(
+    tensors: dict[str, torch.Tensor], transformer: torch.nn.Module, scale: float, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The trained weights by short name with ComfyUI's dora_scale in the place of each magnitude vector.
+
+    From the weights as `dtype` rounds them, since those are what ComfyUI will find; on the device of the base.
+    """
+    ending, found = "lora_magnitude_vector", {}
+    for name, tensor in tensors.items():
+        if not name.endswith(ending):
+            found[name] = tensor
+            continue
+        layer = name.removesuffix(f".{ending}")
+        lora_a = tensors[f"{layer}.lora_A"].to(dtype)
+        lora_b = (tensors[f"{layer}.lora_B"].float() * scale).to(dtype)
+        found[f"{layer}.dora_scale"] = dora_scale(base_layer(transformer, layer).weight, lora_a, lora_b, tensor).cpu()
+    return found

@@ -22,6 +22,7 @@ import torch
 from files.atomic_files import write_file
 from files.shown import one_line
 from train.config.train_config import TrainConfig
+from train.watching.step_clock import GpuClock, HostClock, StepClock
 
 WANDB_TIMEOUT_SECONDS = 30.0  # an unreachable server costs this once; then the run goes on offline
 
@@ -78,6 +79,7 @@ class Metrics:
         start_step: optimizer steps done before; rows after it, written by a run that got further, are removed.
         rank: only 0 writes.
         wandb_id: of the W&B run to go on in; None: a new one, whose id is then the attribute `wandb_id`.
+        clock: of the steps; None: the GPU's, where there is one.
     """
 
     def __init__(
@@ -89,9 +91,11 @@ class Metrics:
         start_step: int = 0,
         rank: int = 0,
         wandb_id: str | None = None,
+        clock: StepClock | None = None,
     ) -> None:
         self.active = rank == 0
         self._late: LateRow | None = None
+        self._late_spans: list[tuple[object, object]] = []
         self.wandb_id = wandb_id or uuid.uuid4().hex[:8]
         if not self.active:
             return
@@ -112,7 +116,10 @@ class Metrics:
             file=sys.stderr,
             disable=not sys.stderr.isatty(),
         )
-        self._logged_step, self._logged_at = start_step, time.perf_counter()
+        self.clock: StepClock = clock or (GpuClock() if torch.cuda.is_available() else HostClock())
+        self._logged_step = start_step
+        self._spans: list[tuple[object, object]] = []  # of training since the last row, between pauses
+        self._running_since = self.clock.mark()
 
     @classmethod
     def from_config(
@@ -144,18 +151,21 @@ class Metrics:
         """
         if self.active:
             self.flush()
+            now = self.clock.mark()
             self._late = LateRow.of(step, **values)
+            self._late_spans = [*self._spans, (self._running_since, now)]
+            self._spans, self._running_since = [], now
 
     def flush(self) -> None:
         """Wait for the numbers of the last `log`, and write its row."""
         if self._late is not None:
             late, self._late = self._late, None
-            self._log(late.step, late.read())
+            values = late.read()
+            self._log(late.step, values, sum(self.clock.seconds(*span) for span in self._late_spans))
 
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        now = time.perf_counter()
-        seconds = (now - self._logged_at) / max(step - self._logged_step, 1)
-        self._logged_step, self._logged_at = step, now
+    def _log(self, step: int, values: dict[str, float], seconds: float) -> None:
+        seconds = max(seconds / max(step - self._logged_step, 1), 1e-9)
+        self._logged_step = step
         speed = {"seconds_per_step": round(seconds, 4), "samples_per_second": round(self.samples_per_step / seconds, 4)}
         self._write({"step": step, **values, **speed})
         if self._bar.disable:
@@ -189,12 +199,14 @@ class Metrics:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside (saving, validation, sample images) does not count as training time."""
-        began = time.perf_counter()
+        if not self.active:
+            yield
+            return
+        self._spans.append((self._running_since, self.clock.mark()))
         try:
             yield
         finally:
-            if self.active:
-                self._logged_at += time.perf_counter() - began
+            self._running_since = self.clock.mark()
 
     def close(self) -> None:
         """Write what is on its way; finish the bar, the file and the W&B run. May be called twice."""

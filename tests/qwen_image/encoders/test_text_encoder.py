@@ -11,6 +11,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from qwen_image.encoders.text_encoder import TextEncoder, language_model_name
 from qwen_image.encoders.vae import VAE
 from qwen_image.loading.model_files import ModelSource, resolve_model
+from qwen_image.pipeline import QwenImagePipeline
 
 CAPTIONS = ["a", "a longer caption with more words", ""]
 
@@ -176,3 +177,12 @@ def test_a_tokenizer_with_more_tokens_than_the_encoder_knows_is_refused(tiny_mod
     config.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"tokens, the text encoder knows 100: tokenizer and text encoder belong"):
         load(tiny_model, text_encoder_path=str(tmp_path / "text_encoder"))
+
+
+def test_an_encoder_of_another_width_is_refused(tiny_model, tmp_path):
+    from demo.tiny_model import build_tiny_model
+
+    other = build_tiny_model(tmp_path / "other", text_dim=128)
+    paths = {"text_encoder_path": str(other / "text_encoder"), "tokenizer_path": str(other / "tokenizer")}
+    with pytest.raises(ValueError, match="makes prompt embeddings 128 wide, but the transformer takes 64"):
+        QwenImagePipeline.from_pretrained(ModelSource(str(tiny_model), **paths), dtype=torch.float32)

@@ -159,7 +159,7 @@ def documented() -> dict[tuple[str, bool], dict[str, str]]:
     rows = [
         [cell.strip() for cell in line.strip("| ").split("|")] for line in DOCS.read_text().splitlines() if "|" in line
     ]
-    heads = next(row for row in rows if row[0] == "`--format`")
+    heads = next(row for row in rows if row[0] == "`--lora_format`")
     found = {}
     for row in rows:
         name = re.fullmatch(r"`(\w+)`(, DoRA)?", row[0])
