@@ -48,6 +48,14 @@ def one_line(message: object) -> str:
     return shown(message, LONGEST_LINE)
 
 
+def shown_bytes(size: float) -> str:
+    """A number of bytes for people, with three digits: '512 B', '3.25 MB', '41 GB'; 1 MB is 10^6."""
+    thousands = 0
+    while size >= 999.5 and thousands < 4:
+        size, thousands = size / 1000, thousands + 1
+    return f"{size:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[thousands]}"
+
+
 def tolerant_output() -> None:
     """Let this process print characters that its terminal's encoding lacks (LC_ALL=C, latin-1): as escapes, not a crash."""
     for stream in (sys.stdout, sys.stderr):

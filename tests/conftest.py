@@ -53,7 +53,8 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def signal_handlers_as_before() -> Iterator[None]:
     """A training run in this process handles SIGTERM; children of later tests would inherit that, and never die of it."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    signal_numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in signal_numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -7,8 +7,8 @@
 
 `--help` lists every option (train/config/train_config.py defines them). RUN receives config.yaml, deepspeed.json,
 versions.json, metrics.jsonl, lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes:
-0 done, 2 bad input, 3 loss or gradient no longer finite, 4 out of GPU memory, 85 asked to leave by SIGTERM or SIGUSR1
-(checkpoint saved, start again to go on).
+0 done, 2 bad input, 3 loss or gradient no longer finite, 4 out of GPU memory, 85 asked to leave by SIGTERM, SIGUSR1 or SIGHUP
+and 130 by Ctrl-C (checkpoint saved, start again to go on).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from files.shown import one_line, tolerant_output
 from train.config.check_paths import check_paths
 from train.config.command_line import parse
 from train.config.train_config import TrainConfig
-from train.process.exit_codes import BAD_INPUT, DONE, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED
+from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED, RANK_LOST
 from train.process.out_of_memory import memory_ran_out
+from train.process.ranks_lost import rank_was_lost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from train.watching.validation import Validation
 
 
+GO_ON = "start the same command again to go on from the newest checkpoint"
+
+
 def main(argv: list[str] | None = None) -> int:
     tolerant_output()
     try:
@@ -49,7 +53,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         tell(str(error))
         return BAD_INPUT
+    except KeyboardInterrupt as asked:  # or its subclass AskedToLeave, where there is nothing to save
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(
+                f"{asked or 'Ctrl-C'}: ended outside of a step, no new checkpoint; {GO_ON}", file=sys.stderr, flush=True
+            )
+        return asked.agreed.exit_code if hasattr(asked, "agreed") else INTERRUPTED
     except RuntimeError as error:
+        if rank_was_lost(error):
+            tell(f"another rank has ended ({str(error).splitlines()[0]}); {GO_ON}")
+            return RANK_LOST
         if not memory_ran_out(error):
             raise
         tell(
@@ -87,7 +100,7 @@ def train(config: TrainConfig) -> int:
     from train.process.ranks import join_process_group
     from train.saving.checkpoints import Checkpoints
     from train.saving.lora_export import LoraExport
-    from train.saving.run_folder import prepare_run_folder
+    from train.saving.run_folder import check_room, prepare_run_folder
     from train.step.build import StepOptions, build_step
     from train.step.speedups import choose_workspaces
     from train.watching.metrics import Metrics
@@ -111,7 +124,7 @@ def train(config: TrainConfig) -> int:
         return DONE
     setup = Setup.from_config(config, zero, spec, base, data, ranks)
     memory = check_memory(setup, ranks)
-    facts = prepare_run_folder(config, zero.settings, setup.trainable, data.steps, data.decided, ranks.is_main)
+    check_room(config, setup.trainable, data.steps)
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
     pipeline = load_pipeline(base, zero, data.dataset, memory.encoders, ranks)
@@ -126,15 +139,15 @@ def train(config: TrainConfig) -> int:
 
     # ── Going on where an earlier run stopped; then numbers, and what is fastest that fits ────────────────────────────
     resumed = checkpoints.resume(engine, found, identity, config.resume_ignore_data)
+    facts = prepare_run_folder(config, zero.settings, data.decided, ranks.is_main) | {"trainable": setup.trainable}
     export.write_again(engine, resumed.step, data.steps)
     ranks.say(*data.lines(), spec.line(len(step.adapted), setup.trainable))
     fit = fit_step(config, setup, step.module, data, resumed.step, ranks.device)
     ranks.say(*step.lines, *fit.lines)
 
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    facts |= data.decided | {"trainable": setup.trainable}
     sizes = data.steps, data.global_batch, resumed.step, ranks.rank
-    metrics = Metrics.from_config(config, *sizes, facts, resumed.wandb_id)
+    metrics = Metrics.from_config(config, *sizes, facts | data.decided, resumed.wandb_id)
     loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.say)
     loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, fit.peak_watch(metrics.say), preemption)
     return loop.run(Outputs(validation, preview, export, checkpoints, identity))
@@ -156,6 +169,7 @@ class Loop:
     Attributes:
         step: optimizer steps done, those before a resumed run began included.
         total_steps: of the whole run.
+        saved: the step of the newest checkpoint.
     """
 
     def __init__(
@@ -171,28 +185,45 @@ class Loop:
         preemption: Preemption,
     ) -> None:
         from train.engine.lr_scheduler import LearningRate
+        from train.saving.checkpoint_clock import CheckpointClock
         from train.watching.loss_watch import LossWatch
 
-        self.config, self.total_steps, self.step = config, total_steps, resumed.step
+        self.config, self.total_steps, self.step, self.saved = config, total_steps, resumed.step, resumed.step
         self.engine, self.encoder, self.loader, self.metrics = engine, encoder, loader, metrics
         self.peak, self.preemption = peak, preemption
+        self.checkpoint_clock = CheckpointClock(config.checkpoint_minutes)
         self.learning_rate = LearningRate.from_config(config, total_steps)
         self.watch = LossWatch(metrics.say, engine.device, resumed.loss)
         for line in self.learning_rate.lines_on_resuming(self.step, resumed.client):
             metrics.say(line)
+        if self.step >= total_steps:
+            metrics.say(
+                f"already at step {self.step} of {total_steps}: nothing is left to train; to go on, raise --max_steps"
+            )
 
     def run(self, outputs: Outputs) -> int:
         """Train until the last step is done, one is not finite, or the run is asked to leave; returns the exit code."""
+        from train.process.preemption import Agreed, AskedToLeave
+
         config, metrics, watch = self.config, self.metrics, self.watch
         written_every = config.validate_every, config.sample_every, config.save_steps, config.checkpoint_every
         batches, code = iter(self.loader), DONE
         if self.step == 0:
             self.validate(outputs.validation)
         self.engine.train()
+        self.preemption.begin()
         while self.step < self.total_steps and code == DONE:
-            self.optimizer_step(batches)
-            leave = self.preemption.agreed() and self.step < self.total_steps
-            writes = leave or any(map(self.due, written_every))
+            try:
+                self.optimizer_step(batches)
+            except AskedToLeave as asked:  # waited for data in vain
+                if not self.is_alone():
+                    raise
+                if self.step > self.saved:
+                    self.write(outputs, checkpoint=True)
+                return self.end(outputs.export, asked.agreed.exit_code)
+            agreed = self.preemption.agreed(self.checkpoint_clock.is_due())
+            checkpoint = agreed > Agreed.GO_ON and self.step < self.total_steps
+            writes = checkpoint or any(map(self.due, written_every))
             if not watch.took(all_steps=writes) and config.on_nonfinite == "stop":
                 code = NOT_FINITE
                 break
@@ -203,9 +234,9 @@ class Loop:
                 metrics.log(self.step, loss=watch.mean(), lr=rate, grad_norm=norm, epoch=self.loader.epoch)
             if writes:
                 metrics.flush()
-                self.write(outputs, leave)
-            if leave:
-                code = PREEMPTED
+                self.write(outputs, checkpoint)
+            if agreed >= Agreed.LEAVE and self.step < self.total_steps:
+                code = agreed.exit_code
         return self.end(outputs.export, code)
 
     def optimizer_step(self, batches: Iterator[Batch]) -> None:
@@ -213,7 +244,8 @@ class Loop:
         import torch
 
         for _ in range(self.config.gradient_accumulation_steps):
-            batch = next(batches)
+            with self.preemption.waiting():
+                batch = next(batches)
             latents, prompt = self.encoder(batch)
             if self.config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
                 torch.manual_seed(self.config.seed * 1_000_003 + batch.place)
@@ -226,12 +258,18 @@ class Loop:
         self.step += 1
         self.watch.stepped(self.step, self.engine)
 
+    def is_alone(self) -> bool:
+        """Whether no other rank has to take part in saving: then it may be done in the midst of a step."""
+        import torch.distributed as dist
+
+        return dist.get_world_size() == 1
+
     def due(self, every: int) -> bool:
         """Whether what comes `every` so many steps (0: at the end only) comes now."""
         return self.step == self.total_steps or (every > 0 and self.step % every == 0)
 
-    def write(self, outputs: Outputs, leave: bool) -> None:
-        """What is due at this step, in this order; a checkpoint always when the run leaves."""
+    def write(self, outputs: Outputs, checkpoint: bool) -> None:
+        """What is due at this step, in this order; a checkpoint also when `checkpoint` (the run leaves, or time is up)."""
         if self.due(self.config.validate_every):
             self.validate(outputs.validation)
         if self.due(self.config.sample_every):
@@ -242,11 +280,13 @@ class Loop:
         if self.due(self.config.save_steps) and self.step < self.total_steps:
             with self.metrics.paused():
                 outputs.export.write(self.engine, self.step)
-        if leave or self.due(self.config.checkpoint_every):
+        if checkpoint or self.due(self.config.checkpoint_every):
             with self.metrics.paused():
                 progress = {"consumed": self.loader.consumed, "loss": self.watch.state()}
                 state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id}
-                outputs.checkpoints.save(self.engine, self.step, state)
+                if outputs.checkpoints.save(self.engine, self.step, state) is not None:
+                    self.saved = self.step
+            self.checkpoint_clock.restart()
 
     def validate(self, validation: Validation) -> None:
         if len(validation):
@@ -257,7 +297,11 @@ class Loop:
         """The one ending: the LoRA if the run is done, files that are being written, a last line, then all is closed."""
         from train.step.speedups import shapes_met
 
-        lines = {PREEMPTED: f"asked to leave: checkpoint of step {self.step} saved, exit code {PREEMPTED}"}
+        self.preemption.end()
+        asked = self.preemption.reason or "another rank was asked to leave"
+        saved = f"checkpoint of step {self.saved} saved" if self.saved == self.step else "no checkpoint of this step"
+        left = f"{asked}: {saved}, exit code {code}; {GO_ON}"
+        lines = {PREEMPTED: left, INTERRUPTED: left}
         if code == DONE:
             self.peak.tell()
             path = export.write_final(self.engine, self.step)

@@ -26,7 +26,7 @@ DOORS = {
     "watching/metrics.py",
     "watching/sample_images.py",
 }
-ENTRIES = {"fit_step", "graphs_policy", "prepare_run_folder", "needed_bytes", "open_data", "make_order"}
+ENTRIES = {"fit_step", "graphs_policy", "prepare_run_folder", "check_room", "needed_bytes", "open_data", "make_order"}
 READERS = {"from_config", "from_options"}  # a door's constructor; qwen_image's ModelSource, which reads flags too
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from files.shown import shown
 from train.config.train_config import TrainConfig
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"  # of the checkout, or of the installed package
@@ -37,6 +38,7 @@ def check_paths(config: TrainConfig) -> None:
             raise FileNotFoundError(f"preset_lora_path: no file at {split_weight(text)[0]}")
     check_data(config)
     check_writable(config.output_path)
+    check_apart(config.output_path, data=config.data, model=config.model)
 
 
 def check_data(config: TrainConfig) -> None:
@@ -84,6 +86,25 @@ def check_model(config: TrainConfig) -> None:
         pattern = getattr(config, name)
         if pattern is not None and not glob.glob(os.path.expanduser(pattern)):
             raise FileNotFoundError(f"{name}: nothing matches {pattern}")
+
+
+def check_apart(output: Path, **read: str) -> None:
+    """What is written lies beside what is read, not in it, around it or over it.
+
+    `read`: option → folder; what is no folder here (a hub id, a URL) can't be met. Links are followed. Raises ValueError.
+    """
+    there = output.expanduser().resolve()
+    for option, text in read.items():
+        folder = Path(text).expanduser()
+        if not folder.is_dir():
+            continue
+        source = folder.resolve()
+        places = {"is": there == source, "lies in": source in there.parents, "lies around": there in source.parents}
+        for how, found in places.items():
+            if found:
+                raise ValueError(
+                    f"output_path: {shown(output)} {how} {option} ({shown(folder)}): choose another folder"
+                )
 
 
 def check_writable(folder: Path, option: str = "output_path") -> None:

@@ -195,6 +195,9 @@ class TrainConfig:
     checkpoint_steps: Annotated[
         Whole | None, "write a resumable checkpoint (optimizer state) this often; not given: save_steps"
     ] = None
+    checkpoint_minutes: Annotated[
+        NotNegative, "write one besides when so many minutes have passed since the last (or the start); 0 = none"
+    ] = 10.0
     keep_checkpoints: Annotated[Whole, "how many of the newest checkpoints stay; 0 = all"] = 2
     keep_every: Annotated[Whole, "checkpoints at multiples of this many steps stay as well; 0 = none"] = 0
     on_save_error: Annotated[

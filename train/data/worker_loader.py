@@ -7,7 +7,7 @@ import atexit
 import signal
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from train.data.batch import ATTEMPTS, Batch
 
 PREFETCH = 4  # micro-batches each worker reads ahead
-JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +161,25 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """Slurm and Ctrl-C signal every process of a job; a reader that died of it would take the last checkpoint along."""
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    die_with_the_parent()
+
+
+def die_with_the_parent() -> None:
+    """When the rank is killed, so is this reader (Linux, prctl(2)); elsewhere it ends when it next asks for a task."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def shut_down(batches: Any) -> None:
-    if hasattr(batches, "_shutdown_workers"):  # torch's iterator over worker processes; else they end when it dies
-        batches._shutdown_workers()
+    """End the readers: those of torch's iterator over processes. One that waits for a dead server is not waited for."""
+    if not hasattr(batches, "_shutdown_workers"):
+        return
+    for worker in getattr(batches, "_workers", ()):
+        if worker.is_alive():
+            worker.kill()
+    batches._shutdown_workers()
 
 
 def end_workers_at_exit(batches: Any) -> None:

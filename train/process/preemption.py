@@ -1,29 +1,73 @@
-"""Leave in good order when the scheduler says so: SIGTERM or SIGUSR1 set a flag, the loop saves and exits with 85.
+"""Leave in good order when asked to: SIGTERM, SIGUSR1 (schedulers), SIGINT (Ctrl-C), SIGHUP (the terminal is closed).
 
     preemption = Preemption()                       # after the process group exists
+    …what comes before the first step: a signal raises AskedToLeave at once, there is nothing to save…
+    preemption.begin()
     for step in …:
+        with preemption.waiting():                  # for data: a signal ends the wait, after GRACE_SECONDS
+            …
         …one optimizer step on all ranks…
-        if preemption.agreed():                     # True on every rank at the same step, or on none
+        agreed = preemption.agreed(due)             # the same on every rank at the same step
+        if agreed >= Agreed.CHECKPOINT:
             …save a checkpoint…
-            return PREEMPTED
+        if agreed >= Agreed.LEAVE:
+            return preemption.exit_code(agreed)     # 85, or 130 after Ctrl-C
 
-A second signal exits at once. Slurm: `#SBATCH --signal=USR1@300`, and `scontrol requeue` on exit code 85.
+The same signal once more, or Ctrl-C after any, ends the process at once. What was ignored at the start stays ignored
+(`nohup` does that with SIGHUP, a shell's `&` with SIGINT). A rank whose launcher has ended leaves in the same way.
+Slurm: `#SBATCH --signal=USR1@300`, and `scontrol requeue` on exit code 85.
 
 Under a launcher: send the signal to the ranks, or to the whole process group, as `scancel`, `timeout` and a terminal do.
-`deepspeed` told alone dies and leaves the ranks to train on. Told with the group, it and `torchrun` end ranks that need
-more than 30 s to save, and exit with codes of their own (1 or 143); the checkpoint is there all the same.
+Told with the group, `deepspeed` and `torchrun` end ranks that need more than 30 s to save, and exit with codes of their own
+(1 or 143); the checkpoint is there all the same. `deepspeed` itself ends at Ctrl-C with a traceback, before its ranks do.
 """
 
+import enum
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-ECHO_SECONDS = 2.0  # signals so close together are one: a launcher passes on to its ranks what the whole group was sent
+from train.process.exit_codes import INTERRUPTED, PREEMPTED
+from train.process.launchers import watch_launchers
+
+NAMES = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGUSR1: "SIGUSR1",
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGHUP: "hang-up (SIGHUP)",
+}
+ECHO_SECONDS = 1.0  # signals so close together are one: a launcher passes on to its ranks what the whole group was sent
+GRACE_SECONDS = 10.0  # for data that a rank waits for when it is asked to leave; a remote that is dead may take minutes
+
+
+class Agreed(enum.IntEnum):
+    """What all ranks do after an optimizer step; the largest that one of them wants."""
+
+    GO_ON = 0
+    CHECKPOINT = 1
+    LEAVE = 2
+    INTERRUPTED = 3
+
+    @property
+    def exit_code(self) -> int:
+        assert self >= Agreed.LEAVE
+        return INTERRUPTED if self == Agreed.INTERRUPTED else PREEMPTED
+
+
+class AskedToLeave(KeyboardInterrupt):
+    """A signal outside of a step, where nothing need be waited for. `agreed`: LEAVE or INTERRUPTED; the text is the reason."""
+
+    def __init__(self, agreed: Agreed, reason: str) -> None:
+        super().__init__(reason)
+        self.agreed = agreed
 
 
 class Preemption:
@@ -31,34 +75,105 @@ class Preemption:
 
     The agreement is an all_reduce(MAX) of one byte over gloo, started at one step and read at the next: it costs the
     loop nothing and never waits for the device; the run leaves one optimizer step later than it could.
+
+    Attributes:
+        signal: the first one that this rank received; 0 for none.
+        reason: who asked, for people; empty where it was another rank.
     """
 
     def __init__(self) -> None:
-        self.signal = 0  # the first one that this rank received
+        self.signal, self.reason = 0, ""
         self._received_at = 0.0
+        self._begun = self._waiting = self._leaving = self._out_of_patience = False
         self._process = os.getpid()
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._is_main = self._group is None or dist.get_rank() == 0
         self._flag = torch.zeros(1, dtype=torch.uint8)
         self._pending: dist.Work | None = None
-        for number in SIGNALS:
-            signal.signal(number, self._received)
+        for number in NAMES:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._received)
+        watch_launchers(self._launcher_gone)
+
+    def begin(self) -> None:
+        """From here on a signal waits for the end of the step. Call after all ranks have met."""
+        self._begun = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, a rank that is asked to leave, or was, waits GRACE_SECONDS at most, then raises AskedToLeave."""
+        self._waiting = True
+        timer = self._be_patient() if self.signal else None
+        try:
+            yield
+        finally:
+            self._waiting = False
+            if timer is not None:
+                timer.cancel()
+
+    def agreed(self, checkpoint_due: bool = False) -> Agreed:
+        """Call once an optimizer step on every rank: what was wanted most, on some rank, one call ago."""
+        wanted = self._wanted() if self.signal else Agreed.CHECKPOINT if checkpoint_due else Agreed.GO_ON
+        if self._group is None:
+            return wanted
+        agreed = Agreed.GO_ON
+        if self._pending is not None:
+            self._pending.wait()
+            agreed = Agreed(int(self._flag.item()))
+        self._flag = torch.tensor([wanted], dtype=torch.uint8)
+        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def end(self) -> None:
+        """All is saved: a SIGTERM from a launcher, which has seen another rank end, cuts nothing short any more."""
+        self._leaving = True
+
+    def _wanted(self) -> Agreed:
+        return Agreed.INTERRUPTED if self.signal == signal.SIGINT else Agreed.LEAVE
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a forked worker of the data loader got it too; its parent decides
         if not self.signal:
             self.signal, self._received_at = number, time.monotonic()
-        elif time.monotonic() - self._received_at > ECHO_SECONDS:
+            self.reason = self.reason or NAMES[signal.Signals(number)]
+            if not self._begun:
+                raise AskedToLeave(self._wanted(), self.reason)
+            self._tell()
+            if self._waiting:
+                self._be_patient()
+        elif self._out_of_patience:  # from the timer
+            self._out_of_patience = False
+            if self._waiting:
+                raise AskedToLeave(self._wanted(), self.reason)
+        elif self._is_second(number):
             os._exit(128 + number)
 
-    def agreed(self) -> bool:
-        """Call once an optimizer step on every rank: whether some rank had been asked to leave one call ago."""
-        if self._group is None:
-            return bool(self.signal)
-        leave = False
-        if self._pending is not None:
-            self._pending.wait()
-            leave = bool(self._flag.item())
-        self._flag = torch.tensor([1 if self.signal else 0], dtype=torch.uint8)
-        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return leave
+    def _is_second(self, number: int) -> bool:
+        """No echo of the first, and none of those that follow others by themselves: Slurm's SIGTERM after SIGUSR1, a launcher's."""
+        late = time.monotonic() - self._received_at > ECHO_SECONDS
+        return late and (number == signal.SIGINT or (number == self.signal and not self._leaving))
+
+    def _tell(self) -> None:
+        """At once, on rank 0, past Python's streams: one of them may be in use where the signal came."""
+        if self._is_main:
+            with suppress(OSError):
+                os.write(2, f"\n{self.reason}: saving a checkpoint after this step; once more ends at once\n".encode())
+
+    def _be_patient(self) -> threading.Timer:
+        """The first signal comes again when the patience is at its end: nothing else interrupts a wait."""
+
+        def over() -> None:
+            if self._waiting:
+                self._out_of_patience = True
+                signal.pthread_kill(threading.main_thread().ident or 0, self.signal)
+
+        timer = threading.Timer(GRACE_SECONDS, over)
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def _launcher_gone(self, launcher: psutil.Process) -> None:
+        if not self.signal and not self._leaving:
+            self.reason = f"the launcher (process {launcher.pid}) has ended"
+            os.kill(self._process, signal.SIGTERM)

@@ -138,11 +138,14 @@ class Checkpoints:
         """Whether the run of `steps` optimizer steps is over and its LoRA file is there, which is said; a collective.
 
         That is so when `found` is this run's own, of its last step or a later one, and the file is whole, of that step, and
-        spelled as asked. Raises ValueError for a checkpoint of another run, as going on from it would.
+        spelled as asked. Raises ValueError for a checkpoint of another run, finished or not, as going on from it would: here
+        nothing was read or written yet.
         """
-        if found is None or found.step < steps or not found.path.resolve().is_relative_to(self.folder.resolve()):
+        if found is None:
             return False
         check_same(found, identity, ignore_data, say=lambda line: None)
+        if found.step < steps or not found.path.resolve().is_relative_to(self.folder.resolve()):
+            return False
         outcome: list[Any] = [False]
         if not dist.is_initialized() or dist.get_rank() == 0:
             outcome = [final_file_is_whole(self.output_path, found.step, self.lora_format)]
@@ -150,7 +153,10 @@ class Checkpoints:
             dist.broadcast_object_list(outcome, device=object_device())
         if outcome[0]:
             path = shown(self.output_path / FINAL)
-            self.say(f"finished: LoRA of step {found.step}: {path} (more steps: --max_steps or --num_epochs)")
+            self.say(
+                f"already done: LoRA of step {found.step}: {path}; to go on, raise --max_steps or --num_epochs (this run "
+                f"ends at {steps})"
+            )
         return bool(outcome[0])
 
     def resume(
@@ -197,6 +203,7 @@ NO_MATTER = (
     "config.resume",
     "config.resume_ignore_data",
     "config.output_path",
+    "config.checkpoint_minutes",
 )  # options that change nothing of the training
 
 

@@ -1,59 +1,66 @@
-"""The run folder: is there room, and what made this run (config.yaml, deepspeed.json, versions.json)."""
+"""The run folder: is there room; what made this run (config.yaml, deepspeed.json, versions.json)."""
 
 import json
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from files.atomic_files import write_file
+from files.shown import shown, shown_bytes
 from qwen_image.model.dtypes import DTYPES
 from train.config.train_config import TrainConfig
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "pyarrow", "wandb")
 
 
-def prepare_run_folder(
-    config: TrainConfig,
-    deepspeed_settings: dict[str, Any],
-    trainable: int,
-    steps: int,
-    decided: dict[str, Any],
-    is_main: bool = True,
-) -> dict[str, Any]:
-    """Create `config.output_path` and write what this start of the run is made of; returns the content of versions.json.
-
-    Rank 0 does it, others get {}. A later start (a resumed run) overwrites.
+def check_room(config: TrainConfig, trainable: int, steps: int) -> None:
+    """Can the run folder be written to, and is there room for what the run will save? Leaves nothing behind.
 
     Args:
         trainable: parameters, and `steps`: optimizer steps of the run: what LoRA files and checkpoints will take.
-        decided: options that were left open and have a value by now.
 
     Raises PermissionError if the folder cannot be written to and OSError if it has less room than the run will need.
     """
-    if not is_main:
-        return {}
     folder, needed = config.output_path, needed_bytes(config, trainable, steps)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+        free = shutil.disk_usage(nearest).free
     except OSError as error:
-        raise PermissionError(f"output_path: cannot write to {folder} ({error.strerror})") from None
-    free = shutil.disk_usage(folder).free
+        raise PermissionError(f"output_path: cannot write to {shown(nearest)} ({error.strerror})") from None
     if free < needed:
         raise OSError(
-            f"output_path: {folder} has {free / 1e9:.1f} GB left, the run needs {needed / 1e9:.1f} GB: "
+            f"output_path: {shown(folder)} has {shown_bytes(free)} left, the run needs {shown_bytes(needed)}: "
             "free some, or save less (--keep_checkpoints, --save_steps)"
         )
-    versions = collect_versions()
-    write_file(folder / "config.yaml", config.to_yaml(**decided))
-    write_file(folder / "deepspeed.json", json.dumps(deepspeed_settings, indent=2) + "\n")
-    write_file(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
+def prepare_run_folder(
+    config: TrainConfig, deepspeed_settings: dict[str, Any], decided: dict[str, Any], is_main: bool = True
+) -> dict[str, Any]:
+    """Create `config.output_path` and write what this start of the run is made of; returns the content of versions.json.
+
+    Comes when everything that can be refused was: a later start (a resumed run) overwrites. Rank 0 does it, others get {}.
+
+    Args:
+        decided: options that were left open and have a value by now.
+    """
+    if not is_main:
+        return {}
+    folder, versions = config.output_path, collect_versions()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "config.yaml", config.to_yaml(**decided))
+        write_file(folder / "deepspeed.json", json.dumps(deepspeed_settings, indent=2) + "\n")
+        write_file(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+    except OSError as error:
+        raise OSError(f"output_path: cannot write to {shown(folder)} ({error.strerror})") from None
     return versions
 
 

@@ -89,7 +89,7 @@ def test_a_finished_run_says_so_without_reading_the_model(small_model, small_dat
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     assert start_again(small_model, small_data, finished, monkeypatch) == (0, False)
     said = capsys.readouterr()
-    assert f"finished: LoRA of step 4: {finished / 'lora.safetensors'}" in said.out + said.err
+    assert f"already done: LoRA of step 4: {finished / 'lora.safetensors'}" in said.out + said.err
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 

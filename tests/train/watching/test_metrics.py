@@ -7,13 +7,14 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from train.config.train_config import TrainConfig
-from train.saving.run_folder import prepare_run_folder
+from train.saving.run_folder import check_room, prepare_run_folder
 from train.watching.metrics import Metrics
 
 
@@ -239,19 +240,23 @@ def test_the_run_folder_says_what_made_the_run(tmp_path: Path) -> None:
     from train.config.command_line import parse
 
     config = make_config(tmp_path / "new" / "run", lora_rank=4)
-    versions = prepare_run_folder(config, {"train_batch_size": 2}, 1, 1, {})
+    versions = prepare_run_folder(config, {"train_batch_size": 2}, {})
     assert parse(["--config", str(config.output_path / "config.yaml")]) == config
     assert json.loads((config.output_path / "deepspeed.json").read_text()) == {"train_batch_size": 2}
     assert json.loads((config.output_path / "versions.json").read_text()) == versions
     assert versions["torch"] and {"git_commit", "command", "python"} <= set(versions)
 
 
-def test_no_room_and_no_permission_are_named(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"the run needs 1000000000.0 GB: free some"):
-        prepare_run_folder(make_config(tmp_path), {}, 10**18 // 16, 1, {})
+def test_no_room_and_no_permission_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match=r" left, the run needs 1e\+06 TB: free some"):
+        check_room(make_config(tmp_path), 10**18 // 16, 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300_000))
+    with pytest.raises(OSError, match=r"has 300 KB left, the run needs 1.6 MB: free some"):
+        check_room(make_config(tmp_path / "new"), 100_000, 1)
     (tmp_path / "file").touch()
     with pytest.raises(PermissionError, match="output_path: cannot write to"):
-        prepare_run_folder(make_config(tmp_path / "file" / "run"), {}, 1, 1, {})
+        check_room(make_config(tmp_path / "file" / "run"), 1, 1)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_row_is_written_a_step_late_and_never_lost(tmp_path: Path) -> None:
