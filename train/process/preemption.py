@@ -150,7 +150,7 @@ class Preemption:
             os._exit(128 + number)
 
     def _is_second(self, number: int) -> bool:
-        """No echo of the first, and none of those that follow others by themselves: Slurm's SIGTERM after SIGUSR1, a launcher's."""
+        """No echo of the first, and no SIGTERM that follows another by itself: Slurm's after SIGUSR1, a launcher's."""
         late = time.monotonic() - self._received_at > ECHO_SECONDS
         return late and (number == signal.SIGINT or (number == self.signal and not self._leaving))
 
