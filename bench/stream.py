@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 4 bench/stream.py --homes device,ranks --recompute 60,0
 
 Full-size random weights, drawn by name, so that every home has the same ones; one batch of 1024² a rank, rank 32 on the six
-q/k/v projections; compiled blocks, fused projections, the LoRA as one flat parameter whose gradient is averaged over the ranks;
-Homes: device | host | ranks | ranks_host, then -float8 or
--int8, then -N for N resident blocks. Prints the median step, the peak, what is waited for, and the losses of the steps.
+q/k/v projections; compiled blocks, fused projections, the LoRA as one flat parameter whose gradient is averaged over the
+ranks. Homes: device | host | ranks | ranks_host, then -float8 or -int8, then -N for N resident blocks; auto@G: what the trainer
+chooses for a card of G GiB, under that limit. Prints medians, the peak, the card's memory as a monitor shows it, and the
+losses of the steps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bench.out_file import out_file, write_numbers
 if TYPE_CHECKING:
     import torch
 
+    from qwen_image.streaming.stream_blocks import BlockHomes
     from train.step.flow_matching_module import FlowMatchingModule
 
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -34,20 +36,10 @@ SIGMA = 0.5
 
 def build(home: str, recompute: int, layers: int, heads: int, device: torch.device, group: Any) -> FlowMatchingModule:
     """The step's module with its base at `home`."""
-    import torch
+    from qwen_image.streaming.stream_blocks import BlockHomes
 
-    from bench.random_transformer import drawn_instead_of_read
-    from demo.random_model import write_random_model
-    from qwen_image.float8.linear import keep_transposed
-    from qwen_image.loading.model_files import ModelSource, resolve_model
-    from qwen_image.loading.staged import Readers
-    from qwen_image.streaming.stream_blocks import BlockHomes, load_streamed
-    from train.lora.inject import inject_lora
-    from train.lora.spec import LoraSpec
-    from train.step.flat_parameter import link
-    from train.step.flow_matching_module import FlowMatchingModule
-    from train.step.fused_projection import fuse_projections
-
+    if home.startswith("auto@"):
+        return build_for_card(float(home.removeprefix("auto@")), layers, heads, device)
     place, *words = home.split("-")
     resident = next((int(word) for word in words if word.isdigit()), layers if place == "device" else 0)
     on_device = frozenset(i * layers // resident for i in range(resident)) if resident else frozenset()
@@ -57,6 +49,69 @@ def build(home: str, recompute: int, layers: int, heads: int, device: torch.devi
         host=place != "ranks",
         storage="int8" if "int8" in words else "computed",
     )
+    return assemble(homes, "float8" in words, recompute, layers, heads, device, group)
+
+
+def build_for_card(gib: float, layers: int, heads: int, device: torch.device) -> FlowMatchingModule:
+    """As train_lora.py would with --gpu_memory_limit and everything else left alone."""
+    import torch
+
+    from qwen_image.loading.model_files import ModelSource
+    from qwen_image.model.sizes import TransformerConfig
+    from qwen_image.model.transformer import QwenImageTransformer
+    from train.base_model.base_home import BaseHome
+    from train.base_model.base_plan import BasePlan
+    from train.config.zero_plan import ZeroPlan
+    from train.data.batch_shapes import BatchShape
+    from train.fit.activation_checkpointing import plan_checkpointing
+    from train.fit.base_choice import choice_lines, fastest_base
+    from train.fit.memory_plan import Machine, Setup, engine_bytes, trainable_parameters
+    from train.lora.spec import LoraSpec
+    from train.process.free_memory import limit_device
+
+    limit_device(device, gib)
+    with torch.device("meta"):
+        empty = QwenImageTransformer(TransformerConfig(num_layers=layers, num_attention_heads=heads))
+    base = BasePlan(
+        ModelSource("-"),
+        empty,
+        torch.bfloat16,
+        BaseHome(layers),
+        open_precision=True,
+        open_home=True,
+        can_tabulate=True,
+        tabulated=True,
+    )
+    zero, spec = ZeroPlan(2, reduce_bucket_size=50_000_000), LoraSpec(ATTENTION, 32, 32.0)
+    shape = BatchShape(1, 1024, 1024, 128, False)
+    setup = Setup(base, zero, trainable_parameters(spec, base), torch.bfloat16, shape.tokens, layers)
+    chosen = fastest_base(setup, Machine.of(device))
+    homes = chosen.base.home.homes(layers, chosen.base.int8)
+    module = assemble(homes, chosen.base.float8, layers, layers, heads, device, None)
+    added = engine_bytes(zero, setup.trainable, setup.lora_dtype, 1, 1, resumed=False)
+    plan = plan_checkpointing("auto", module, shape, added, device)
+    print(*choice_lines(setup, chosen, Machine.of(device)), *plan.lines(), sep="\n", flush=True)
+    return module
+
+
+def assemble(
+    homes: BlockHomes, float8: bool, recompute: int, layers: int, heads: int, device: torch.device, group: Any
+) -> FlowMatchingModule:
+    """The step's module with its base at `homes`."""
+    import torch
+
+    from bench.random_transformer import drawn_instead_of_read
+    from demo.random_model import write_random_model
+    from qwen_image.float8.linear import keep_transposed
+    from qwen_image.loading.model_files import ModelSource, resolve_model
+    from qwen_image.loading.staged import Readers
+    from qwen_image.streaming.stream_blocks import load_streamed
+    from train.lora.inject import inject_lora
+    from train.lora.spec import LoraSpec
+    from train.step.flat_parameter import link
+    from train.step.flow_matching_module import FlowMatchingModule
+    from train.step.fused_projection import fuse_projections
+
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as folder, drawn_instead_of_read():
         write_random_model(Path(folder) / "model", layers=layers, heads=heads, hollow=True)
@@ -66,7 +121,7 @@ def build(home: str, recompute: int, layers: int, heads: int, device: torch.devi
             dtype,
             device,
             homes,
-            base_float8="float8" in words,
+            base_float8=float8,
             sigmas=[SIGMA],
             readers=None if group is None else Readers(group),
         )
@@ -122,8 +177,7 @@ def measure(module: FlowMatchingModule, size: int, repeats: int, device: torch.d
     synchronize()
     result: dict[str, Any] = {"warm_up_seconds": time.perf_counter() - start}
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        result["reserved_gib"] = torch.cuda.memory_reserved() / 2**30
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -133,7 +187,9 @@ def measure(module: FlowMatchingModule, size: int, repeats: int, device: torch.d
     result |= {"seconds": statistics.median(times), "all": times, "losses": [loss.item() for loss in losses]}
     stream: Any = module.transformer.block_stream
     if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["card_gib"] = (total - free) / 2**30  # with context and libraries, as a user's monitor shows it
         if stream is not None and module.graphs is None:
             with stream.pause():  # whatever the slots hold: what is left is the weights' way
                 step()
@@ -181,6 +237,10 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 module = build(home, recompute, arguments.layers, arguments.heads, device, group)
                 row["build_seconds"] = time.perf_counter() - start
+                row["recomputed"] = module.transformer.checkpointed_blocks
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
                 if arguments.graphs:
                     module.use_graphs()
                 row |= measure(module, arguments.size, arguments.repeats, device)

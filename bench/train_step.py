@@ -115,7 +115,7 @@ def our_step(
     if "auto" in words:
         moments = 2 * sum(p.numel() * p.element_size() for p in trained)
         shape = BatchShape(batch, height, width, text, padding > 0)
-        plan = plan_checkpointing("auto", module, shape, moments, False, device)
+        plan = plan_checkpointing("auto", module, shape, moments, device)
         print("…", *plan.lines(), flush=True)
     through_engine = engine_step(module, (latents, noise, sigma, prompt), batch) if "engine" in words else None
     if device.type == "cuda" and "launched" not in words:

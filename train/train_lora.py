@@ -83,13 +83,13 @@ def tell(error: str) -> None:
 
 def train(config: TrainConfig) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
-    from train.base_model.base_plan import BasePlan
     from train.base_model.load_pipeline import load_pipeline
     from train.base_model.online_encoder import OnlineEncoder
     from train.config.zero_plan import ZeroPlan
     from train.data.from_config import RunData
     from train.engine.deepspeed_engine import initialize
     from train.engine.optimizer import AdamW
+    from train.fit.base_choice import choose_base
     from train.fit.cheapest_change import check_memory
     from train.fit.fit_step import fit_step
     from train.fit.memory_plan import Setup
@@ -108,29 +108,28 @@ def train(config: TrainConfig) -> int:
     from train.watching.validation import Validation
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
-    ranks = join_process_group()
+    ranks = join_process_group(config.gpu_memory_limit)
     choose_workspaces(ranks.device, config.deterministic)
     preemption = Preemption()
     zero = ZeroPlan.from_config(config, ranks.world)
     seed_everything(config.seed, config.deterministic)
     data = RunData.from_config(config, ranks)
     spec = LoraSpec.from_config(config)
-    base = BasePlan.from_config(config, zero, spec)
-    ranks.say(*zero.warnings(), *base.lines(ranks.device))
-    identity = base.identity() | spec.identity() | data.identity() | config.identity(**data.decided)
+    setup = choose_base(Setup.from_config(config, zero, spec, data, ranks), ranks)
+    ranks.say(*zero.warnings(), *setup.base.lines(ranks.device))
+    identity = setup.base.identity() | spec.identity() | data.identity() | config.identity(**data.decided)
     checkpoints = Checkpoints.from_config(config, ranks.say)
     found = checkpoints.find(config.resume)
     if checkpoints.is_finished(found, data.steps, identity, config.resume_ignore_data):
         return DONE
-    setup = Setup.from_config(config, zero, spec, base, data, ranks)
     memory = check_memory(setup, ranks)
     check_room(config, setup.trainable, data.steps)
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
-    pipeline = load_pipeline(base, zero, data.dataset, memory.encoders, ranks)
+    pipeline = load_pipeline(setup.base, data.dataset, memory.encoders, ranks)
     encoder = OnlineEncoder.of(pipeline, data, memory.encoders)
     preview = Preview.from_config(config, pipeline, encoder, ranks)
-    options = StepOptions.from_config(config, zero, ranks.device, setup.checkpointed_blocks)
+    options = StepOptions.from_config(config, setup.base.float8, ranks.device, setup.checkpointed_blocks)
     assert pipeline.transformer is not None
     step = build_step(pipeline.transformer, spec, options, ranks.say)
     engine = initialize(step.module, AdamW.from_config(config), zero)

@@ -115,8 +115,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _backward(
     ctx: Any, grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor, _: Any
 ) -> tuple[Any, ...]:
-    *kept, scales, cos, sin, keep = ctx.saved_tensors[:8]
-    norms = list(ctx.saved_tensors[8:])
+    saved = ctx.saved_tensors  # once: with activation checkpointing each access recomputes
+    *kept, scales, cos, sin, keep = saved[:8]
+    norms = list(saved[8:])
     grads = (each.contiguous() for each in (grad_query, grad_key, grad_value))
     image, text = torch.ops.qwen_image.joint_layout_backward(
         *grads, *kept, scales, norms, cos, sin, keep, ctx.text_tokens

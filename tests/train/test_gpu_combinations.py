@@ -1,10 +1,9 @@
 """Every combination of what may be switched on to fit or to be fast trains the same LoRA; needs a GPU.
 
-    python -m pytest tests/train/test_gpu_combinations.py            # 96 combinations, four blocks of the real width
+    python -m pytest -n 4 tests/train/test_gpu_combinations.py       # 144 combinations, four blocks of the real width
 
 The real command runs in this process on one model, written once. What is compared: the losses of four steps with those of
-the plain run of the same base precision, and that every lora_B moved away from zero. What can't go together by design
-(float8 weights under ZeRO-3) must be refused, by name.
+the plain run of the same base precision, and that every lora_B moved away from zero.
 """
 
 import gc
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA grap
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS, HEADS, TEXT_DIM, SIDE, STEPS = 4, 24, 3584, 256, 4
 TOLERANCE = 2e-3  # of a loss, relative: bf16 sums in another order (q, k, v as one product or three) differ by less
-FLOAT8_TOLERANCE = 3e-2  # between the two base precisions
+FLOAT8_TOLERANCE = 3e-2  # between the base precisions
 
 
 class Combination(NamedTuple):
@@ -34,13 +33,6 @@ class Combination(NamedTuple):
     cuda_graphs: str
     base_precision: str
     zero: str  # of ds_configs/
-
-    @property
-    def refused(self) -> str | None:
-        """What the one line must say, if this can't be."""
-        if self.base_precision == "float8" and self.zero.startswith("zero3"):
-            return "base_precision float8 does not go with ZeRO-3"
-        return None
 
     def __str__(self) -> str:
         graphs = "graphs" if self.cuda_graphs == "on" else "launched"
@@ -54,11 +46,11 @@ COMBINATIONS = [
         ("none", str(BLOCKS // 2), "full"),
         ("false", "true"),
         ("off", "on"),
-        ("dtype", "float8"),
+        ("dtype", "float8", "int8"),
         ("zero2", "zero2_offload", "zero3", "zero3_offload"),
     )
 ]
-PLAIN = {base: Combination("none", "false", "off", base, "zero2") for base in ("dtype", "float8")}
+PLAIN = {base: Combination("none", "false", "off", base, "zero2") for base in ("dtype", "float8", "int8")}
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +93,8 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
-def test_it_trains_as_the_plain_run_does_or_is_refused_by_name(combination, flags, plain, tmp_path, capfd):
+def test_it_trains_as_the_plain_run_does(combination, flags, plain, tmp_path, capfd):
     code = train(combination, flags, tmp_path / "run")
-    if combination.refused is not None:
-        assert code == 2 and combination.refused in capfd.readouterr().err
-        assert not list((tmp_path / "run").glob("*.safetensors"))
-        return
     assert code == 0, capfd.readouterr().err
     assert len(losses(tmp_path / "run")) == STEPS
     assert losses(tmp_path / "run") == pytest.approx(plain[combination.base_precision], rel=TOLERANCE)
@@ -116,6 +104,7 @@ def test_it_trains_as_the_plain_run_does_or_is_refused_by_name(combination, flag
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_float8_is_near_the_exact_base(plain):
-    assert plain["float8"] == pytest.approx(plain["dtype"], rel=FLOAT8_TOLERANCE)
-    assert plain["float8"] != plain["dtype"], "the base is not in float8"
+@pytest.mark.parametrize("base", ["float8", "int8"])
+def test_8_bits_are_near_the_exact_base(plain, base):
+    assert plain[base] == pytest.approx(plain["dtype"], rel=FLOAT8_TOLERANCE)
+    assert plain[base] != plain["dtype"], f"the base is not in {base}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen_image.float8.linear import check_float8, float8_bytes
+from qwen_image.float8.linear import FLOAT8, block_linears, check_float8
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.loading.weights import empty_transformer, float8_warning, match_weights
 from qwen_image.model.dtypes import DTYPES
@@ -15,6 +15,9 @@ from qwen_image.model.modulation import modulation_layers
 from qwen_image.model.sizes import PIXEL_MULTIPLE
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.noise_schedule import SigmaSchedule
+from qwen_image.streaming.block_stream import SLOTS
+from qwen_image.streaming.stream_blocks import block_layouts, stored_layout
+from train.base_model.base_home import BaseHome
 from train.config.train_config import TrainConfig
 from train.config.zero_plan import ZeroPlan
 from train.flow.timestep_sampling import SIGMA_STEPS
@@ -22,6 +25,7 @@ from train.lora.inject import check_starting_file
 from train.lora.preset_loras import Preset
 from train.lora.spec import LoraSpec
 from train.lora.targets import resolve_targets
+from train.process.ranks import Ranks, ranks_here
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,10 @@ class BasePlan:
         source: where its files are.
         empty: the transformer on the meta device: every name and shape, no memory.
         dtype: of all weights that are not float8, and of the activations.
-        float8: the blocks' projections and MLPs in 8 bits.
+        float8: the blocks' projections and MLPs in 8 bits, in which they are multiplied.
+        int8: the blocks' matrices are stored in 8 bits and become `dtype` while a block computes.
+        home: where the blocks lie.
+        open_precision, open_home: `--base_precision` and `--resident_blocks` were left to the memory plan.
         can_tabulate: no LoRA trains the modulation layers, so that a table could stand in for them.
         tabulated: it does: a table over σ stands in for the modulation layers (qwen_image/model/modulation.py).
         presets: LoRAs that are merged into it.
@@ -43,7 +50,11 @@ class BasePlan:
     source: ModelSource
     empty: QwenImageTransformer
     dtype: torch.dtype
+    home: BaseHome
     float8: bool = False
+    int8: bool = False
+    open_precision: bool = False
+    open_home: bool = False
     can_tabulate: bool = False
     tabulated: bool = False
     presets: tuple[Preset, ...] = ()
@@ -51,16 +62,24 @@ class BasePlan:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def from_config(cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec) -> "BasePlan":
+    def from_config(cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec, ranks: Ranks) -> "BasePlan":
         """Raises what is wrong with the model's or a preset's files, or can't go together, before weights are read."""
         source = ModelSource.from_options(config)
         files = resolve_model(source, ("transformer", "scheduler"))
         empty = empty_transformer(files)
         float8 = config.base_precision == "float8"
         can_tabulate = not reaches_modulation(spec.target_modules, empty)
-        tabulated = tabulates(config.modulation_table, zero.partitioned, can_tabulate)
+        tabulated = tabulates(config.modulation_table, can_tabulate)
         if float8:
             check_goes_with_float8(zero, spec)
+        blocks, asked = empty.config.num_layers, config.resident_blocks
+        home = BaseHome.of(zero, blocks, None if asked == "auto" else int(asked), ranks.world, ranks_here())
+        int8 = config.base_precision == "int8"
+        if spec.dora and (home.streamed(blocks) or int8):
+            raise ValueError(
+                "lora_dora needs whole, exact weights at every step: use ds_configs/zero2.json with --base_precision dtype and "
+                "without --resident_blocks"
+            )
         presets = tuple(Preset.read(text, empty) for text in config.preset_lora_path)
         match_weights(empty, files["transformer"].weights)
         sampled = None
@@ -69,7 +88,21 @@ class BasePlan:
             sampled = config.sample_num_inference_steps, tokens
         notes = (*float8_warning(files), *(note for preset in presets for note in preset.lora.notes))
         notes += check_starting_file(config.lora_checkpoint, empty, spec)
-        return cls(source, empty, DTYPES[config.dtype], float8, can_tabulate, tabulated, presets, sampled, notes)
+        return cls(
+            source,
+            empty,
+            DTYPES[config.dtype],
+            home,
+            float8,
+            int8,
+            config.base_precision == "auto" and not spec.dora,
+            asked == "auto" and not zero.partitioned and not spec.dora,
+            can_tabulate,
+            tabulated,
+            presets,
+            sampled,
+            notes,
+        )
 
     def lines(self, device: torch.device) -> list[str]:
         """For people: what `device` makes of it. Raises ValueError for one that can't multiply float8."""
@@ -80,13 +113,31 @@ class BasePlan:
         return self.empty.config.num_layers
 
     def bytes(self, checkpointed_blocks: int) -> int:
-        """Bytes of the frozen weights while they train, before ZeRO's partitioning.
+        """Bytes of the frozen weights on the device while they train, but for what `streamed_bytes` counts.
 
-        A checkpointed block recomputes its forward pass, so it does with one layout of its float8 weights; others hold two.
+        A checkpointed block recomputes its forward pass, so it does with one layout of its float8 weights; others hold two,
+        but not those that come and go.
         """
         parameters, modulation = count_parameters(self.empty)
-        quantized, size = count_float8(self.empty, checkpointed_blocks) if self.float8 else (0, 0)
-        return (parameters - quantized - self.tabulated * modulation) * self.dtype.itemsize + size
+        matrices, computed, stored = self.block_bytes()
+        outside = (parameters - self.tabulated * modulation - matrices * self.blocks) * self.dtype.itemsize
+        resident = self.home.on_device(self.blocks)
+        again = sum(block >= checkpointed_blocks for block in resident) * float8_elements(self.empty) * self.float8
+        return outside + len(resident) * (stored if self.int8 else computed) + again
+
+    def streamed_bytes(self) -> tuple[int, int]:
+        """Bytes of the blocks that come and go: of this rank's share wherever it lies, and of their buffers on the device."""
+        _, computed, stored = self.block_bytes()
+        streamed, slots = self.home.streamed(self.blocks), self.home.slots(self.blocks)
+        if self.int8:  # resident blocks, too, become the model's dtype in a buffer
+            slots = min(SLOTS, self.blocks)
+        share = -(-streamed * stored // self.home.sharing)
+        arrival = stored * (self.int8 and slots > 0)
+        return share, slots * computed + arrival
+
+    def block_bytes(self) -> tuple[int, int, int]:
+        """Elements of a block's matrices, and their bytes as they are computed with and as they are stored."""
+        return block_sizes(self.empty, self.dtype, self.float8, self.int8, self.tabulated)
 
     def noise_levels(self, schedule: SigmaSchedule) -> list[float]:
         """Every σ that can occur: training's and validation's grid, and the schedule of the sample images."""
@@ -102,6 +153,7 @@ class BasePlan:
             {"transformer": files.fingerprint("transformer")}
             | ({"presets": [preset.identity() for preset in self.presets]} if self.presets else {})
             | ({"base_precision": "float8"} if self.float8 else {})
+            | ({"base_precision": "int8"} if self.int8 else {})
         )
         return {"model": model}
 
@@ -113,7 +165,23 @@ def count_parameters(transformer: QwenImageTransformer) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in transformer.parameters()), modulation
 
 
-count_float8 = cache(float8_bytes)  # both are asked for many times when the cheapest change is looked for
+@cache
+def float8_elements(transformer: QwenImageTransformer) -> int:
+    """Of one block's matrices that a float8 base quantizes, a byte each."""
+    layers = sum(layer.in_features * layer.out_features for _, layer in block_linears(transformer))
+    return layers // len(transformer.transformer_blocks)
+
+
+@cache
+def block_sizes(
+    transformer: QwenImageTransformer, dtype: torch.dtype, float8: bool, int8: bool, tabulated: bool
+) -> tuple[int, int, int]:
+    """Of the first block's matrices: elements, bytes as computed with, bytes as stored."""
+    layout = block_layouts(transformer, dtype, float8, tabulated)[0]
+    elements = sum(piece.shape.numel() for piece in layout.pieces)
+    # In float8 there are scales of the rows, and ones for the backward pass.
+    size = layout.size + 4 * sum(sum(piece.shape) for piece in layout.pieces if piece.dtype == FLOAT8)
+    return elements, size, stored_layout(layout).size if int8 else size
 
 
 def reaches_modulation(targets: Sequence[str], transformer: QwenImageTransformer) -> bool:
@@ -122,24 +190,20 @@ def reaches_modulation(targets: Sequence[str], transformer: QwenImageTransformer
     return any(id(part) in adapted for module in modulation_layers(transformer) for part in module.modules())
 
 
-def tabulates(option: str, partitioned: bool, can_tabulate: bool) -> bool:
-    """Whether a table stands in for the modulation layers (`--modulation_table`): not where weights are partitioned, nor
-    where a LoRA trains them. Raises ValueError when it must (`on`) and can't.
+def tabulates(option: str, can_tabulate: bool) -> bool:
+    """Whether a table stands in for the modulation layers (`--modulation_table`): not where a LoRA trains them.
+
+    Raises ValueError when it must (`on`) and can't.
     """
-    possible = can_tabulate and not partitioned
-    if option == "on" and not possible:
-        reason = "ZeRO-3 partitions it" if partitioned else "lora_target_modules reaches it"
-        raise ValueError(f"modulation_table on: the modulation is no constant table here, {reason}; say auto or off")
-    return option != "off" and possible
+    if option == "on" and not can_tabulate:
+        raise ValueError(
+            "modulation_table on: the modulation is no constant table here, lora_target_modules reaches it; say auto or off"
+        )
+    return option != "off" and can_tabulate
 
 
 def check_goes_with_float8(zero: ZeroPlan, spec: LoraSpec) -> None:
-    """Raise ValueError for what needs exact weights, or weights of one type."""
-    if zero.partitioned:
-        raise ValueError(
-            "base_precision float8 does not go with ZeRO-3, which partitions weights of one type: use ds_configs/zero2.json "
-            "(a float8 base takes 13 GB on each GPU)"
-        )
+    """Raise ValueError for what needs exact weights."""
     if zero.casts_buffers:
         raise ValueError(
             "base_precision float8: data_types.buffer_dtype would round the weights' scales: remove it from the DeepSpeed JSON"

@@ -12,14 +12,12 @@ from qwen_image.pipeline import QwenImagePipeline, check_prompt_width
 from train.base_model.base_plan import BasePlan
 from train.base_model.load_transformer import load_base
 from train.base_model.online_encoder import EncoderPlace
-from train.config.zero_plan import ZeroPlan
 from train.data.sample import DataSet
 from train.process.ranks import Ranks
 
 
 def load_pipeline(
     base: BasePlan,
-    zero: ZeroPlan,
     dataset: DataSet,
     encoder_place: EncoderPlace,
     ranks: Ranks,
@@ -44,7 +42,7 @@ def load_pipeline(
         pipeline.vae.to(ranks.device)
         if ranks.device.type == "cuda":
             pin(pipeline.text_encoder.language_model)
-    transformer = load_base(base, zero, files, pipeline.schedule, ranks)
+    transformer = load_base(base, files, pipeline.schedule, ranks)
     return replace(pipeline, transformer=transformer, files=files)
 
 

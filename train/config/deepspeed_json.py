@@ -177,8 +177,6 @@ class Settings:
             if self.default(key, "fp32") not in ("fp32", "bf16"):
                 self.refuse(f"{key} must be fp32 or bf16")
         self.default("timers.throughput.enabled", False)
-        if self.content["zero_optimization"]["stage"] == 3:
-            self.default("zero_optimization.memory_efficient_linear", False)
 
     def default(self, place: str, value: Any) -> Any:
         """The value at the dotted `place`, which becomes `value` if it is not there."""
@@ -216,8 +214,6 @@ SLOW_OR_LOSSY = {
     "timers.throughput.enabled": "waits for the device at every forward and step",
     "bf16.bf16_master_weights_and_grads": "updates below 1/256 of a weight are lost",
     "bf16.bf16_optimizer_states": "AdamW's moments lose precision",
-    "zero_optimization.memory_efficient_linear": "replaces F.linear in the whole process; losses differ by rounding",
-    "zero_optimization.zero_quantized_weights": "the frozen weights are rounded to 8 bits at each gather",
     "zero_optimization.zero_quantized_gradients": "gradients are rounded to 8 bits",
 }
 
@@ -230,9 +226,18 @@ def warnings(settings: dict[str, Any]) -> list[str]:
     for key in ("data_types.grad_accum_dtype", "communication_data_type"):
         if values[key] != "fp32":
             lines.append(f"{key} is {values[key]}: small gradients are lost in the sum")
-    unused = [key for key in zero if key.startswith("stage3_")] if zero["stage"] == 2 else []
+    unused = [key for key in zero if is_about_parameters(key) and key not in (OFFLOAD, HPZ)]
     if unused:
-        lines.append(f"stage 2 ignores {', '.join(unused)}")
-    if zero["stage"] == 3 and values.get("zero_optimization.stage3_param_persistence_threshold") != 0:
-        lines.append("stage3_param_persistence_threshold is not 0: small tensors are gathered one by one at each step")
+        lines.append(
+            f"{', '.join(unused)}: no longer used, the frozen base is divided block by block; they can be removed"
+        )
     return lines
+
+
+OFFLOAD, HPZ = "offload_param", "zero_hpz_partition_size"
+
+
+def is_about_parameters(key: str) -> bool:
+    """Whether a key of zero_optimization says how DeepSpeed's own stage 3 would treat weights."""
+    others = ("sub_group_size", "memory_efficient_linear", "param_persistence_threshold", "model_persistence_threshold")
+    return key.startswith("stage3_") or key in (OFFLOAD, HPZ, "zero_quantized_weights", *others)

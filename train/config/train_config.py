@@ -59,10 +59,11 @@ class TrainConfig:
     tokenizer_path: Annotated[str | None, MODEL_HELP["tokenizer_path"]] = None
     dtype: Annotated[Precision, "of the frozen weights and the activations"] = "bfloat16"
     base_precision: Annotated[
-        Literal["dtype", "float8"],
-        "float8: the blocks' frozen projections and MLPs in 8 bits, 13.6 instead of 27.2 GB, on a GPU of compute capability "
-        "8.9 or newer; LoRA and everything else stay as they are",
-    ] = "dtype"
+        Literal["auto", "dtype", "float8", "int8"],
+        "of the blocks' frozen projections and MLPs: dtype keeps them exact, 27.2 GB; float8 takes 13.6 GB and multiplies in 8 "
+        "bits, on a GPU of compute capability 8.9 or newer; int8 takes 14.1 GB and becomes dtype block by block, on any GPU; "
+        "LoRA and everything else stay as they are; auto: dtype, and where the GPU can't hold that the fastest that fits",
+    ] = "auto"
 
     # ---- data
     data: Annotated[
@@ -164,7 +165,7 @@ class TrainConfig:
     deepspeed: Annotated[Path, "DeepSpeed JSON, such as ds_configs/zero2.json"]
     activation_checkpointing: Annotated[
         Whole | Literal["none", "full", "auto"],
-        "which blocks are recomputed: none, all, as few as fit (measured before step 0; under ZeRO-3 all), or a number",
+        "which blocks are recomputed: none, all, as few as fit (measured before step 0), or a number",
     ] = "auto"
     offload_activations: Annotated[
         bool, "what recomputed blocks start from waits in host memory: 1.5 GB less on a GPU at 1024x1024, batch size 1"
@@ -175,18 +176,23 @@ class TrainConfig:
         "encoder there for each batch, cpu is slow; auto: device if the memory plan has room, else swap",
     ] = "auto"
     deterministic: Annotated[bool, "bit-reproducible kernels, slower"] = False
+    resident_blocks: Annotated[
+        Whole | Literal["auto"],
+        "so many blocks of the base stay on the GPU, the others come from host memory (under ZeRO-3 from all ranks) while "
+        "they compute; auto: as many as fit, under ZeRO-3 none",
+    ] = "auto"
+    gpu_memory_limit: Annotated[Positive | None, "use no more of each GPU than so many GiB, as if it had no more"] = (
+        None
+    )
     modulation_table: Annotated[
         Literal["auto", "on", "off"],
-        "compute the frozen modulation once and drop its weights (13.6 of 41 GB in bf16); auto: when LoRA leaves it alone "
-        "and ZeRO doesn't partition it",
+        "compute the frozen modulation once and drop its weights (13.6 of 41 GB in bf16); auto: when LoRA leaves it alone",
     ] = "auto"
-    compile: Annotated[
-        Literal["auto", "on", "off"], "compile the blocks (a minute at start); auto: on a GPU, not under ZeRO-3"
-    ] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], "compile the blocks (a minute at start); auto: on a GPU"] = "auto"
     cuda_graphs: Annotated[
         Literal["auto", "on", "off"],
-        "launch a step's kernels as one graph, captured once for each shape of a batch: on a GPU, but not under ZeRO-3 or "
-        "with lora_dropout or offload_activations; auto: where the run is long enough to win back the capturing",
+        "launch a step's kernels as one graph, captured once for each shape of a batch: on a GPU, but not with "
+        "lora_dropout or offload_activations; auto: where the run is long enough to win back the capturing",
     ] = "auto"
 
     # ---- saving and resuming

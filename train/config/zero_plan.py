@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.config.deepspeed_json import load_deepspeed_config, warnings
+from train.config.deepspeed_json import is_about_parameters, load_deepspeed_config, warnings
 from train.config.train_config import TrainConfig
 
 
@@ -17,7 +17,6 @@ class ZeroPlan:
         offload_optimizer: master weights, moments and AdamW's arithmetic are the CPU's.
         hpz: so many ranks hold the weights once more among them, so that gathering stays inside a node; 1: none do.
         reduce_bucket_size: elements reduced at once; `overlap_comm` has two such buffers.
-        max_live_parameters, prefetch_bucket_size: elements that stage 3 holds gathered, and gathers ahead.
         casts_buffers: the JSON gives buffers a type of its own.
         settings: the whole JSON with every number filled in.
     """
@@ -30,15 +29,19 @@ class ZeroPlan:
     reduce_bucket_size: int = 500_000_000
     overlap_comm: bool = False
     contiguous_gradients: bool = True
-    max_live_parameters: int = 1_000_000_000
-    prefetch_bucket_size: int = 50_000_000
     casts_buffers: bool = False
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def partitioned(self) -> bool:
-        """Whether the ranks divide the frozen weights: then no rank has a whole one outside a block's forward pass."""
+        """Whether the ranks divide the frozen weights too, or these lie in host memory (train/base_model/base_home.py)."""
         return self.stage == 3
+
+    @property
+    def engine_settings(self) -> dict[str, Any]:
+        """What DeepSpeed is given: stage 2 over the LoRA. The frozen base is not DeepSpeed's to divide."""
+        block = {k: v for k, v in self.settings["zero_optimization"].items() if not is_about_parameters(k)}
+        return self.settings | {"zero_optimization": block | {"stage": 2}}
 
     def warnings(self) -> list[str]:
         """For people: what in the JSON costs speed or precision without need."""
@@ -66,8 +69,6 @@ class ZeroPlan:
             reduce_bucket_size=zero.reduce_bucket_size,
             overlap_comm=bool(zero.overlap_comm),
             contiguous_gradients=zero.contiguous_gradients,
-            max_live_parameters=zero.max_live_parameters,
-            prefetch_bucket_size=zero.prefetch_bucket_size,
             casts_buffers="buffer_dtype" in settings.get("data_types", {}),
             settings=settings,
         )

@@ -17,24 +17,25 @@ from train.step.flow_matching_module import FlowMatchingModule
 def initialize(module: nn.Module, adamw: AdamW, zero: ZeroPlan) -> Any:
     """Wrap `module` into a DeepSpeed engine that trains its parameters with requires_grad; returns the engine.
 
-    Under ZeRO-2 the optimizer gets the trained weights of a FlowMatchingModule as one flat parameter.
+    The engine runs stage 2: what is trained is small, and where the frozen weights lie is not its matter. Its optimizer gets
+    the trained weights of a FlowMatchingModule as one flat parameter.
     """
     import deepspeed
 
     together = None
-    if isinstance(module, FlowMatchingModule) and not zero.partitioned:
+    if isinstance(module, FlowMatchingModule):
         together = module
     parameters = [together.use_flat()] if together else [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=adamw.build(parameters, zero.offload_optimizer),
         model_parameters=parameters,
-        config=zero.settings,
+        config=zero.engine_settings,
         dist_init_required=False,
     )
     if together is not None:
         link(together.matrices(), parameters[0])
-    if zero.stage == 2 and not zero.offload_optimizer:
+    if not zero.offload_optimizer:
         lighten(engine.optimizer)
         if can_judge_on_device(engine.optimizer):
             judge_on_device(engine.optimizer)

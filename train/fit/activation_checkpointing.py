@@ -2,7 +2,7 @@
 
 Decided before step 0 by trial steps of the largest batch:
 
-    plan = plan_checkpointing(config.activation_checkpointing, module, data.largest, added, zero.partitioned, device)
+    plan = plan_checkpointing(config.activation_checkpointing, module, data.largest, added, device)
     for line in plan.lines(): print(line)
 
 A trial step is a forward and backward pass on random data without an update; its gradients are dropped. Two of them tell
@@ -24,13 +24,14 @@ from qwen_image.model.prompt import Prompt
 from qwen_image.model.transformer import QwenImageTransformer
 from train.data.batch_shapes import BatchShape, random_arguments
 from train.fit.trial_step import Trial, try_step
-from train.process.free_memory import GIB, host_bytes
+from train.process.free_memory import GIB, allocator_bytes, device_bytes, host_bytes
 from train.process.ranks import ranks_here
 from train.step.flow_matching_module import FlowMatchingModule
 
 # Left free: fragments (batches of other shapes need pieces of other sizes), and what NCCL and libraries still load outside
 # torch's allocator.
 MARGIN_BYTES, MARGIN_SHARE = 1 * GIB, 0.04
+SMALL_MARGIN_SHARE = 0.06  # on a card on which that gigabyte would be much
 FURTHER_TRIALS = 6
 REPORTED_AFTER = 3  # batches of the largest shape
 
@@ -87,10 +88,10 @@ def usable_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return int(host_bytes() / ranks_here() * (1 - MARGIN_SHARE))
     index = torch.cuda.current_device() if device.index is None else device.index
-    free, total = torch.cuda.mem_get_info(index)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index))
-    margin = max(MARGIN_BYTES, int(total * MARGIN_SHARE))
-    return min(free + torch.cuda.memory_reserved(index), allowed) - margin
+    free, _ = torch.cuda.mem_get_info(index)
+    total = device_bytes(device)
+    margin = max(int(min(MARGIN_BYTES, SMALL_MARGIN_SHARE * total)), int(total * MARGIN_SHARE))
+    return min(free + torch.cuda.memory_reserved(index), allocator_bytes(device)) - margin
 
 
 def largest_over_ranks(device: torch.device, value: int) -> int:
@@ -169,14 +170,13 @@ def plan_checkpointing(
     module: FlowMatchingModule,
     shape: BatchShape,
     added: int,
-    partitioned: bool,
     device: torch.device,
     instead: Callable[[], str] | None = None,
 ) -> CheckpointingPlan:
     """Checkpoint blocks of `module.transformer` by the policy none | full | auto | a number; what was chosen and why.
 
     Call it when weights, LoRA and optimizer are in place. `added`: bytes that training will hold besides (engine_bytes);
-    `partitioned`: ZeRO divides the frozen weights; `instead`: what to do when even recomputing every block doesn't help.
+    `instead`: what to do when even recomputing every block doesn't help.
 
     auto on the CPU counts what autograd keeps against the host's free memory. On a GPU the other policies are tried
     too. Raises ValueError when what was asked for runs out of memory, or nothing fits.
@@ -185,10 +185,9 @@ def plan_checkpointing(
     transformer = module.transformer
     blocks = transformer.config.num_layers
     asked = checkpointed_blocks(policy, blocks)
-    if partitioned or (device.type != "cuda" and policy != "auto"):
-        notes = ("auto under ZeRO-3 recomputes every block: autograd would hold on to gathered weights",)
+    if device.type != "cuda" and policy != "auto":
         set_checkpointed_blocks(transformer, asked)
-        return CheckpointingPlan(asked, blocks, notes=notes if policy == "auto" else ())
+        return CheckpointingPlan(asked, blocks)
     arguments = random_arguments(shape, transformer.config.joint_attention_dim, device)
 
     def trial(checkpointed: int) -> Trial | None:

@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from train.base_model.base_home import BaseHome
 from train.config.zero_plan import ZeroPlan
 from train.fit.activation_checkpointing import MARGIN_SHARE
 from train.fit.memory_plan import Machine, MemoryPlan, Setup, plan_memory
+from train.fit.step_time import BF16, step_seconds
 from train.process.free_memory import GIB
 from train.process.ranks import Ranks
 
-# Seconds of a step beside those of bf16 with nothing recomputed, one H100, 1024² at batch size 1 (bench/LOG.md): 0.293 s, and
-# 0.418 with every block recomputed; float8 0.217 and 0.315; zero3_offload 6.32 s. Stage 3 on four cards took 8.3 s.
-BF16, BF16_RECOMPUTED = 1.0, 0.418 / 0.293
-FLOAT8, FLOAT8_RECOMPUTED = 0.217 / 0.293, 0.315 / 0.293
-STAGE_3, STAGE_3_OFFLOADED = 8.3 / 0.293, 6.32 / 0.293
 SWAPPED, ENCODED_ON_CPU = 2.0, 100.0  # added; guesses: 14 GB over PCIe for each batch, and the text encoder on a CPU
 PARKED, CPU_ADAMW = 0.05, 0.2  # added by --offload_activations, and by AdamW on the CPU; guesses
 # What a change is thought to cost besides time: a base rounded to 8 bits, and a smaller batch (or twice the accumulation).
@@ -25,14 +22,12 @@ GPUS = (2, 4, 8, 16)
 
 # What ds_configs/ holds (a test compares); the settings for DeepSpeed itself are not needed here.
 ZERO2 = ZeroPlan(2, reduce_bucket_size=50_000_000)
-ZERO3 = ZeroPlan(3, reduce_bucket_size=50_000_000, overlap_comm=True, prefetch_bucket_size=350_000_000)
+ZERO3 = ZeroPlan(3, reduce_bucket_size=50_000_000)
 SHIPPED = {
     "zero2": ZERO2,
     "zero2_offload": replace(ZERO2, offload_optimizer=True),
     "zero3": ZERO3,
-    "zero3_offload": replace(
-        ZERO3, offload_param=True, pin_param=True, offload_optimizer=True, max_live_parameters=400_000_000
-    ),
+    "zero3_offload": replace(ZERO3, offload_param=True, pin_param=True, offload_optimizer=True),
 }
 
 
@@ -99,7 +94,8 @@ def cheapest_change(setup: Setup, machine: Machine, below: int | None = None) ->
         plan = plan_memory(other, machine)
         if plan.bytes <= limit and plan.likely_fits:
             slower = seconds(other, machine) / asked
-            price = max(1.0, slower) + ROUNDED * (other.base.float8 and not setup.base.float8)
+            rounds = (other.base.float8 or other.base.int8) and not (setup.base.float8 or setup.base.int8)
+            price = max(1.0, slower) + ROUNDED * rounds
             price += SMALLER_BATCH * (other.batch_size < setup.batch_size)
             fitting.append(Change(flags, other, plan, slower, price, other.world > setup.world))
     return min(fitting, key=Change.order, default=None)
@@ -107,43 +103,38 @@ def cheapest_change(setup: Setup, machine: Machine, below: int | None = None) ->
 
 def seconds(setup: Setup, machine: Machine) -> float:
     """Of a step's share of one sample, beside those of bf16 with nothing recomputed."""
-    share = setup.checkpointed_blocks / max(1, setup.base.blocks)
-    if setup.zero.partitioned:
-        time = STAGE_3_OFFLOADED if setup.zero.offload_param else STAGE_3
-    elif setup.base.float8:
-        time = FLOAT8 + share * (FLOAT8_RECOMPUTED - FLOAT8)
-    else:
-        time = BF16 + share * (BF16_RECOMPUTED - BF16)
-    time += PARKED * setup.offload_activations + CPU_ADAMW * (
-        setup.zero.offload_optimizer and not setup.zero.partitioned
-    )
+    time = step_seconds(setup) / BF16
+    time += PARKED * setup.offload_activations + CPU_ADAMW * setup.zero.offload_optimizer
     place = "device" if setup.encoders is None else plan_memory(setup, machine).encoders
     return time + {"device": 0.0, "swap": SWAPPED, "cpu": ENCODED_ON_CPU}[place]
 
 
 def changes(setup: Setup, machine: Machine) -> Iterator[tuple[tuple[str, ...], Setup]]:
     """Every combination of what can be changed, but for no change at all: the flags, and the setup that they make."""
-    groups = [zeros(setup), precisions(setup, machine), tables(setup), checkpointing(setup), batches(setup)]
-    groups += [offloading(setup), encoders(setup)]
+    groups = [zeros(setup), precisions(setup, machine), homes(setup), tables(setup), checkpointing(setup)]
+    groups += [batches(setup), offloading(setup), encoders(setup)]
     for parts in itertools.product(*groups):
         flags = tuple(flag for flag, _ in parts if flag)
         fields = {name: value for _, change in parts for name, value in change.items()}
-        base = replace(setup.base, **{name: fields.pop(name) for name in ("float8", "tabulated") if name in fields})
+        base = replace(setup.base, **{name: fields.pop(name) for name in BASE if name in fields})
         other = replace(setup, base=base, **fields)
-        if other.zero.partitioned:
-            other = replace(other, base=replace(base, tabulated=False))
+        if "zero" in fields:
+            home = BaseHome.of(other.zero, base.blocks, None, other.world, other.local_world)
+            other = replace(other, base=replace(base, home=home))
         if flags and possible(other):
             yield flags, other
 
 
 Option = tuple[str, dict[str, Any]]
+BASE = "float8", "int8", "tabulated", "home"  # fields of the base's plan
 
 
 def possible(setup: Setup) -> bool:
-    """Whether the trainer would take it: ZeRO-3 takes neither a float8 base nor DoRA, and recomputes every block."""
-    if setup.zero.partitioned:
-        return not setup.base.float8 and not setup.dora and setup.checkpointed_blocks == setup.base.blocks
-    return not (setup.base.float8 and (setup.dora or setup.zero.casts_buffers))
+    """Whether the trainer would take it: DoRA needs whole, exact weights."""
+    base = setup.base
+    if setup.dora and (base.float8 or base.int8 or base.home.streamed(base.blocks)):
+        return False
+    return not (base.float8 and (base.int8 or setup.zero.casts_buffers))
 
 
 def zeros(setup: Setup) -> list[Option]:
@@ -162,8 +153,20 @@ def zeros(setup: Setup) -> list[Option]:
 
 
 def precisions(setup: Setup, machine: Machine) -> list[Option]:
-    could = machine.multiplies_float8 and setup.base.dtype.itemsize == 2
-    return [("", {})] + ([("--base_precision float8", {"float8": True})] if could and not setup.base.float8 else [])
+    options: list[Option] = [("", {})]
+    if machine.multiplies_float8 and setup.base.dtype.itemsize == 2 and not setup.base.float8:
+        options.append(("--base_precision float8", {"float8": True, "int8": False}))
+    if not setup.base.int8 and not setup.base.float8:
+        options.append(("--base_precision int8", {"int8": True}))
+    return options
+
+
+def homes(setup: Setup) -> list[Option]:
+    """Blocks from host memory; counted as if none could stay, which is the slowest."""
+    home = setup.base.home
+    if setup.zero.partitioned or not home.resident:
+        return [("", {})]
+    return [("", {}), ("--resident_blocks auto", {"home": replace(home, resident=0)})]
 
 
 def tables(setup: Setup) -> list[Option]:

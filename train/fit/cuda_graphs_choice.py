@@ -60,7 +60,7 @@ def start_graphs(
         return [f"{UNUSED}a batch has one of up to {shapes} shapes, and no more than {KEPT} are kept"]
     arguments = random_arguments(largest, module.transformer.config.joint_attention_dim, device)
     line, failed = f"CUDA graphs: captured once for each of up to {shapes} shapes of batches", ""
-    launched = 0.0 if asked else seconds(lambda: try_step(module, arguments))
+    launched = 0.0 if asked else seconds(lambda: try_step(module, arguments, fetching=True))
     torch.cuda.empty_cache()
     module.use_graphs(always_masked=largest.padded)
     try:

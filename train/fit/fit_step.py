@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from train.config.train_config import TrainConfig
-from train.config.zero_plan import ZeroPlan
 from train.data.batch_shapes import BatchShape
 from train.data.from_config import RunData
 from train.fit.activation_checkpointing import CheckpointingPlan, PeakWatch, plan_checkpointing
@@ -47,14 +46,14 @@ def fit_step(
         machine = Machine.of(device)
         return advice(setup, machine, below=int(plan_memory(setup, machine).bytes * PROVEN_SHARE))
 
-    checkpointing = plan_checkpointing(policy, module, data.largest, added, zero.partitioned, device, instead)
+    checkpointing = plan_checkpointing(policy, module, data.largest, added, device, instead)
     batches = (data.steps - steps_done) * accumulation
-    graphs = start_graphs(graphs_policy(config, zero), module, data.largest, data.shapes, batches, device)
+    graphs = start_graphs(graphs_policy(config), module, data.largest, data.shapes, batches, device)
     return Fit(checkpointing, data.largest, device, [*checkpointing.lines(), *graphs])
 
 
-def graphs_policy(config: TrainConfig, zero: ZeroPlan) -> Policy:
+def graphs_policy(config: TrainConfig) -> Policy:
     """`--cuda_graphs`, but off where the host has work to do within a step, and not left to the clock if deterministic."""
-    if config.lora_dropout > 0 or config.offload_activations or zero.partitioned:
+    if config.lora_dropout > 0 or config.offload_activations:
         return "off"
     return "on" if config.deterministic and config.cuda_graphs == "auto" else config.cuda_graphs

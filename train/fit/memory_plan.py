@@ -1,6 +1,6 @@
 """The memory plan: what a run will hold on each GPU and in each host's memory, told and checked before weights are read.
 
-    setup = Setup.from_config(config, zero, spec, base, data, ranks)
+    setup = Setup.from_config(config, zero, spec, data, ranks)
     plan = plan_memory(setup, Machine.of(ranks.device))
     plan.excess()
 
@@ -10,9 +10,10 @@ fail is said.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from qwen_image.float8.linear import FIRST_CAPABILITY
 from qwen_image.loading.model_files import ModelFiles, ModelSource, resolve_model
@@ -131,14 +132,9 @@ class Setup:
     encoder_device: Literal["auto", "device", "swap", "cpu"] = "auto"
 
     @classmethod
-    def from_config(
-        cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec, base: BasePlan, data: RunData, ranks: Ranks
-    ) -> "Setup":
-        """Of a run, for its largest bucket and longest prompt. Raises ValueError for DoRA on divided weights, FileNotFoundError
-        for encoders that are missing.
-        """
-        if spec.dora and zero.partitioned:
-            raise ValueError("lora_dora needs whole weights at every step: use ds_configs/zero2.json")
+    def from_config(cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec, data: RunData, ranks: Ranks) -> "Setup":
+        """Of a run, for its largest bucket and longest prompt. Raises what BasePlan does, FileNotFoundError for encoders."""
+        base = BasePlan.from_config(config, zero, spec, ranks)
         encoders = None
         if not data.dataset.encoded:
             parts = ("text_encoder", "tokenizer", "vae")
@@ -183,24 +179,34 @@ class Machine(NamedTuple):
             return cls(None, host_bytes())
         return cls(device_bytes(device), host_bytes(), torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY)
 
+    def smallest(self, ranks: Ranks) -> "Machine":
+        """The least of all ranks' machines, so that all decide alike; a collective."""
+        if ranks.world == 1:
+            return self
+        everywhere: list[Any] = [None] * ranks.world
+        dist.all_gather_object(everywhere, tuple(self))
+        totals, free, multiplies = zip(*everywhere, strict=True)
+        return Machine(None if None in totals else min(totals), min(free), all(multiplies))
+
+    @property
+    def device_total_gib(self) -> float:
+        return (self.device_total or 0) / GIB
+
 
 def plan_memory(setup: Setup, machine: Machine) -> MemoryPlan:
     """What such a run holds on such a machine."""
-    zero, world, base = setup.zero, setup.world, setup.base.bytes(setup.checkpointed_blocks)
-    blocks, itemsize = setup.base.blocks, setup.base.dtype.itemsize
-    on_device: dict[str, int] = {}
+    zero, world, base = setup.zero, setup.world, setup.base
+    itemsize = base.dtype.itemsize
+    on_device = {"base": base.bytes(setup.checkpointed_blocks)}
     on_host: dict[str, int] = {}
-
-    share = -(-base // world) if zero.partitioned else base
-    if zero.partitioned and zero.hpz > 1:
-        share += -(-base // zero.hpz)
-    offloaded = zero.partitioned and zero.offload_param
-    (on_host if offloaded else on_device)["base"] = share * (setup.local_world if offloaded else 1)
-    kept = blocks - setup.checkpointed_blocks
-    if zero.partitioned:
-        live = min(base, (zero.max_live_parameters + zero.prefetch_bucket_size) * itemsize)
-        # Autograd holds on to the weights of blocks that are not recomputed: DeepSpeed can't let go of them.
-        on_device["gathered blocks"] = max(live, base * kept // max(1, blocks))
+    share, buffers = base.streamed_bytes()
+    if base.home.host and share:
+        on_host["base"] = share * setup.local_world
+    elif share:
+        on_device["base"] += share
+    if buffers:
+        on_device["arriving blocks"] = buffers
+    kept = base.blocks - setup.checkpointed_blocks
 
     on_device["LoRA and gradients"] = setup.trainable * (setup.lora_dtype.itemsize + 4)
     state = 3 * 4 * -(-setup.trainable // world)  # master weights and two moments
@@ -219,7 +225,7 @@ def plan_memory(setup: Setup, machine: Machine) -> MemoryPlan:
     where = place_encoders(setup, machine, on_device, on_host)
     if machine.device_total is not None:
         on_device["context"] = CONTEXT_BYTES
-    certain = ("base", "LoRA and gradients", "AdamW")
+    certain = ("base", "arriving blocks", "LoRA and gradients", "AdamW")
     return MemoryPlan(on_device, on_host, certain, machine.device_total, machine.host_free, where)
 
 

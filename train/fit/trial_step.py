@@ -48,13 +48,17 @@ class SavedBytes:
 
 
 def try_step(
-    module: FlowMatchingModule, arguments: tuple[Any, ...], prepare: Callable[[], object] = lambda: None
+    module: FlowMatchingModule,
+    arguments: tuple[Any, ...],
+    prepare: Callable[[], object] = lambda: None,
+    fetching: bool = False,
 ) -> Trial | None:
     """After `prepare`, one forward and backward pass of `module` as training does it; None when memory ran out.
 
     Nothing changes: no gradient is stored (no hook of DeepSpeed's sees one), no graph is captured, random generators and
     the module's mode are as before. On CUDA the bytes are torch's own counters; on the CPU they are what autograd keeps,
-    without what the work takes.
+    without what the work takes. Streamed blocks are computed with whatever their slots hold, unless `fetching`: so no rank
+    waits in a gather for one that ran out of memory.
     """
     device = arguments[0].device
     training, graphs = module.training, module.graphs
@@ -62,7 +66,7 @@ def try_step(
     module.graphs = None
     try:
         source = module.transformer.block_stream
-        fetching_nothing = nullcontext() if source is None else source.pause()  # so no rank waits for one that runs out
+        fetching_nothing = nullcontext() if source is None or fetching else source.pause()
         with torch.random.fork_rng([device] if device.type == "cuda" else []), fetching_nothing:
             prepare()
             return _measured_step(module, arguments, device)

@@ -7,8 +7,43 @@ import torch
 GIB = 2**30
 
 
+_limits: dict[int, int] = {}  # --gpu_memory_limit in bytes, by device
+
+
+def limit_device(device: torch.device, gib: float | None) -> None:
+    """Let this process use no more of its GPU than a card of `gib` GiB would give, what libraries take outside torch included.
+
+    Raises ValueError for more than the card has.
+    """
+    if gib is None or device.type != "cuda":
+        return
+    index = _index(device)
+    free, total = torch.cuda.mem_get_info(index)
+    limit = int(gib * GIB)
+    if limit > total:
+        raise ValueError(
+            f"gpu_memory_limit: {gib:g} GiB, but {torch.cuda.get_device_name(index)} has {total / GIB:.1f}"
+        )
+    outside = total - free - torch.cuda.memory_reserved(index)
+    _limits[index] = limit
+    torch.cuda.set_per_process_memory_fraction(max(limit - outside, 0) / total, index)
+
+
 def device_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
+    """Memory of the card, or what `limit_device` leaves of it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(total, _limits.get(_index(device), total))
+
+
+def allocator_bytes(device: torch.device) -> int:
+    """What torch's allocator may take in all."""
+    index = _index(device)
+    _, total = torch.cuda.mem_get_info(index)
+    return int(total * torch.cuda.get_per_process_memory_fraction(index))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def host_bytes() -> int:

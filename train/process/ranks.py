@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from files.shown import one_line
+from train.process.free_memory import limit_device
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Ranks:
                     print(one_line(line), flush=True)
 
 
-def join_process_group() -> Ranks:
+def join_process_group(gpu_memory_limit: float | None = None) -> Ranks:
     """Initialise torch.distributed (NCCL on CUDA, gloo else) and choose this process's device."""
     import deepspeed
 
@@ -46,6 +47,7 @@ def join_process_group() -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        limit_device(device, gpu_memory_limit)
     else:
         device = torch.device("cpu")
         # DeepSpeed would compile C++ for a minute or three to add up CPU ranks a little faster than gloo does.

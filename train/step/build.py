@@ -16,7 +16,6 @@ from qwen_image.kernel_check import distrust_kernels
 from qwen_image.model.dtypes import DTYPES
 from qwen_image.model.transformer import QwenImageTransformer
 from train.config.train_config import TrainConfig
-from train.config.zero_plan import ZeroPlan
 from train.flow.objective import WeightingName
 from train.lora.inject import inject_lora, start_from
 from train.lora.lora_file import read_lora
@@ -34,7 +33,7 @@ class StepOptions:
         dtype: of the activations; `lora_dtype`: of the LoRA's weights in the forward pass.
         seed: of the LoRA's initial weights; `lora_checkpoint`: the file whose weights they are instead.
         float8: the base is in float8 (for the kernels that are tried).
-        fuse: q, k and v as one product where that is possible; ZeRO-3 gathers layers one by one.
+        fuse: q, k and v as one product where that is possible.
         compile: the blocks, by torch.compile; `dynamic`: once for all shapes.
         checkpointed_blocks: so many leading blocks recompute their activations in the backward pass.
         offload_activations: what these start from waits in host memory.
@@ -55,9 +54,8 @@ class StepOptions:
 
     @classmethod
     def from_config(
-        cls, config: TrainConfig, zero: ZeroPlan, device: torch.device, checkpointed_blocks: int
+        cls, config: TrainConfig, float8: bool, device: torch.device, checkpointed_blocks: int
     ) -> "StepOptions":
-        float8 = config.base_precision == "float8"
         return cls(
             dtype=DTYPES[config.dtype],
             lora_dtype=DTYPES[config.trained_dtype],
@@ -66,9 +64,7 @@ class StepOptions:
             lora_checkpoint=config.lora_checkpoint,
             loss_weighting=config.loss_weighting,
             float8=float8,
-            fuse=not zero.partitioned,
-            compile=config.compile == "on"
-            or (config.compile == "auto" and device.type == "cuda" and not zero.partitioned),
+            compile=config.compile == "on" or (config.compile == "auto" and device.type == "cuda"),
             checkpointed_blocks=checkpointed_blocks,
             offload_activations=config.offload_activations,
         )

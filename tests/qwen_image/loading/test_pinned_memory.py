@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_image.loading.pinned_memory import lent, pinned_memory, unforked_memory
+from qwen_image.loading.pinned_memory import Arena, lent, pinned_memory, unforked_memory
 
 
 def mapped(address: int) -> bool:
@@ -59,3 +59,22 @@ def test_lent_weights_come_home() -> None:
     with lent(layer, torch.device("cpu")):
         pass
     assert {name: tensor.data_ptr() for name, tensor in layer.named_parameters()} == home
+
+
+def test_pinned_pieces_lie_in_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def pinned(elements: int, dtype: torch.dtype) -> torch.Tensor:
+        taken.append(elements)
+        return torch.empty(elements, dtype=dtype)
+
+    monkeypatch.setattr("qwen_image.loading.pinned_memory.pinned_memory", pinned)
+    monkeypatch.setattr("qwen_image.loading.pinned_memory.ARENA_BYTES", 2000)
+    sizes = [300, 5, 640, 2000, 7]
+    arena = Arena(torch.device("cpu"), torch.bfloat16, pinned=True, remaining=sum(sizes))
+    parts = [arena.take(size) for size in sizes]
+    for number, part in enumerate(parts):
+        part.fill_(number)
+    assert [len(part) for part in parts] == sizes
+    assert all((part == number).all() for number, part in enumerate(parts)), "pieces overlap"
+    assert taken == [1000, 1000, 2000, 7]  # elements; a piece larger than an arena has one of its own

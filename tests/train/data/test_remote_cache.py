@@ -139,15 +139,19 @@ def test_the_disk_gets_its_space_back_while_workers_read(remote, tmp_path):
     with BatchLoader(dataset, order, SigmaSampling(), Reading(num_workers=2), 2 * one) as loader:
         for _ in itertools.islice(loader, 6 * order.length):
             assert sum(map(size, dataset.folder.glob("*.tar*"))) <= 2 * one
-            most = max(most, sum(deleted_but_open(child.pid) for child in multiprocessing.active_children()))
+            most = max(
+                most, sum(deleted_but_open(child.pid, dataset.folder) for child in multiprocessing.active_children())
+            )
             time.sleep(0.005)
     assert most <= 2 * 2 * one, "each worker holds at most what the cache held when it last opened a shard"
 
 
-def deleted_but_open(process: int) -> int:
+def deleted_but_open(process: int, folder: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         links = [
-            link for link in Path(f"/proc/{process}/fd").iterdir() if str(link.readlink()).endswith(".tar (deleted)")
+            link
+            for link in Path(f"/proc/{process}/fd").iterdir()
+            if link.readlink().parent == folder and str(link.readlink()).endswith(".tar (deleted)")
         ]
         return sum(map(size, links))
     return 0

@@ -22,7 +22,6 @@ from qwen_image.model.prompt import Prompt
 from qwen_image.pipeline import load_transformer
 from tests.helpers.forked_ranks import run_ranks
 from train import train_lora
-from train.base_model.base_plan import BasePlan
 from train.config.command_line import parse
 from train.config.zero_plan import ZeroPlan
 from train.data.batch import make_batch
@@ -226,12 +225,11 @@ def test_dora_needs_whole_weights(model: Path, data: Path, tmp_path: Path) -> No
     config = parse(flags(model, data, tmp_path, "zero3", "--lora_dora", "true"))
     ranks, spec = Ranks(0, 1, 0, torch.device("cpu")), LoraSpec.from_config(config)
 
-    def setup(stage: int) -> Setup:
-        zero = ZeroPlan(stage)
-        return Setup.from_config(
-            config, zero, spec, BasePlan.from_config(config, zero, spec), RunData.from_config(config, ranks), ranks
-        )
+    def setup(zero: ZeroPlan) -> Setup:
+        return Setup.from_config(config, zero, spec, RunData.from_config(config, ranks), ranks)
 
-    with pytest.raises(ValueError, match=r"lora_dora needs whole weights at every step: use ds_configs/zero2\.json"):
-        setup(3)
-    setup(2)
+    with pytest.raises(
+        ValueError, match=r"lora_dora needs whole, exact weights at every step: use ds_configs/zero2\.json"
+    ):
+        setup(ZeroPlan(3, offload_param=True))
+    setup(ZeroPlan(2))

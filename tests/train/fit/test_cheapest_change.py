@@ -30,9 +30,16 @@ ENCODED_BEFORE = "the data encoded beforehand (data_prep/encode_shards.py)"
     [
         (24, 64, True, {}, ["--base_precision float8"]),
         (24, 64, True, {"checkpointed_blocks": 0}, ["--base_precision float8", "--activation_checkpointing auto"]),
-        (24, 64, False, {}, ["--deepspeed ds_configs/zero3_offload.json"]),  # a card that can't multiply float8
-        (24, 16, False, {}, ["--deepspeed ds_configs/zero3.json on 4 GPUs"]),  # and no room on the host
-        (24, 64, True, {"encoders": ENCODERS}, ["--base_precision float8"]),  # swapped in, as auto does
+        (24, 64, False, {}, ["--base_precision int8"]),  # a card that can't multiply float8
+        (8, 20, False, {}, ["--base_precision int8", "--resident_blocks auto"]),  # blocks from host memory
+        (
+            8,
+            10,
+            False,
+            {},
+            ["--deepspeed ds_configs/zero3.json on 8 GPUs"],
+        ),  # and no room there
+        (24, 64, True, {"encoders": ENCODERS}, ["--resident_blocks auto"]),  # then the encoder stays
         (24, 64, True, {"encoders": ENCODERS, "encoder_device": "device", "float8": True}, [ENCODED_BEFORE]),
         (40, 64, True, {"encoders": ENCODERS, "encoder_device": "device"}, [ENCODED_BEFORE]),
         (40, 64, True, {"tabulated": False}, ["--modulation_table auto"]),
@@ -44,7 +51,7 @@ ENCODED_BEFORE = "the data encoded beforehand (data_prep/encode_shards.py)"
             ["--base_precision float8"],
         ),  # LoRA on the modulation
         (16, 64, True, {}, ["--base_precision float8", "--offload_activations true"]),
-        (8, 64, True, {}, ["--deepspeed ds_configs/zero3_offload.json"]),
+        (8, 64, True, {}, ["--base_precision float8", "--resident_blocks auto"]),
         (
             24,
             64,
