@@ -123,10 +123,12 @@ class BlockStream:
         """
         self.arrived = [None] * len(self.slots)  # events from outside mean nothing inside, nor the other way round
         before = self.fetches
-        yield
-        if self.side is not None and self.fetches > before:
-            torch.cuda.current_stream(self.device).wait_stream(self.side)
-        self.arrived = [None] * len(self.slots)
+        try:
+            yield
+        finally:  # a capture that ends with an error must not leave the side stream in it
+            if self.side is not None and self.fetches > before:
+                torch.cuda.current_stream(self.device).wait_stream(self.side)
+            self.arrived = [None] * len(self.slots)
 
     def forget(self) -> None:
         """Take the contents of all slots for unknown."""

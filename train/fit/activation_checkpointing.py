@@ -31,7 +31,7 @@ from train.step.flow_matching_module import FlowMatchingModule
 # Left free: fragments (batches of other shapes need pieces of other sizes), and what NCCL and libraries still load outside
 # torch's allocator.
 MARGIN_BYTES, MARGIN_SHARE = 1 * GIB, 0.04
-SMALL_MARGIN_SHARE = 0.06  # on a card on which that gigabyte would be much
+SMALL_MARGIN_SHARE = 0.1  # on a card on which that gigabyte would be much
 FURTHER_TRIALS = 6
 REPORTED_AFTER = 3  # batches of the largest shape
 
