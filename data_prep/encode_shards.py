@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.shard_format.shards import ShardReader, read_index, read_manifest
+from data_prep.shard_format.shards import ShardReader, check_index, read_index, read_manifest
 from files.shown import one_line, tolerant_output
 from qwen_image.loading.model_flags import add_model_flags
 
@@ -76,6 +76,7 @@ def encode(arguments: argparse.Namespace) -> int:
             f"--batch_size ({arguments.batch_size}) and --num_workers ({arguments.num_workers}) start at 1"
         )
     manifest, index = read_manifest(arguments.data), read_index(arguments.data)
+    check_index(index, manifest, arguments.data)
     if manifest.payload == "safetensors":
         raise ValueError(f"--data {arguments.data} holds encoded shards already; give the folder of image shards")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))

@@ -30,12 +30,14 @@ import pyarrow.parquet as pq
 from data_prep.shard_format.row_groups import write_row_groups
 from files.atomic_files import commit, json_bytes, partial_path, write_file
 from files.plain_name import plain_name
+from files.shown import shown
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 SIZES = "sizes.json"
 EMPTY_PROMPT = "empty_prompt.safetensors"
+MAX_SIDE = 1 << 14  # pixels of a bucket: nothing that a model was trained on comes near
 
 _OFFSETS = [(f"{m}_{f}", pa.int64()) for m in ("payload", "json", "txt") for f in ("offset", "size")]
 INDEX_ROWS = pa.schema(
@@ -141,7 +143,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         fields["buckets"] = [Bucket(**bucket) for bucket in fields["buckets"]]
         fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
         for shard in fields["shards"]:
-            plain_name(shard.name, path)
+            if not plain_name(shard.name, path).endswith(".tar") or shard.name.startswith("."):
+                raise ValueError(
+                    f"{path} is damaged or not to be trusted: {shown(repr(shard.name))} is no shard (*.tar)"
+                )
         return _typed(Manifest(**fields))
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): run the program that made it again") from None
@@ -156,6 +161,8 @@ def _typed(manifest: Manifest) -> Manifest:
     values += [(name, dict, getattr(manifest, name)) for name in ("options", "totals", "versions")]
     for bucket in manifest.buckets:
         values += [(f"a bucket's {name}", int, value) for name, value in vars(bucket).items()]
+        if any(type(side) is int and side > MAX_SIDE for side in (bucket.width, bucket.height)):
+            raise TypeError(f"a bucket has {bucket.width}x{bucket.height} pixels, more than {MAX_SIDE} on a side")
     for shard in manifest.shards:
         values += [(f"{shard.name}'s {name}", int, getattr(shard, name)) for name in ("samples", "bytes")]
         values.append((f"{shard.name}'s sha256", str, shard.sha256))
@@ -219,6 +226,30 @@ def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
     columns["key"] = columns["key"].astype("U12") if strings else blank
     columns.setdefault("path", blank)
     return ShardIndex(**columns)
+
+
+def check_index(index: ShardIndex, manifest: Manifest, folder: object) -> None:
+    """Does every row name a bucket and a shard of the manifest, and a place in that shard? Raises ValueError for the first.
+
+    A row that doesn't can't be read as a broken sample: nobody knows which shard or bucket it is of.
+    """
+    bucket_ids = [bucket.id for bucket in manifest.buckets]
+    wrong = ~np.isin(index.bucket, bucket_ids) | (index.shard < 0) | (index.shard >= len(manifest.shards))
+    known = np.clip(index.shard, 0, max(len(manifest.shards) - 1, 0))
+    ends = np.array([shard.bytes for shard in manifest.shards] or [0], dtype=np.int64)[known]
+    for name in ("payload", "json", "txt"):
+        offset, size = (getattr(index, f"{name}_{field}") for field in ("offset", "size"))
+        inside = (size >= 0) & (offset >= tarfile.BLOCKSIZE) & (size <= ends) & (offset <= ends - size)
+        wrong |= ~inside & ((size != 0) | (name == "payload"))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        place = ", ".join(
+            f"{name} {getattr(index, name)[row]}" for name in ("shard", "bucket", "payload_offset", "payload_size")
+        )
+        raise ValueError(
+            f"{shown(folder)}: {INDEX} is damaged or of another {MANIFEST}: {int(wrong.sum())} of {len(index)} rows name a "
+            f"shard, a bucket or a place that isn't there, first row {row} ({place}); {_REMAKE}"
+        )
 
 
 # ── one tar ──────────────────────────────────────────────────────────────────────────────────────────────────────────

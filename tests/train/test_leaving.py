@@ -97,10 +97,10 @@ def test_checkpoints_by_the_minute(small_model, small_data, tmp_path):
 
 def test_a_signal_while_data_does_not_come(small_model, small_data, tmp_path, monkeypatch, capfd):
     """A dead server, say: the wait ends after the grace, and what was trained is saved."""
-    from train.data import batch
+    from train.data.shard_dataset import ShardDataset
     from train.process import preemption
 
-    read, calls = batch._read_or_replace, [0]
+    read, calls = ShardDataset.read, [0]
 
     def hangs(*arguments):
         calls[0] += 1
@@ -110,7 +110,7 @@ def test_a_signal_while_data_does_not_come(small_model, small_data, tmp_path, mo
         return read(*arguments)
 
     monkeypatch.setattr(preemption, "GRACE_SECONDS", 0.2)
-    monkeypatch.setattr(batch, "_read_or_replace", hangs)
+    monkeypatch.setattr(ShardDataset, "read", hangs)
     began = time.monotonic()
     assert train(small_model, small_data, tmp_path / "run", "--save_steps", "0", *NO_TRIALS) == 85
     assert time.monotonic() - began < 30

@@ -1,7 +1,7 @@
 """One micro-batch: samples of one bucket with all that chance decided for them."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,10 +91,11 @@ def make_batch(
     """The micro-batch that `Order.micro_batch(place)` gave as (epoch, indices): a pure function, in whatever process.
 
     A sample that can't be read gives way to the next readable one of its bucket (keeping the noise and σ that belong to
-    its own index) and is named in `broken`. Raises BrokenSample after more than `attempts` of them in a row.
+    its own index) and is named in `broken`. Where its bucket has none, the micro-batch is made of the samples of another
+    bucket. Raises BrokenSample after more than `attempts` of them in a row.
     """
     broken: list[str] = []
-    samples = [_read_or_replace(dataset, int(index) % len(dataset), attempts, broken) for index in indices]
+    samples = _of_its_bucket(dataset, indices, attempts, broken) or _of_another(dataset, indices, attempts, broken)
     width, height = samples[0].width, samples[0].height
     latent_shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
     draws = [draw(epoch, int(index), latent_shape) for index in indices]
@@ -102,20 +103,50 @@ def make_batch(
     return Batch(place=place, epoch=epoch, indices=[int(index) for index in indices], broken=broken, **tensors)
 
 
-def _read_or_replace(dataset: ShardDataset, index: int, attempts: int, broken: list[str]) -> Sample:
-    """Sample `index`, or the first readable one after it in its bucket; appends what was broken."""
-    try:
-        return dataset.read(index)
-    except BrokenSample as error:
-        if attempts == 0:
-            raise
-        broken.append(str(error))
-    for other in itertools.islice(dataset.same_bucket(index), attempts):
+def _of_its_bucket(
+    dataset: ShardDataset, indices: Sequence[int], attempts: int, broken: list[str]
+) -> list[Sample] | None:
+    """The samples, or the first readable one after each in its bucket; None where there is none."""
+    samples = []
+    for index in (int(index) % len(dataset) for index in indices):
+        sample = _first_readable(dataset, itertools.chain([index], dataset.same_bucket(index)), attempts, broken)
+        if sample is None:
+            return None
+        samples.append(sample)
+    return samples
+
+
+def _of_another(dataset: ShardDataset, indices: Sequence[int], attempts: int, broken: list[str]) -> list[Sample]:
+    """As many readable samples of the first other bucket that has one; they come again where it has too few."""
+    unnamed: list[str] = []  # these stand in no batch's place: their own is where they are named
+    first = _first_readable(dataset, dataset.other_buckets(int(indices[0]) % len(dataset)), attempts, unnamed)
+    if first is None:
+        raise BrokenSample(f"no other sample can be read (check_shards.py lists them): {[*broken, *unnamed][-1]}")
+    members = itertools.cycle([*dataset.same_bucket(first.index), first.index])
+    samples = [first]
+    while len(samples) < len(indices):
+        sample = _first_readable(dataset, members, attempts, unnamed)
+        assert sample is not None, "the members go round, and the first can be read"
+        samples.append(sample)
+    return samples
+
+
+def _first_readable(
+    dataset: ShardDataset, candidates: Iterable[int], attempts: int, broken: list[str]
+) -> Sample | None:
+    """The first of `candidates` that can be read; None at their end. Names the first broken one in `broken`."""
+    for number, index in enumerate(candidates):
         try:
-            return dataset.read(other)
-        except BrokenSample as error:
-            last = error
-    raise BrokenSample(f"{attempts} samples after a broken one are broken too (check_shards.py lists them): {last}")
+            return dataset.read(index)
+        except BrokenSample as found:
+            if number == 0:
+                broken.append(str(found))
+            if number >= attempts:
+                if attempts == 0:
+                    raise
+                text = f"{attempts} samples after a broken one are broken too (check_shards.py lists them): {found}"
+                raise BrokenSample(text) from found
+    return None
 
 
 # Encoded shards store latents and prompt embeddings in this type; encoding online rounds alike, so both give one loss.

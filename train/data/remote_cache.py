@@ -9,29 +9,37 @@ ever waits for a whole shard. What is needed next is known, because the order of
 
 import fcntl
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
-from files.atomic_files import PARTIAL
-from train.data.remote_shards import RemoteReader, write_whole
+from files.atomic_files import PARTIAL, whole_file, write_file
+from train.data.remote_shards import RemoteReader, copy_state
 from train.data.sample_order import Order
 
 BLOCK = 8 << 20  # bytes of a shard that are copied at once
 LOOK_AHEAD = 1024  # micro-batches of the plan that are looked through at once
+FETCHES = 2  # of a shard that comes wrong
 LOCK = ".lock"
 LOCK_SECONDS = 1.0  # between looks whether another run still fills the cache
+
+
+class WrongBytes(ValueError):
+    """A shard is not what the manifest says."""
 
 
 class ShardsAhead:
     """A thread that keeps the shards that are needed next in the local folder, `limit_bytes` of them at most.
 
     One process a node is enough, and while it runs no other changes this folder: a second run reads what is there. A
-    shard whose bytes don't match the manifest, or that can't be copied, is not kept, and said.
+    shard whose bytes don't match the manifest is fetched once more; then all readers hear that it is wrong. One that can't
+    be copied is read remotely. Both are said.
     """
 
     def __init__(
@@ -81,8 +89,9 @@ class ShardsAhead:
     def _run(self) -> None:
         if not self._alone():
             return
-        for left_over in self.reader.folder.glob(f"{PARTIAL}*.tar.*"):  # of a run that was killed while copying
-            left_over.unlink(missing_ok=True)
+        for pattern in (f"{PARTIAL}*.tar.*", "*.tar.wrong"):  # of a run that was killed while copying; it may be mended
+            for left_over in self.reader.folder.glob(pattern):
+                left_over.unlink(missing_ok=True)
         while not self._stop:
             self._moved.clear()
             wanted = self.wanted()
@@ -90,9 +99,8 @@ class ShardsAhead:
             for path in self.reader.folder.glob("*.tar"):
                 if path.name not in names:
                     path.unlink(missing_ok=True)
-            missing = [
-                s for s in wanted if s not in self._failed and not (self.reader.folder / self.reader.names[s]).exists()
-            ]
+                    path.with_name(f"{path.name}.verified").unlink(missing_ok=True)
+            missing = [shard for shard in wanted if shard not in self._failed and not self._is_here(shard)]
             if missing:
                 self._copy(missing[0])
             else:
@@ -114,27 +122,64 @@ class ShardsAhead:
                 time.sleep(LOCK_SECONDS)
         return False
 
+    def _is_here(self, shard: int) -> bool:
+        try:
+            return self.reader.is_verified(shard, (self.reader.folder / self.reader.names[shard]).stat())
+        except OSError:
+            return False
+
     def _copy(self, shard: int) -> None:
-        facts = self.reader.manifest.shards[shard]
+        name, wrong = self.reader.names[shard], ""
+        try:
+            for _ in range(FETCHES):
+                wrong = self._fetch(shard)
+                if not wrong:
+                    return
+        except InterruptedError:
+            return
+        except (OSError, ValueError) as error:
+            self._failed.add(shard)
+            self.say(f"{self.reader.remote.url}: shard not cached, its samples are read remotely: {error}")
+            return
+        self._failed.add(shard)
+        with suppress(OSError):
+            self.reader.wrong_mark(shard).touch()
+        self.say(
+            f"{self.reader.remote.url}/{name}, fetched {FETCHES} times, is not what the manifest says: {wrong}; its "
+            "samples are broken from here on (those that were read before it was copied could not be compared)"
+        )
+
+    def _fetch(self, shard: int) -> str:
+        """Copy a shard, compare it, and only then give it its name. Returns what is wrong with it, or nothing.
+
+        Raises InterruptedError at the end of the run, OSError or ValueError where it can't be copied.
+        """
+        facts, folder = self.reader.manifest.shards[shard], self.reader.folder
         digest = hashlib.sha256()
 
         def blocks() -> Iterator[bytes]:
             for start in range(0, facts.bytes, BLOCK):
                 if self._stop:
                     raise InterruptedError
-                block = self.reader.remote.read(facts.name, start, min(start + BLOCK, facts.bytes))
+                end = min(start + BLOCK, facts.bytes)
+                block = self.reader.remote.read(facts.name, start, end)
+                if len(block) < end - start:
+                    raise WrongBytes(f"it ends before byte {end} of {facts.bytes}")
                 digest.update(block)
                 yield block
             if digest.hexdigest() != facts.sha256:
-                raise OSError(f"{facts.name} doesn't match the sha256 in the manifest")
+                raise WrongBytes(f"it doesn't match the sha256 {facts.sha256}")
 
         try:
-            write_whole(self.reader.folder / facts.name, blocks())
-        except InterruptedError:
-            pass
-        except (OSError, ValueError) as error:
-            self._failed.add(shard)
-            self.say(f"{self.reader.remote.url}: shard not cached, its samples are read remotely: {error}")
+            with whole_file(folder / facts.name) as file:
+                for block in blocks():
+                    file.write(block)
+                file.flush()
+                state = copy_state(os.fstat(file.fileno()))  # the rename keeps both
+                write_file(self.reader.verified_mark(shard), state)
+        except WrongBytes as error:
+            return str(error)
+        return ""
 
     def __enter__(self) -> Self:
         return self

@@ -3,9 +3,10 @@
     folder, reader = open_remote("s3://bucket/encoded", cache_folder=Path("/local/cache"))
     reader.read(shard, offset, size)
 
-A sample is read from the local copy of its shard when there is one (train/data/remote_cache.py makes them), and else from
-the remote by its byte range. A remote that stops answering ends the run, after some minutes: taking other samples instead
-would make the training depend on the network.
+A sample is read from the local copy of its shard when there is one (train/data/remote_cache.py makes them, and compares
+them with the manifest's sha256), and else from the remote by its byte range, which nothing can be compared with. A shard
+that came wrong twice is broken: its samples are handled as broken ones. A remote that stops answering ends the run, after
+some minutes: taking other samples instead would make the training depend on the network.
 """
 
 import hashlib
@@ -55,8 +56,8 @@ def open_remote(url: str, cache_folder: Path) -> tuple[Path, "RemoteReader"]:
                 if name == INDEX:
                     raise FileNotFoundError(f"{url} holds no {INDEX}: remote data sets must be indexed") from None
     if changed:
-        for stale in folder.glob("*.tar"):
-            stale.unlink()
+        for stale in folder.glob("*.tar*"):  # copies and what is known of them
+            stale.unlink(missing_ok=True)
     write_whole(folder / MANIFEST, [manifest])
     reader = RemoteReader(url, folder, read_manifest(folder))
     for name in reader.names[:1]:  # what can't be read is refused here, not in the midst of training
@@ -133,15 +134,34 @@ class RemoteReader:
         self._process = os.getpid()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset` of a shard. Raises Unreachable, FileNotFoundError, and ValueError when it is too short."""
-        file = self._open(shard)
+        """`size` bytes at `offset` of a shard. Raises Unreachable, FileNotFoundError, and ValueError for a shard that is too
+        short or known as wrong."""
+        data, file = b"", self._open(shard)
         if file is not None:
             data = os.pread(file, int(size), int(offset))
-        else:
+        if len(data) != size:  # no copy, or one that was cut since it was opened
+            if self.wrong_mark(shard).exists():
+                raise ValueError(f"{self.remote.url}/{self.names[shard]} doesn't match the manifest's sha256")
             data = self.remote.read(self.names[shard], int(offset), int(offset) + int(size))
         if len(data) != size:
             raise ValueError(f"{self.remote.url}/{self.names[shard]} ends before byte {int(offset) + int(size)}")
         return data
+
+    def wrong_mark(self, shard: int) -> Path:
+        """The file that tells all readers of the cache that this shard's bytes are not the manifest's."""
+        return self.folder / f"{self.names[shard]}.wrong"
+
+    def verified_mark(self, shard: int) -> Path:
+        """The file that says which local copy was compared with the manifest: its size and time of change."""
+        return self.folder / f"{self.names[shard]}.verified"
+
+    def is_verified(self, shard: int, copy: os.stat_result) -> bool:
+        """Whether a local copy is the one that was compared, and whole: it may have been cut or edited since."""
+        try:
+            known = self.verified_mark(shard).read_text()
+        except (OSError, ValueError):
+            return False
+        return known == copy_state(copy) and copy.st_size == self.manifest.shards[shard].bytes
 
     def _open(self, shard: int) -> int | None:
         if self._process != os.getpid():  # forked: the parent's descriptors are not ours
@@ -153,13 +173,22 @@ class RemoteReader:
                 os.close(descriptor)
                 del self._files[other]
         try:
-            self._files[shard] = os.open(self.folder / self.names[shard], os.O_RDONLY)
+            file = os.open(self.folder / self.names[shard], os.O_RDONLY)
         except FileNotFoundError:
             return None
-        return self._files[shard]
+        if not self.is_verified(shard, os.fstat(file)):
+            os.close(file)
+            return None
+        self._files[shard] = file
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_process": -1}
+
+
+def copy_state(copy: os.stat_result) -> str:
+    """What changes when a file does: its size in bytes and its time of change in nanoseconds."""
+    return f"{copy.st_size} {copy.st_mtime_ns}"
 
 
 def write_whole(path: Path, blocks: Iterable[bytes]) -> None:

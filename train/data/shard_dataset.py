@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from filelock import FileLock
 
@@ -29,12 +28,13 @@ from data_prep.shard_format.shards import (
     Manifest,
     ShardIndex,
     ShardReader,
+    check_index,
     read_index,
     read_manifest,
 )
 from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.remote_shards import Unreachable, is_remote, open_remote
-from train.data.sample import BrokenSample, Sample
+from train.data.sample import BrokenSample, Sample, read_empty_prompt, read_encoded
 from train.data.sample_order import WINDOW, Order, Tail
 
 # A sample's members stand next to each other in our shards: one read fetches them when no more than this lies between.
@@ -90,10 +90,7 @@ class ShardDataset:
         self.training = np.delete(np.arange(len(self), dtype=np.int64), self.validation)
         self.empty_prompt: torch.Tensor | None = None
         if self.encoded:
-            path = self.folder / EMPTY_PROMPT
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing (caption dropout needs it): run encode_shards.py again")
-            self.empty_prompt = safetensors.torch.load_file(path)["prompt_embeds"]
+            self.empty_prompt = read_empty_prompt(self.folder / EMPTY_PROMPT)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -124,15 +121,15 @@ class ShardDataset:
             if not self.encoded:
                 pixels = torch.from_numpy(decode_stored(members["payload"], width, height).copy())
                 return replace(sample, pixels=pixels.permute(2, 0, 1).contiguous())
-            tensors = safetensors.torch.load(members["payload"])
-            latent, embeds = tensors["latent"], tensors["prompt_embeds"]
+            assert self.empty_prompt is not None
+            latent, embeds = read_encoded(members["payload"], self.empty_prompt.shape[1])
             expected = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
             if tuple(latent.shape) != expected:
                 raise ValueError(
                     f"latent has shape {tuple(latent.shape)}, its bucket {width}x{height} needs {expected}"
                 )
-            if embeds.ndim != 2 or len(embeds) == 0:
-                raise ValueError(f"prompt_embeds has shape {tuple(embeds.shape)}, must be [T, D] with T at least 1")
+            if (tokens := int(self.index.prompt_tokens[index])) not in (0, len(embeds)):
+                raise ValueError(f"prompt_embeds has {len(embeds)} tokens, the index says {tokens}")
             return replace(sample, latent=latent, prompt_embeds=embeds[: self.max_prompt_tokens])
         except Exception as error:  # decoders raise whatever they like; nothing is hidden, the message carries it all
             if isinstance(error, Unreachable):
@@ -152,6 +149,12 @@ class ShardDataset:
         members = self.training[self.index.bucket[self.training] == self.index.bucket[index]]
         start = int(np.searchsorted(members, index, side="right"))
         return (int(other) for other in np.roll(members, -start) if other != index)
+
+    def other_buckets(self, index: int) -> Iterator[int]:
+        """The training samples of all other buckets, in a fixed order that starts after this one."""
+        members = self.training[self.index.bucket[self.training] != self.index.bucket[index]]
+        start = int(np.searchsorted(members, index, side="right"))
+        return (int(other) for other in np.roll(members, -start))
 
     def _members(self, index: int) -> dict[str, bytes]:
         """payload, txt and key, with one read where they are adjacent (the key stands in the payload's tar header)."""
@@ -184,7 +187,9 @@ def open_folder(folder: Path, say: Callable[[str], None], local: bool = True) ->
         raise FileNotFoundError(
             f"{folder} lacks {len(missing)} of {len(manifest.shards)} shards ({', '.join(missing[:3])} …): copy them back"
         )
-    return manifest, read_index(folder, strings=False)
+    index = read_index(folder, strings=False)
+    check_index(index, manifest, folder)
+    return manifest, index
 
 
 def scan(folder: Path, say: Callable[[str], None]) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -30,7 +29,7 @@ from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.batch import Batch, collate
 from train.data.draws import sample_draws
 from train.data.remote_shards import Remote, is_remote, write_whole
-from train.data.sample import BrokenSample, Sample
+from train.data.sample import BrokenSample, Sample, read_empty_prompt, read_encoded
 from train.data.sample_order import places
 from train.data.worker_loader import DEFAULTS, Batches, Reading
 from train.flow.timestep_sampling import SigmaSampling
@@ -77,9 +76,7 @@ class StreamedSet:
         self.training = np.array([], dtype=np.int64)
         self.empty_prompt: torch.Tensor | None = None
         if self.encoded:
-            if not (folder / EMPTY_PROMPT).is_file():
-                raise FileNotFoundError(f"{data} has no {EMPTY_PROMPT}: run encode_shards.py again")
-            self.empty_prompt = safetensors.torch.load_file(folder / EMPTY_PROMPT)["prompt_embeds"]
+            self.empty_prompt = read_empty_prompt(folder / EMPTY_PROMPT)
 
     def __len__(self) -> int:
         """Samples of the whole set; 0 where nobody knows."""
@@ -219,8 +216,9 @@ class StreamedBatches(IterableDataset[Any]):
         """A sample as webdataset gives it: undecoded bytes by suffix."""
         key, caption = raw["__key__"], raw.get("txt", b"").decode("utf-8")
         if "safetensors" in raw:
-            tensors = safetensors.torch.load(raw["safetensors"])
-            latent, embeds = tensors["latent"], tensors["prompt_embeds"][: self.max_prompt_tokens]
+            assert self.empty_prompt is not None
+            latent, embeds = read_encoded(raw["safetensors"], self.empty_prompt.shape[1])
+            embeds = embeds[: self.max_prompt_tokens]
             height, width = (side * VAE_FACTOR for side in latent.shape[-2:])
             return Sample(0, key, width, height, caption, latent=latent, prompt_embeds=embeds)
         data = next(raw[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in raw)

@@ -173,13 +173,13 @@ def die_with_the_parent() -> None:
 
 
 def shut_down(batches: Any) -> None:
-    """End the readers: those of torch's iterator over processes. One that waits for a dead server is not waited for."""
+    """End the readers: those of torch's iterator over processes. One that waits for a dead server is killed."""
     if not hasattr(batches, "_shutdown_workers"):
         return
+    batches._shutdown_workers()  # waits a few seconds for each, then sends a SIGTERM, which they ignore
     for worker in getattr(batches, "_workers", ()):
         if worker.is_alive():
             worker.kill()
-    batches._shutdown_workers()
 
 
 def end_workers_at_exit(batches: Any) -> None:

@@ -148,4 +148,4 @@ def test_a_run_that_saves_at_every_step_leaves_when_asked(small_model, small_dat
     at_step(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     more = ["--save_steps", "0", "--checkpoint_steps", "1", "--max_steps", "9"]
     assert train(small_model, small_data, tmp_path / "run", *more) == 85
-    assert "asked to leave: checkpoint of step 3 saved" in capsys.readouterr().err
+    assert "SIGUSR1: checkpoint of step 3 saved" in capsys.readouterr().err

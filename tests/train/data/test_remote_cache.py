@@ -3,13 +3,15 @@
 import contextlib
 import itertools
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
-from tests.helpers.data_sets import assert_equal, write_set
+from tests.helpers.data_sets import assert_equal, latent_of, write_set
 from tests.helpers.shard_cache import cached, size, wait_for
 from train.data.indexed_loader import BatchLoader
 from train.data.remote_cache import ShardsAhead, shards_in_order
@@ -71,20 +73,74 @@ def test_what_comes_next_is_copied_and_what_was_used_is_dropped(remote, tmp_path
             assert data.read_bytes() == (original / expected[0]).read_bytes()
 
 
-def test_a_shard_whose_bytes_are_not_the_manifests_is_not_kept(remote, tmp_path):
+def flip(files, path: str) -> None:
+    """One bit of a payload, so that everything can still be decoded."""
+    data = bytearray(files.cat_file(path))
+    data[700] ^= 1
+    files.pipe_file(path, bytes(data))
+
+
+def test_a_shard_that_comes_wrong_twice_is_broken(remote, tmp_path):
     url, _ = remote
     files = fsspec.filesystem("memory")
     path = f"{url.removeprefix('memory:/')}/000003.tar"
-    data = bytearray(files.cat_file(path))
-    data[-1] ^= 1
-    files.pipe_file(path, bytes(data))
+    flip(files, path)
     said: list[str] = []
     dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
     order = dataset.order(1)
     with ShardsAhead(dataset.reader, order, dataset.index.shard, 0, 10**9, said.append):
         wait_for(lambda: len(cached(dataset)) == SHARDS - 1 and said)
-    assert "000003.tar doesn't match the sha256" in said[0] and len(said) == 1
-    assert dataset.read(15).key == "000003000000"
+    assert "000003.tar, fetched 2 times, is not what the manifest says: it doesn't match the sha256" in said[0]
+    assert len(said) == 1
+    with pytest.raises(BrokenSample, match=r"000003\.tar doesn't match the manifest's sha256"):
+        dataset.read(15)
+    assert dataset.read(14).caption == "caption 14 é"
+    flip(files, path)  # mended: the next run finds out
+    with ShardsAhead(dataset.reader, order, dataset.index.shard, 0, 10**9, said.append):
+        wait_for(lambda: len(cached(dataset)) == SHARDS)
+        wait_for(lambda: dataset.read(15).key == "000003000000")
+    assert len(said) == 1
+
+
+def test_a_shard_that_comes_wrong_once_is_fetched_again(remote, tmp_path, monkeypatch):
+    url, original = remote
+    dataset, said = ShardDataset(url, cache_folder=tmp_path / "cache"), list[str]()
+    read, wrong = dataset.reader.remote.read, ["000003.tar"]
+
+    def flips(name, start=None, end=None):
+        data = read(name, start, end)
+        if name in wrong:
+            wrong.remove(name)
+            data = bytes(1) + data[1:]
+        return data
+
+    monkeypatch.setattr(dataset.reader.remote, "read", flips)
+    with ShardsAhead(dataset.reader, dataset.order(1), dataset.index.shard, 0, 10**9, said.append):
+        wait_for(lambda: len(cached(dataset)) == SHARDS)
+    assert not wrong and not said
+    assert (dataset.folder / "000003.tar").read_bytes() == (original / "000003.tar").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no mark"])
+def test_a_copy_that_was_changed_is_not_read_and_fetched_again(remote, tmp_path, damage):
+    url, original = remote
+    dataset = ShardDataset(url, cache_folder=tmp_path / "cache")
+    arguments = dataset.order(1), dataset.index.shard, 0, 10**9
+    with ShardsAhead(dataset.reader, *arguments):
+        wait_for(lambda: len(cached(dataset)) == SHARDS)
+    copy, whole = dataset.folder / "000003.tar", (original / "000003.tar").read_bytes()
+    time.sleep(0.02)
+    if damage == "cut":
+        os.truncate(copy, 3000)
+    elif damage == "flipped":
+        copy.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    else:
+        dataset.reader.verified_mark(3).unlink()
+    again = ShardDataset(url, cache_folder=tmp_path / "cache")
+    for number in range(15, 20):
+        assert torch.equal(again.read(number).latent, latent_of(number))
+    with ShardsAhead(again.reader, *arguments, pytest.fail):
+        wait_for(lambda: again.reader.is_verified(3, copy.stat()) and copy.read_bytes() == whole)
 
 
 def test_a_new_remote_set_under_the_old_name_replaces_the_copies(remote, tmp_path):
@@ -138,7 +194,8 @@ def test_the_disk_gets_its_space_back_while_workers_read(remote, tmp_path):
     most = 0
     with BatchLoader(dataset, order, SigmaSampling(), Reading(num_workers=2), 2 * one) as loader:
         for _ in itertools.islice(loader, 6 * order.length):
-            assert sum(map(size, dataset.folder.glob("*.tar*"))) <= 2 * one
+            copies = [path for path in dataset.folder.glob("*.tar*") if ".verified" not in path.name]
+            assert sum(map(size, copies)) <= 2 * one
             most = max(
                 most, sum(deleted_but_open(child.pid, dataset.folder) for child in multiprocessing.active_children())
             )

@@ -184,10 +184,34 @@ def test_on_broken_sample_stop_raises_one_line(encoded, workers):
 
 
 def test_a_data_set_that_is_all_broken_ends_the_run(encoded):
-    for number in range(0, 12, 2):
+    for number in range(12):
         break_sample(encoded, number)
-    with pytest.raises(BrokenSample, match="are broken too"):
+    with pytest.raises(BrokenSample, match="no other sample can be read"):
         make_batch(ShardDataset(encoded), 0, 0, [0, 2], draw)
+    with pytest.raises(BrokenSample, match="3 samples after a broken one are broken too"):
+        make_batch(ShardDataset(encoded), 0, 0, [0, 2], draw, attempts=3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_bucket_without_a_readable_sample_gives_way_to_another(tmp_path, batch_size):
+    """Sample 1 of 2 is alone in its bucket; the batch keeps its place and its noise's index, equal in every process."""
+    folder = write_set(tmp_path / "two", samples=2)
+    break_sample(folder, 1)
+    dataset = ShardDataset(folder)
+    batch = make_batch(dataset, 7, 0, [1] * batch_size, draw)
+    assert batch.keys == [sample_key(0, 0)] * batch_size and (batch.width, batch.height) == SIZES[0]
+    assert batch.latents.shape == (batch_size, 16, 1, SIZES[0][1] // 8, SIZES[0][0] // 8) == batch.noise.shape
+    assert len(batch.broken) == 1 and batch.broken[0].startswith(sample_key(0, 1)) and batch.indices == [1] * batch_size
+    assert_equal(batch, make_batch(pickle.loads(pickle.dumps(dataset)), 7, 0, [1] * batch_size, draw))
+    said: list[str] = []
+    with BatchLoader(dataset, dataset.order(1), SigmaSampling(), Reading(say=said.append)) as loader:
+        assert len(list(itertools.islice(loader, 6))) == 6 and loader.broken == 3
+    assert len(said) == 1
+    break_sample(folder, 0)
+    with pytest.raises(BrokenSample, match=r"no other sample can be read \(check_shards\.py lists them\): 0000000000"):
+        make_batch(ShardDataset(folder), 7, 0, [1], draw)
+    with pytest.raises(BrokenSample, match=r"^000000000001"):
+        make_batch(ShardDataset(folder), 7, 0, [1], draw, attempts=0)
 
 
 def test_a_truncated_shard_is_a_broken_sample(encoded):
