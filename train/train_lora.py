@@ -18,13 +18,15 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from files.shown import one_line, tolerant_output
+from files.shown import one_line, shown, tolerant_output
 from train.config.check_paths import check_paths
 from train.config.command_line import parse
 from train.config.train_config import TrainConfig
 from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED, RANK_LOST
 from train.process.out_of_memory import memory_ran_out
 from train.process.ranks_lost import rank_was_lost
+from train.saving import last_lines
+from train.saving.last_lines import GO_ON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,9 +41,6 @@ if TYPE_CHECKING:
     from train.watching.metrics import Metrics
     from train.watching.sample_images import Preview
     from train.watching.validation import Validation
-
-
-GO_ON = "start the same command again to go on from the newest checkpoint"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,8 +192,10 @@ class Loop:
         self.checkpoint_clock = CheckpointClock(config.checkpoint_minutes)
         self.learning_rate = LearningRate.from_config(config, total_steps)
         self.watch = LossWatch(metrics.say, engine.device, resumed.loss)
-        for line in self.learning_rate.lines_on_resuming(self.step, resumed.client):
+        self.began, self.first_step = time.monotonic(), self.step
+        for line in [*self.learning_rate.warnings(), *self.learning_rate.lines_on_resuming(self.step, resumed.client)]:
             metrics.say(line)
+        metrics.say(f"run folder: {shown(config.output_path)} (Ctrl-C saves and ends; the same command goes on)")
         if self.step >= total_steps:
             metrics.say(
                 f"already at step {self.step} of {total_steps}: nothing is left to train; to go on, raise --max_steps"
@@ -223,7 +224,7 @@ class Loop:
             agreed = self.preemption.agreed(self.checkpoint_clock.is_due())
             checkpoint = agreed > Agreed.GO_ON and self.step < self.total_steps
             writes = checkpoint or any(map(self.due, written_every))
-            if not watch.took(all_steps=writes) and config.on_nonfinite == "stop":
+            if not watch.took(all_steps=writes) and (config.on_nonfinite == "stop" or watch.gave_up):
                 code = NOT_FINITE
                 break
             self.loader.stepped()
@@ -278,13 +279,16 @@ class Loop:
                     self.metrics.image(self.step, "samples", grid)
         if self.due(self.config.save_steps) and self.step < self.total_steps:
             with self.metrics.paused():
-                outputs.export.write(self.engine, self.step)
+                path = outputs.export.write(self.engine, self.step)
+            self.metrics.say(f"LoRA of step {self.step}: {shown(path)}")
         if checkpoint or self.due(self.config.checkpoint_every):
             with self.metrics.paused():
                 progress = {"consumed": self.loader.consumed, "loss": self.watch.state()}
                 state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id}
-                if outputs.checkpoints.save(self.engine, self.step, state) is not None:
-                    self.saved = self.step
+                path = outputs.checkpoints.save(self.engine, self.step, state)
+            if path is not None:
+                self.saved = self.step
+                self.metrics.say(f"checkpoint of step {self.step}: {shown(path)}")
             self.checkpoint_clock.restart()
 
     def validate(self, validation: Validation) -> None:
@@ -297,19 +301,20 @@ class Loop:
         from train.step.speedups import shapes_met
 
         self.preemption.end()
-        asked = self.preemption.reason or "another rank was asked to leave"
-        saved = f"checkpoint of step {self.saved} saved" if self.saved == self.step else "no checkpoint of this step"
-        left = f"{asked}: {saved}, exit code {code}; {GO_ON}"
-        lines = {PREEMPTED: left, INTERRUPTED: left}
-        if code == DONE:
+        if code in (PREEMPTED, INTERRUPTED):
+            line = last_lines.left(self.preemption.reason, self.step, self.saved, code)
+        elif code == NOT_FINITE:
+            line = last_lines.not_finite(self.watch.spoiled, self.saved, self.config.learning_rate, self.watch.gave_up)
+        else:
             self.peak.tell()
             path = export.write_final(self.engine, self.step)
-            lines[DONE] = "; ".join(
-                [f"LoRA of step {self.step}: {path}", *shapes_met(self.engine.module), *export.notes(path)]
-            )
+            notes = [f"LoRA of step {self.step}: {path}", *shapes_met(self.engine.module), *export.notes(path)]
+            self.metrics.say("; ".join(notes))
+            steps = self.step - self.first_step
+            line = last_lines.done(time.monotonic() - self.began, steps, path, self.config.model, self.loader.broken)
         export.finish()
-        if code in lines:
-            self.metrics.say(lines[code])
+        self.metrics.flush()
+        self.metrics.say(line)
         self.metrics.close()
         self.loader.close()
         return code

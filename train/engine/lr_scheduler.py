@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from train.config.train_config import TrainConfig
 
+HIGHEST = 0.1  # AdamW's step is about the learning rate in every weight
+
 
 @dataclass(frozen=True)
 class LearningRate:
@@ -32,6 +34,14 @@ class LearningRate:
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         remaining = 1 - done if self.course == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.peak * max(0.0, remaining)
+
+    def warnings(self) -> list[str]:
+        """For people: a rate at which AdamW moves every weight by more in a step than LoRA's weights are large."""
+        if self.peak <= HIGHEST:
+            return []
+        return [
+            f"warning: learning rate {self.peak:g} is far above AdamW's usual 1e-5 … 1e-3: LoRAs break at such rates"
+        ]
 
     def lines_on_resuming(self, step: int, before: dict[str, Any]) -> list[str]:
         """For people: what the schedule does from optimizer step `step` on, where that is not what the earlier run would

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from train.data.batch import Batch
 from train.engine.zero2_step import step_applied
 
+IN_A_ROW, WINDOW, SHARE = 5, 40, 0.25
+
 
 class Seen(NamedTuple):
     """A micro-batch: its samples' keys and σ, and their losses [B] on the device."""
@@ -29,6 +31,8 @@ class Verdict(NamedTuple):
 
     step: int
     seen: list[Seen]
+    learning_rate: float
+    norm: torch.Tensor | float | None  # of the gradient, on the device
     applied: torch.Tensor
     arrived: torch.cuda.Event | None
 
@@ -42,11 +46,13 @@ class LossWatch:
 
     Attributes:
         skipped: steps left out so far, as far as they were judged.
+        spoiled: for people: the last step left out, and why.
     """
 
     def __init__(self, say: Callable[[str], None], device: torch.device, state: dict[str, Any] | None = None) -> None:
         self.say = say
-        self.skipped = 0
+        self.skipped, self.spoiled = 0, ""
+        self._latest: deque[bool] = deque(maxlen=WINDOW)  # of the last steps: was each left out?
         self._seen: list[Seen] = []
         self._verdicts: deque[Verdict] = deque()
         self._steps = torch.zeros((), device=device, dtype=torch.int64)
@@ -72,7 +78,9 @@ class LossWatch:
             applied = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(applied, non_blocking=True)
             arrived = torch.cuda.Event(blocking=True)
             arrived.record()
-        self._verdicts.append(Verdict(step, seen, applied, arrived))
+        norm = engine.get_global_grad_norm()
+        norm = norm.detach().clone() if isinstance(norm, torch.Tensor) else norm
+        self._verdicts.append(Verdict(step, seen, engine.optimizer.param_groups[0]["lr"], norm, applied, arrived))
 
     def took(self, all_steps: bool) -> bool:
         """Judge the steps launched, but for the last one unless `all_steps`; if one was left out, say which samples spoiled it.
@@ -84,11 +92,18 @@ class LossWatch:
             verdict = self._verdicts.popleft()
             if verdict.arrived is not None:
                 verdict.arrived.synchronize()
+            self._latest.append(not verdict.applied)
             if not verdict.applied:
                 taken = False
                 self.skipped += 1
                 self._tell(verdict)
         return taken
+
+    @property
+    def gave_up(self) -> bool:
+        """So many steps were left out that what comes of the run is no training: IN_A_ROW, or SHARE of the last WINDOW."""
+        latest = list(self._latest)
+        return (len(latest) >= IN_A_ROW and all(latest[-IN_A_ROW:])) or sum(latest) > SHARE * WINDOW
 
     def _tell(self, verdict: Verdict) -> None:
         """Name the samples of all ranks whose loss isn't finite. A collective."""
@@ -102,7 +117,10 @@ class LossWatch:
         dist.all_gather_object(everywhere, here)
         culprits = [name for names in everywhere for name in names]
         cause = f"samples {', '.join(culprits)}" if culprits else "the gradient overflowed, all losses are finite"
-        self.say(f"step {verdict.step} is not finite and was left out ({self.skipped} so far): {cause}")
+        norm = "unknown" if verdict.norm is None else f"{float(verdict.norm):.3g}"
+        rate = f"learning rate {verdict.learning_rate:.3g}, gradient norm {norm}"
+        self.spoiled = f"step {verdict.step} is not finite and was left out ({self.skipped} so far): {cause}; {rate}"
+        self.say(self.spoiled)
 
     def mean(self) -> torch.Tensor:
         """Mean loss of the steps taken since the last call, over all ranks; NaN if none was. On the device; a collective."""

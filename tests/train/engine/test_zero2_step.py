@@ -95,7 +95,10 @@ def test_a_step_waits_for_nothing() -> None:
 
 
 def engine_that(applied: bool) -> Any:
-    return SimpleNamespace(optimizer=SimpleNamespace(), was_step_applied=lambda: applied)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-4}])
+    return SimpleNamespace(
+        optimizer=optimizer, was_step_applied=lambda: applied, get_global_grad_norm=lambda: torch.tensor(0.5)
+    )
 
 
 def test_verdicts_come_one_step_later_and_all_before_something_is_written() -> None:

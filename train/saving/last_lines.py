@@ -1,0 +1,48 @@
+"""What a run says when it ends: what is there, where, and what comes next. Pure text, of values."""
+
+import shlex
+from pathlib import Path
+
+GO_ON = "start the same command again to go on from the newest checkpoint"
+
+
+def left(reason: str, step: int, saved: int, exit_code: int) -> str:
+    """A run that was asked to leave after optimizer step `step`; `saved`: the step of its newest checkpoint, 0 for none."""
+    checkpoint = f"checkpoint of step {saved} saved" if saved == step else newest(saved)
+    return f"{reason or 'another rank was asked to leave'}: {checkpoint}, exit code {exit_code}; {GO_ON}"
+
+
+def not_finite(spoiled: str, saved: int, learning_rate: float, gave_up: bool) -> str:
+    """A run that loss or gradient ended; `spoiled`: the step, with what is known of it."""
+    why = "too many steps were left out" if gave_up else "ended, as --on_nonfinite stop says"
+    advice = f"try --learning_rate {learning_rate / 10:.2g}, --lr_warmup_steps 100, --max_grad_norm 0.1"
+    single = (
+        "" if gave_up else "; if it is always the same sample, look at it, or leave such steps out: --on_nonfinite skip"
+    )
+    return f"error: {spoiled}; {why}, exit code 3; {newest(saved)}, no LoRA written; {advice}{single}"
+
+
+def newest(saved: int) -> str:
+    return f"newest checkpoint: step {saved}" if saved else "no checkpoint yet"
+
+
+def done(seconds: float, steps: int, lora: Path, model: str, broken: int) -> str:
+    """A run that took its last step: how long it took, where the LoRA is, how to see what it does."""
+    hours, rest = divmod(round(seconds), 3600)
+    took = f"{steps} steps in {hours}:{rest // 60:02d}:{rest % 60:02d}"
+    replaced = f" ({broken} broken samples replaced on rank 0)" if broken else ""
+    command = [
+        "python",
+        "train/sample.py",
+        "--model",
+        model,
+        "--lora",
+        str(lora),
+        "--prompt",
+        "…",
+        "--output_path",
+        "images",
+    ]
+    return (
+        f"done: {took}{replaced}; next: {shlex.join(command)}; more steps: the same command with a larger --max_steps"
+    )
