@@ -9,6 +9,7 @@ here, or as `QwenImageTransformer2DModel.from_pretrained("MERGED")` in diffusers
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, "transformer")
     parser.add_argument(
-        "--lora", action="append", required=True, metavar="FILE[:WEIGHT]", help="LoRA file; repeat for more"
+        "--lora",
+        action="append",
+        required=True,
+        metavar="FILE[:WEIGHT]",
+        help="LoRA file or run folder; repeat for more",
     )
     parser.add_argument("--output_path", type=Path, required=True, help="folder to make; must not exist")
     options = parser.parse_args(argv)
@@ -66,7 +71,7 @@ def merge(
     from qwen_image.loading.weights import empty_transformer, float8_warning, match_weights
     from train.lora.preset_loras import Preset
 
-    if output_path.exists():
+    if os.path.lexists(output_path):
         raise FileExistsError(f"output_path: {output_path} exists already")
     found = resolve_model(ModelSource(model, revision, transformer_path), ("transformer",))
     component = found["transformer"]

@@ -285,10 +285,10 @@ class Loop:
             with self.metrics.paused():
                 progress = {"consumed": self.loader.consumed, "loss": self.watch.state()}
                 state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id}
-                path = outputs.checkpoints.save(self.engine, self.step, state)
-            if path is not None:
+                written = outputs.checkpoints.save(self.engine, self.step, state)
+            if written is not None:
                 self.saved = self.step
-                self.metrics.say(f"checkpoint of step {self.step}: {shown(path)}")
+                self.metrics.say(f"checkpoint of step {self.step}: {shown(written)}")
             self.checkpoint_clock.restart()
 
     def validate(self, validation: Validation) -> None:

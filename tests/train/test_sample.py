@@ -86,3 +86,72 @@ def test_grid_places_images_and_cuts_long_labels():
     grid = make_grid([[red, blue], [blue, red]], ["top", "bottom"], ["a very long prompt " * 9, "short"])
     array = np.asarray(grid).reshape(-1, 3)
     assert (array == (255, 0, 0)).all(1).sum() == 2 * 64 * 32 and (array == (0, 0, 255)).all(1).sum() == 2 * 64 * 32
+
+
+def test_several_loras_add_up_and_a_run_folder_stands_for_its_file(tiny_model, lora, tmp_path):
+    """Half of it twice is all of it; a weight of 0 is none."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "lora.safetensors").write_bytes(lora.read_bytes())
+    for name, more in {
+        "one": ["--lora", str(run)],
+        "halves": ["--lora", f"{lora}:0.5", "--lora", f"{run}:0.5"],
+        "and none": ["--lora", f"{lora}:0", "--lora", str(run)],
+        "base": [],
+    }.items():
+        assert sample.main(flags(tiny_model, tmp_path / name, *more)) == 0
+    one, halves, none, base = (
+        pixels(tmp_path / name / "000-seed0.png").astype(int) for name in ("one", "halves", "and none", "base")
+    )
+    assert np.abs(one - base).mean() > 1
+    assert np.abs(one - halves).max() <= 1 and np.abs(one - none).max() <= 1
+    assert read_parameters(tmp_path / "halves" / "000-seed0.png")["lora"] == f"{lora}:0.5, {run}:0.5"
+
+
+def test_doras_are_not_added(tmp_path):
+    from train.lora.lora_file import LoraFile
+    from train.lora.preset_loras import Preset
+    from train.lora.several_loras import as_one
+
+    dora = LoraFile(
+        {"to_q": {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(4, 2), "lora_magnitude_vector": torch.ones(4)}}, {}
+    )
+    preset = Preset(tmp_path / "d.safetensors", 1.0, dora)
+    assert as_one([preset]) is dora
+    with pytest.raises(ValueError, match=r"d\.safetensors is a DoRA and can't be added to others"):
+        as_one([preset, preset])
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (["--seed", str(2**63)], "--seed must lie in 0 … 9223372036854775807"),
+        (["--seed", "9" * 400], "--seed must lie in 0 …"),
+        (["--seed", "-1"], "--seed must lie in 0 …"),
+        (["--lora_strength", "nan"], "--lora_strength must be a finite number, got nan"),
+        (["--true_cfg_scale", "inf"], "--true_cfg_scale must be a finite number, got inf"),
+        (
+            ["--lora", "RUN"],
+            "is a folder without lora.safetensors, as a run that isn't done: it has lora-5.safetensors",
+        ),
+        (["--lora", "x.safetensors:nan"], "must be a number, got 'nan'"),
+        (["--lora", "none.safetensors"], "--lora: no file at none.safetensors"),
+    ],
+)
+def test_what_no_image_can_be_made_with(tiny_model, tmp_path, capsys, more, message):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lora-5.safetensors").touch()
+    more = [str(tmp_path / "run") if word == "RUN" else word for word in more]
+    assert sample.main(flags(tiny_model, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error) < 400 and not (tmp_path / "out").exists()
+
+
+def test_labels_of_any_length_are_quick():
+    import time
+
+    image = Image.new("RGB", (64, 64))
+    began = time.monotonic()
+    for label in ("a word " * 1600, "x" * 11_000, "é" * 11_000):
+        make_grid([[image]], ["base"], [label])
+    assert time.monotonic() - began < 2

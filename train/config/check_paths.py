@@ -9,6 +9,7 @@ from pathlib import Path
 from files.shown import shown
 from train.config.train_config import TrainConfig
 
+FINAL = "lora.safetensors"  # in a run folder: the LoRA of its end
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"  # of the checkout, or of the installed package
 
 
@@ -55,11 +56,25 @@ def check_data(config: TrainConfig) -> None:
         raise FileNotFoundError(f"data: no shards in {data}; data_prep/make_shards.py makes them from an image folder")
 
 
+def lora_file(path: Path) -> Path:
+    """A LoRA file, or for a run folder the one that it ended with. Raises FileNotFoundError for a run without."""
+    if not path.is_dir():
+        return path
+    if not (path / FINAL).is_file():
+        names = [
+            found.name for found in sorted(path.glob("lora*.safetensors"), key=lambda found: found.stat().st_mtime)
+        ]
+        there = f"it has {', '.join(names[-3:])}" if names else "it has no LoRA file at all"
+        raise FileNotFoundError(f"{shown(path)} is a folder without {FINAL}, as a run that isn't done: {there}")
+    return path / FINAL
+
+
 def split_weight(text: str) -> tuple[Path, float]:
-    """`FILE:WEIGHT` or `FILE` (weight 1) as a pair. Raises ValueError for a weight that is no finite number."""
+    """`FILE:WEIGHT` or `FILE` (weight 1) as a pair; a run folder for its file. Raises ValueError for a weight that is no
+    finite number, FileNotFoundError for a run folder without a LoRA."""
     path, colon, weight = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
-        return Path(text).expanduser(), 1.0
+        return lora_file(Path(text).expanduser()), 1.0
     try:
         number = float(weight)
     except ValueError:
@@ -68,7 +83,7 @@ def split_weight(text: str) -> tuple[Path, float]:
         raise ValueError(
             f"{text}: what follows the last colon is the LoRA's weight and must be a number, got {weight!r}"
         )
-    return Path(path).expanduser(), number
+    return lora_file(Path(path).expanduser()), number
 
 
 def check_model(config: TrainConfig) -> None:

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from qwen_image.loading.safetensors_ranges import read_headers
-
-FINAL = "lora.safetensors"
+from train.config.check_paths import FINAL
 
 
 def final_file_is_whole(run: Path, step: int, lora_format: str) -> bool:

@@ -1,6 +1,7 @@
 """Sample images on disk: PNG files that carry their parameters, and labelled grids of them."""
 
 import json
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,15 @@ def make_grid(rows: list[list[Image.Image]], row_labels: list[str], column_label
 def wrap(text: str, font: Any, width: int, lines: int) -> str:
     """Break `text` into at most `lines` lines of at most `width` pixels; what is cut off becomes an ellipsis."""
     broken: list[str] = []
-    rest = text.split()
+    rest = text[: lines * width].split()  # no letter is narrower than a pixel
     while rest and len(broken) < lines:
-        count = len(rest)
-        while count > 1 and font.getlength(" ".join(rest[:count])) > width:
-            count -= 1
+        count = 1
+        while count < len(rest) and font.getlength(" ".join(rest[: count + 1])) <= width:
+            count += 1
         broken.append(" ".join(rest[:count]))
         rest = rest[count:]
     if broken and (rest or font.getlength(broken[-1]) > width):
         last = broken[-1]
-        while last and font.getlength(last + "…") > width:
-            last = last[:-1]
-        broken[-1] = last + "…"
+        fits = bisect_right(range(1, len(last) + 1), width, key=lambda length: font.getlength(last[:length] + "…"))
+        broken[-1] = last[:fits] + "…"
     return "\n".join(broken)
