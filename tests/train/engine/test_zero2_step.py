@@ -117,11 +117,12 @@ def test_verdicts_come_one_step_later_and_all_before_something_is_written() -> N
     assert watch.took(all_steps=False) and not said
     step(3, 2.0)
     assert not watch.took(all_steps=False)
-    assert said == ["step 2 is not finite and was left out (1 so far): samples sample 2 at σ 0.25 (loss nan)"]
+    numbers = "; learning rate 0.0001, gradient norm 0.5"
+    assert said == [f"step 2 is not finite and was left out (1 so far): samples sample 2 at σ 0.25 (loss nan){numbers}"]
     step(4, 6.0, applied=False)
     assert not watch.took(all_steps=True) and watch.took(all_steps=True)
     assert said[1:] == [
-        "step 4 is not finite and was left out (2 so far): the gradient overflowed, all losses are finite"
+        f"step 4 is not finite and was left out (2 so far): the gradient overflowed, all losses are finite{numbers}"
     ]
     assert watch.state() == {"steps": 2, "sums": [3.0]} and watch.mean() == 1.5
     assert watch.mean() != watch.mean()  # no step since: NaN
