@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from files.folder_lock import require_owned
+
 PARTIAL = ".partial-"  # prefix of everything that is not finished yet
 
 
@@ -34,7 +36,11 @@ def partial_path(path: Path) -> Path:
 
 
 def commit(partial: Path, path: Path) -> None:
-    """Rename a finished, fsynced file or folder into place and make the rename durable."""
+    """Rename a finished, fsynced file or folder into place and make the rename durable.
+
+    Raises FolderLost in a folder whose lock this process had, and lost.
+    """
+    require_owned(path)
     os.replace(partial, path)
     sync_folder(path.parent)
 

@@ -16,7 +16,8 @@ Each owner touches its file every few seconds. Its successor may take over
   with that start time lives (a zombie does not); kill -9 and power cuts of this host come under it;
 - else when the file was not touched for `silent_seconds`. Times are the file server's alone, no two clocks are compared.
 A stopped process (SIGSTOP, a suspended job) loses the folder that way, and learns it when it asks before its next write.
-What it had begun to write before cannot be called back, so ask right before the rename that makes a write visible.
+What it had begun to write before cannot be called back, so ask right before the rename that makes a write visible:
+files/atomic_files.py does so for every file in a folder that this process has locked.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ class FolderLock:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(beat_seconds,), name="folder-lock", daemon=True)
         self._thread.start()
+        _held.append(self)
 
     # ── for the holder ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -168,11 +170,17 @@ class FolderLock:
         """Let others have the folder. May be called twice, and after the folder was lost or removed."""
         if self._ended.is_set() or self.me.process != os.getpid():
             return
+        _held.remove(self)
         with contextlib.suppress(OSError):  # then the next one finds a process that is gone
             if self.still_mine():
-                self._write_draft(Holder(**asdict(self.me) | {"released": True})).rename(self._path(self._generation))
+                try:
+                    released = Holder(**asdict(self.me) | {"released": True})
+                    self._write_draft(released).rename(self._path(self._generation))
+                except OSError:  # a full disk still takes a time
+                    os.utime(self._path(self._generation), (0, 0))
         self._ended.set()
-        self._thread.join()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -215,7 +223,7 @@ class FolderLock:
             holder, touched = Holder.read(path), path.stat().st_mtime
         except FileNotFoundError:  # no lock at all, or a rival has just taken over: then creating fails
             return None, ""
-        if holder is not None and holder.released:
+        if (holder is not None and holder.released) or touched == 0:
             return None, ""
         name = "a process that it doesn't name" if holder is None else str(holder)
         silent = now - touched
@@ -291,6 +299,22 @@ class FolderLock:
             if holder is not None:
                 return f"{holder} has taken it over"
         return "its lock was removed"
+
+
+_held: list[FolderLock] = []  # by this process
+
+
+def require_owned(path: Path) -> None:
+    """Go on to write `path` unless it is in a folder that this process had locked and lost. Raises FolderLost."""
+    for lock in list(_held):
+        if lock.me.process == os.getpid() and lock.folder.absolute() in path.absolute().parents:
+            lock.require()
+
+
+def release_all() -> None:
+    """Give back what this process has locked: for one that is about to leave without unwinding."""
+    for lock in list(_held):
+        lock.release()
 
 
 def _read(path: str) -> Any:

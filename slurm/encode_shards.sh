@@ -35,10 +35,10 @@ choose_python
 one_gpu_a_task
 
 # The signal comes to this shell alone (B: above), which hears it only because srun runs in the background.
-trap 'echo "job $SLURM_JOB_ID is out of time: back into the queue"; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+trap 'put_back && echo "job $SLURM_JOB_ID is out of time: back in the queue" && exit 0; exit 85' USR1
 
 # --kill-on-bad-exit=0: a task that fails leaves the others at work.
-ranks --kill-on-bad-exit=0 -- "$python" data_prep/encode_shards.py "$@" &
+ranks --kill-on-bad-exit=0 -- "${python[@]}" data_prep/encode_shards.py "$@" &
 status=0
 wait "$!" || status=$?
 exit "$status"

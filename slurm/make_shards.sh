@@ -39,6 +39,6 @@ if ((${SLURM_ARRAY_TASK_MAX:?} - ${SLURM_ARRAY_TASK_MIN:?} + 1 != ${SLURM_ARRAY_
     echo "error: array ids must follow each other, as in --array=0-15; finished shards are skipped anyway" >&2
     exit 2
 fi
-exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$python" data_prep/make_shards.py \
+exec srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${python[@]}" data_prep/make_shards.py \
     --task_id "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))" --num_tasks "$SLURM_ARRAY_TASK_COUNT" \
     --num_workers "${SLURM_CPUS_PER_TASK:-1}" "$@"

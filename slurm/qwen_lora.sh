@@ -5,10 +5,13 @@
 #   sbatch --nodes=4 --time=12:00:00 slurm/qwen_lora.sh run.yaml --learning_rate 2e-4
 #   sbatch --gpus-per-node=4 --ntasks-per-node=4 slurm/qwen_lora.sh --deepspeed ds_configs/zero2.json --model MODEL ...
 #   sbatch --gpus-per-node=0 --ntasks-per-node=2 --cpus-per-task=1 slurm/qwen_lora.sh run.yaml      # without GPUs
+#   slurm/check.sh [flags of sbatch] slurm/qwen_lora.sh run.yaml     # would it ever start?
 #
-# Five minutes before the time limit every task gets SIGUSR1, saves a checkpoint and exits with 85. The job then goes
-# back into the queue and resumes from the checkpoint (--resume auto, the default). PYTHON names another interpreter
-# than .venv/bin/python.
+# Five minutes before the time limit all ranks save a checkpoint and exit with 85; the job goes back into the queue and
+# resumes. A rank that is killed, a lost or stuck node and the like start it again by themselves, here or from the queue, as
+# long as there are new checkpoints (RESTARTS=3 times without one). Wrong input (2), not finite (3) and out of GPU memory (4)
+# end it. The log's last lines say which node and rank failed first, why, and what to do; qwen_lora-JOB/ has a log for each
+# node. PYTHON names another interpreter than .venv/bin/python, or a command of several words.
 
 #SBATCH --job-name=qwen_lora
 #SBATCH --nodes=1
@@ -16,14 +19,21 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@300
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
+# Where NCCL hangs at start or is slow (slurm/README.md says when):
+# export NCCL_DEBUG=INFO                  # which network it chose
+# export NCCL_SOCKET_IFNAME=ib0           # the interface between the nodes
+# export NCCL_IB_HCA=mlx5_0               # which InfiniBand adapters
+# export NCCL_IB_DISABLE=1                # sockets instead: tells InfiniBand's faults from others
+
 set -euo pipefail
 
-readonly REQUEUE=85 # what train_lora.py exits with after a checkpoint that a signal asked for
+readonly DONE=0 BAD_INPUT=2 NOT_FINITE=3 OUT_OF_MEMORY=4 PREEMPTED=85 # as in train/process/exit_codes.py
+readonly LINGER=20 # seconds from the first error until ranks that are still there are killed
 
 cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this script in a spool folder
 if [[ ! -f slurm/common.sh ]]; then
@@ -41,18 +51,153 @@ if (($# > 0)) && [[ $1 != -* ]]; then
     shift
 fi
 
+readonly restart="${SLURM_RESTART_COUNT:-0}" folder="$PWD/qwen_lora-$SLURM_JOB_ID"
+mkdir -p "$folder"
+((restart)) || rm -rf "$folder"/{history,progress,start-*,*.log} # of an older job: numbers begin again some day
+rm -f "$folder/leave"
+QWEN_LORA_NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')"
+export QWEN_LORA_NODES
+read -r -a nodes <<<"$QWEN_LORA_NODES"
 # The address that Slurm itself uses for the first node: node names need not resolve
-first_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
-MASTER_ADDR="$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
-export MASTER_ADDR="${MASTER_ADDR:-$first_node}"
-export MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))" # jobs that share a node need different ports
+MASTER_ADDR="$(scontrol show node "${nodes[0]}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
+export MASTER_ADDR="${MASTER_ADDR:-${nodes[0]}}"
 
-# --wait: when a task dies, the others, which wait for it, are ended two minutes later.
-status=0
-ranks --wait=120 -- "$python" train/train_lora.py ${config[@]+"${config[@]}"} "$@" || status=$?
+say() { echo "job $SLURM_JOB_ID: $*"; }
 
-if ((status == REQUEUE)); then
-    echo "job $SLURM_JOB_ID saved a checkpoint before it was ended: back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
+# The notice before the time limit (B: above), or scancel --full --signal=USR1. The ranks look for the file; the signal that
+# srun hands on to them is faster. Where no rank is at work it is heard between two starts.
+leave() {
+    : >"$folder/leave"
+    [[ -z ${srun:-} ]] || kill -USR1 "$srun" 2>/dev/null || true
+}
+trap leave USR1
+
+# A port that is free here, on the first node; jobs that share it begin their search at different ones.
+free_port() {
+    local port tried
+    for ((tried = 0; tried < 50; tried++)); do
+        port=$((20000 + (SLURM_JOB_ID + tried * 997 + $1 * 131) % 10000))
+        if ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+            echo "$port"
+            return
+        fi
+    done
+    echo "$port"
+}
+
+# One start of all ranks. Sets status (of srun), code (what it means for the job), who and why, and stuck=1 where ranks
+# could not be ended.
+start_ranks() {
+    local number=$1 since=0 since_end=0
+    shift
+    export QWEN_LORA_ATTEMPT="$folder/start-$number"
+    rm -rf "$QWEN_LORA_ATTEMPT"
+    mkdir "$QWEN_LORA_ATTEMPT"
+    echo "start-$number" >"$folder/.current" && mv "$folder/.current" "$folder/current"
+    MASTER_PORT="$(free_port "$number")"
+    export MASTER_PORT
+    status=0 who="" why="" stuck=0
+    ranks --wait=0 --kill-on-bad-exit=0 -- "${python[@]}" train/train_lora.py ${config[@]+"${config[@]}"} "$@" &
+    srun=$!
+    while kill -0 "$srun" 2>/dev/null; do
+        sleep 1 &
+        wait "$!" || true
+        [[ -e $QWEN_LORA_ATTEMPT/first_error ]] || continue
+        ((++since <= LINGER)) || { ((since_end++)) || kill_ranks KILL; }
+        if ((since_end > 10)); then # a node that doesn't answer: srun would wait for it
+            stuck=1
+            kill -9 "$srun" 2>/dev/null || true
+        fi
+    done
+    wait "$srun" || status=$?
+    srun=""
+    code=$status
+    if [[ -e $QWEN_LORA_ATTEMPT/first_error ]]; then
+        { read -r code && read -r who && read -r why; } <"$QWEN_LORA_ATTEMPT/first_error" || true
+    elif ((status != DONE && status != PREEMPTED)); then
+        why="the ranks ended with $status, none said why (see above, and the logs of the nodes)"
+    fi
+}
+
+kill_ranks() { # signal
+    local step
+    for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null | grep -E '\.[0-9]+$' || true); do
+        timeout 10 scancel --signal="$1" "$step" || true
+    done
+}
+
+all_nodes_up() {
+    local node
+    for node in "${nodes[@]}"; do
+        if scontrol show node "$node" | grep -Eq 'State=[A-Z+]*(\*|DOWN|FAIL|NOT_RESPONDING|DRAIN)'; then
+            say "node $node is not well: $(scontrol show node "$node" | grep -o 'State=[^ ]*')"
+            return 1
+        fi
+    done
+}
+
+# Whether this shell is still the job's: a node that was cut off and comes back finds its job at work elsewhere; one that was
+# cancelled (scancel) or is already back in the queue (pre-emption) must not be put there again.
+still_ours() {
+    local now
+    now="$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null || true)"
+    [[ -z $now || ($now == *" Restarts=$restart "* && $now == *"JobState=RUNNING "*) ]]
+}
+
+starts_so_far() { if [[ -e $folder/history ]]; then wc -l <"$folder/history"; else echo 0; fi; }
+
+step_of() { sed -n 1p "$folder/progress" 2>/dev/null || true; }
+
+finish() { # exit code, what it came to: the last lines of the log
+    local took starts
+    starts="$(starts_so_far)"
+    took=$((SECONDS / 3600))h$((SECONDS / 60 % 60))m$((SECONDS % 60))s
+    say "$2; last checkpoint: step $(step_of), run folder $(sed -n 2p "$folder/progress" 2>/dev/null | sed 's|/checkpoints/.*||')"
+    say "exit code $1 after $took here, $((starts - 1)) restarts so far; logs of the nodes: $folder"
+    if [[ -n $why ]]; then
+        echo "error: ${who:+$who: }$why"
+    fi
+    exit "$1"
+}
+
+fruitless() { # how many starts in a row brought no new checkpoint
+    awk 'BEGIN { last = "-" } { count = $3 == last ? count + 1 : 0; last = $3 } END { print count + 0 }' "$folder/history"
+}
+
+while :; do
+    number=$(($(starts_so_far) + 1))
+    started=$SECONDS
+    start_ranks "$number" "$@"
+    if ((code != DONE)) && ! still_ours; then
+        say "Slurm has ended this start of the job (scancel, pre-emption, a lost node); it left with $code"
+        exit "$code"
+    fi
+    step="$(step_of)"
+    echo "$number $code ${step:--} $((SECONDS - started))s $(date -u +%FT%TZ) ${who:+$who: }$why" >>"$folder/history"
+
+    case $code in
+        "$DONE") why="" && finish 0 "done" ;;
+        "$BAD_INPUT") finish "$code" "wrong input, a restart would not help" ;;
+        "$NOT_FINITE") finish "$code" "loss or gradient not finite, a restart would not help (docs/troubleshooting.md)" ;;
+        "$OUT_OF_MEMORY") finish "$code" "out of GPU memory, a restart would not help (docs/troubleshooting.md)" ;;
+    esac
+    if ((code != PREEMPTED)) && (($(fruitless) > ${RESTARTS:-3})); then
+        say "no new checkpoint in the last starts; number, exit code, step, duration and reason of each:"
+        tail -n 6 "$folder/history"
+        finish "$code" "given up after ${RESTARTS:-3} restarts without progress"
+    fi
+
+    ((code == PREEMPTED)) || echo "error: ${who:+$who: }$why"
+    if ((code != PREEMPTED && stuck == 0)) && [[ ! -e $folder/leave ]] && all_nodes_up; then
+        say "starting again on the same nodes from ${step:+step }${step:-the beginning} (restart $number)"
+        continue
+    fi
+    if put_back; then
+        say "back in the queue, to go on from ${step:+step }${step:-the beginning}"
+        exit "$code"
+    fi
+    if ((code == PREEMPTED || stuck)) || [[ -e $folder/leave ]]; then
+        finish "$code" "ended with a checkpoint to go on from"
+    fi
+    say "starting again on the same nodes from ${step:+step }${step:-the beginning} (restart $number)"
+done

@@ -7,15 +7,17 @@
 
 `--help` lists every option (train/config/train_config.py defines them). RUN receives config.yaml, deepspeed.json,
 versions.json, metrics.jsonl, lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes:
-0 done, 2 bad input, 3 loss or gradient no longer finite, 4 out of GPU memory, 85 asked to leave by SIGTERM, SIGUSR1 or SIGHUP
-and 130 by Ctrl-C (checkpoint saved, start again to go on).
+0 done, 2 bad input, 3 loss or gradient no longer finite, 4 out of GPU memory, 75 a rank was lost or hung (start again to go
+on), 85 asked to leave by SIGTERM, SIGUSR1 or SIGHUP and 130 by Ctrl-C (checkpoint saved, start again to go on).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files.shown import one_line, shown, tolerant_output
@@ -23,19 +25,23 @@ from train.config.check_paths import check_paths
 from train.config.command_line import parse
 from train.config.train_config import TrainConfig
 from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED, RANK_LOST
+from train.process.first_error import blame, rank_was_lost, tell_first
 from train.process.out_of_memory import memory_ran_out
-from train.process.ranks_lost import rank_was_lost
+from train.process.peers import Peers
+from train.process.watchdog import JOINING, Watchdog
 from train.saving import last_lines
 from train.saving.last_lines import GO_ON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import TracebackType
 
     from train.base_model.online_encoder import OnlineEncoder
     from train.data.batch import Batch
     from train.data.worker_loader import Batches
     from train.fit.activation_checkpointing import PeakWatch
     from train.process.preemption import Preemption
+    from train.process.ranks import Ranks
     from train.saving.checkpoints import Checkpoints, Resumed
     from train.saving.lora_export import LoraExport
     from train.watching.metrics import Metrics
@@ -48,9 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse(argv)
         check_paths(config)
-        return train(config)
+        with ExitStack() as leaving:
+            return train(config, leaving)
     except (ValueError, OSError) as error:
-        tell(str(error))
+        tell(BAD_INPUT, str(error))
         return BAD_INPUT
     except KeyboardInterrupt as asked:  # or its subclass AskedToLeave, where there is nothing to save
         if int(os.environ.get("RANK", "0")) == 0:
@@ -60,27 +67,58 @@ def main(argv: list[str] | None = None) -> int:
         return asked.agreed.exit_code if hasattr(asked, "agreed") else INTERRUPTED
     except RuntimeError as error:
         if rank_was_lost(error):
-            tell(f"another rank has ended ({str(error).splitlines()[0]}); {GO_ON}")
+            peers = Peers.from_environment()
+            if peers is not None:
+                return blame(peers, error).code
+            tell(RANK_LOST, f"another rank has ended ({str(error).splitlines()[0]}); {GO_ON}")
             return RANK_LOST
         if not memory_ran_out(error):
             raise
         tell(
+            OUT_OF_MEMORY,
             f"{str(error).splitlines()[0]} Recompute more blocks (--activation_checkpointing full or a number) or make "
             "--batch_size smaller; sampling, validation and other programs on this GPU take memory too. "
-            f"{config.output_path} holds what was saved: start again to go on"
+            f"{config.output_path} holds what was saved: start again to go on",
         )
         return OUT_OF_MEMORY
 
 
-def tell(error: str) -> None:
-    """For people: the reason to end, on standard error."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank > 0:  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
+def tell(code: int, error: str) -> None:
+    """For people: the reason to end, on standard error; under the job script for all ranks to agree on, too."""
+    rank, peers = int(os.environ.get("RANK", "0")), Peers.from_environment()
+    if peers is not None:
+        tell_first(peers, code, error)
+    elif rank > 0:  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
         time.sleep(5)
     print(f"error: {one_line(error)}" + (f" (rank {rank})" if rank > 0 else ""), file=sys.stderr)
 
 
-def train(config: TrainConfig) -> int:
+def tell_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault of the program: the traceback as always; under the job script its last line for all ranks as well."""
+    peers = Peers.from_environment()
+    if peers is not None and not isinstance(error, KeyboardInterrupt):
+        tell_first(peers, 1, f"{kind.__name__}: {error} (the traceback is in the log of this node)")
+    sys.__excepthook__(kind, error, trace)
+
+
+def join(config: TrainConfig, leaving: ExitStack) -> tuple[Ranks, Preemption, Watchdog]:
+    """Meet the other ranks; what has to end with the run, also after an error, is put into `leaving`."""
+    from train.process.determinism import seed_everything
+    from train.process.node_health import check_nodes
+    from train.process.preemption import Preemption
+    from train.process.ranks import join_process_group
+    from train.step.speedups import choose_workspaces
+
+    watchdog = leaving.enter_context(Watchdog.from_config(config))
+    with watchdog.limited(JOINING, config.join_timeout):
+        ranks = join_process_group(config.gpu_memory_limit, config.device)
+    ranks.say(*check_nodes(ranks.device))
+    choose_workspaces(ranks.device, config.deterministic)
+    seed_everything(config.seed, config.deterministic)
+    return ranks, Preemption(), watchdog
+
+
+def train(config: TrainConfig, leaving: ExitStack) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
     from train.base_model.load_pipeline import load_pipeline
     from train.base_model.online_encoder import OnlineEncoder
@@ -94,24 +132,19 @@ def train(config: TrainConfig) -> int:
     from train.fit.memory_plan import Setup
     from train.flow.timestep_sampling import SigmaSampling
     from train.lora.spec import LoraSpec
-    from train.process.determinism import seed_everything
-    from train.process.preemption import Preemption
-    from train.process.ranks import join_process_group
+    from train.process.node_health import check_size
     from train.saving.checkpoints import Checkpoints
     from train.saving.lora_export import LoraExport
     from train.saving.run_folder import check_room, prepare_run_folder
+    from train.saving.run_folder_lock import lock_run_folder
     from train.step.build import StepOptions, build_step
-    from train.step.speedups import choose_workspaces
     from train.watching.metrics import Metrics
     from train.watching.sample_images import Preview
     from train.watching.validation import Validation
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
-    ranks = join_process_group(config.gpu_memory_limit)
-    choose_workspaces(ranks.device, config.deterministic)
-    preemption = Preemption()
+    ranks, preemption, watchdog = join(config, leaving)
     zero = ZeroPlan.from_config(config, ranks.world)
-    seed_everything(config.seed, config.deterministic)
     data = RunData.from_config(config, ranks)
     spec = LoraSpec.from_config(config)
     setup = choose_base(Setup.from_config(config, zero, spec, data, ranks), ranks)
@@ -122,7 +155,10 @@ def train(config: TrainConfig) -> int:
     if checkpoints.is_finished(found, data.steps, identity, config.resume_ignore_data):
         return DONE
     memory = check_memory(setup, ranks)
+    check_size(ranks.device, config.device, setup.base.empty)
     check_room(config, setup.trainable, data.steps)
+    lock_run_folder(config.output_path, ranks, leaving)
+    found = checkpoints.find(config.resume)  # again: who had the folder until now may have saved one more
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
     pipeline = load_pipeline(setup.base, data.dataset, memory.encoders, ranks)
@@ -147,7 +183,8 @@ def train(config: TrainConfig) -> int:
     sizes = data.steps, data.global_batch, resumed.step, ranks.rank
     metrics = Metrics.from_config(config, *sizes, facts | data.decided, resumed.wandb_id)
     loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.say)
-    loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, fit.peak_watch(metrics.say), preemption)
+    guards = fit.peak_watch(metrics.say), preemption, watchdog
+    loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, *guards)
     return loop.run(Outputs(validation, preview, export, checkpoints, identity))
 
 
@@ -181,6 +218,7 @@ class Loop:
         metrics: Metrics,
         peak: PeakWatch,
         preemption: Preemption,
+        watchdog: Watchdog,
     ) -> None:
         from train.engine.lr_scheduler import LearningRate
         from train.saving.checkpoint_clock import CheckpointClock
@@ -188,7 +226,7 @@ class Loop:
 
         self.config, self.total_steps, self.step, self.saved = config, total_steps, resumed.step, resumed.step
         self.engine, self.encoder, self.loader, self.metrics = engine, encoder, loader, metrics
-        self.peak, self.preemption = peak, preemption
+        self.peak, self.preemption, self.watchdog = peak, preemption, watchdog
         self.checkpoint_clock = CheckpointClock(config.checkpoint_minutes)
         self.learning_rate = LearningRate.from_config(config, total_steps)
         self.watch = LossWatch(metrics.say, engine.device, resumed.loss)
@@ -221,6 +259,7 @@ class Loop:
                 if self.step > self.saved:
                     self.write(outputs, checkpoint=True)
                 return self.end(outputs.export, asked.agreed.exit_code)
+            self.watchdog.stepped()
             agreed = self.preemption.agreed(self.checkpoint_clock.is_due())
             checkpoint = agreed > Agreed.GO_ON and self.step < self.total_steps
             writes = checkpoint or any(map(self.due, written_every))
@@ -234,7 +273,8 @@ class Loop:
                 metrics.log(self.step, loss=watch.mean(), lr=rate, grad_norm=norm, epoch=self.loader.epoch)
             if writes:
                 metrics.flush()
-                self.write(outputs, checkpoint)
+                with self.watchdog.longer("validation, sample images or saving"):
+                    self.write(outputs, checkpoint)
             if agreed >= Agreed.LEAVE and self.step < self.total_steps:
                 code = agreed.exit_code
         return self.end(outputs.export, code)
@@ -289,6 +329,7 @@ class Loop:
             if written is not None:
                 self.saved = self.step
                 self.metrics.say(f"checkpoint of step {self.step}: {shown(written)}")
+                self.watchdog.checkpointed(self.step, written)
             self.checkpoint_clock.restart()
 
     def validate(self, validation: Validation) -> None:
@@ -317,11 +358,15 @@ class Loop:
         self.metrics.say(line)
         self.metrics.close()
         self.loader.close()
+        if code == NOT_FINITE:
+            self.watchdog.failed(code, line)
         return code
 
 
 if __name__ == "__main__":
+    sys.excepthook = tell_exception
     code = main()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # from here on Python would die of a second notice, and lose the code
     if "train.process.ranks" in sys.modules:  # else nothing was joined
         sys.modules["train.process.ranks"].leave_process_group()
     sys.exit(code)

@@ -21,6 +21,7 @@ exit $status
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
     "show hostnames") printf 'gpu07\\ngpu08\\n' ;;
+    "show job") printf 'JobState=RUNNING Reason=None\n   Requeue=1 Restarts=0 BatchFlag=1\n' ;;
     "show node") printf 'NodeName=%s Arch=x86_64\\n   NodeAddr=10.0.0.7 NodeHostName=x\\n' "$3" ;;
     *) echo "$@" >> "$SLURM_SUBMIT_DIR/requeued" ;;
 esac
@@ -33,7 +34,8 @@ def submit_folder(root: Path, script: str, program: str) -> Path:
     (submit / script).parent.mkdir(parents=True)
     (submit / script).write_text(program, encoding="utf-8")
     (submit / "slurm").mkdir()
-    shutil.copy(SLURM / "common.sh", submit / "slurm")
+    for name in ("common.sh", "rank.sh"):
+        shutil.copy(SLURM / name, submit / "slurm")
     write_commands(root / "bin", srun=SRUN, scontrol=SCONTROL)
     return submit
 

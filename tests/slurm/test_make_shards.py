@@ -17,7 +17,7 @@ SCRIPT = SLURM / "make_shards.sh"
 
 def submit(binaries: Path, task: int, array: tuple[int, int, int], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the script as Slurm does for one task of an array (first id, last id, number of ids)."""
-    write_commands(binaries, srun='#!/bin/sh\n[ "$1" = --cpus-per-task=1 ] || exit 9\nshift\nexec "$@"\n')
+    write_commands(binaries, srun='#!/bin/sh\n[ "$2" = --cpus-per-task=1 ] || exit 9\nshift 2\nexec "$@"\n')
     names = ("MIN", "MAX", "COUNT")
     slurm = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, array, strict=True)}
     slurm |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_CPUS_PER_TASK": "1"}

@@ -46,7 +46,7 @@ def test_each_task_gets_its_rank_and_the_same_meeting_point(cluster: Path) -> No
     ranks = [(task["RANK"], task["LOCAL_RANK"], task["WORLD_SIZE"]) for task in tasks]
     assert ranks == [("0", "0", "4"), ("1", "1", "4"), ("2", "0", "4"), ("3", "1", "4")]
     for task in tasks:
-        assert (task["MASTER_ADDR"], task["MASTER_PORT"]) == ("10.0.0.7", "24567")
+        assert (task["MASTER_ADDR"], task["MASTER_PORT"]) == ("10.0.0.7", "24698")
         assert (task["OMP_NUM_THREADS"], task["SRUN_CPUS_PER_TASK"], task["cwd"]) == ("3", "3", str(cluster))
         assert task["argv"] == ["--config", "my run.yaml", "--sample_prompts", "a cat, 'sitting'", "b"]
     assert "--gpu-bind=none" in (cluster / "srun_arguments").read_text()
@@ -79,6 +79,6 @@ def test_a_wrong_shape_or_folder_is_named_before_anything_starts(cluster: Path, 
     assert not (cluster / "tasks.jsonl").exists()
 
 
-def test_the_header_signals_the_tasks_and_allows_requeuing() -> None:
+def test_the_header_signals_the_batch_shell_and_allows_requeuing() -> None:
     header = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
-    assert {"--signal=USR1@300", "--requeue", "--open-mode=append"} <= set(header)
+    assert {"--signal=B:USR1@300", "--requeue", "--open-mode=append"} <= set(header)

@@ -19,6 +19,7 @@ DOORS = {
     "fit/memory_plan.py",
     "flow/timestep_sampling.py",
     "lora/spec.py",
+    "process/watchdog.py",
     "saving/checkpoints.py",
     "saving/lora_export.py",
     "saving/run_folder.py",

@@ -322,7 +322,7 @@ def test_memory_that_runs_out_is_one_clear_line(tiny_model, encoded, tmp_path, c
     """In the loop, where nothing can fall back any more; other RuntimeErrors are bugs and keep their traceback."""
 
     def fail(error: Exception) -> Callable[..., int]:
-        def train(config: object) -> int:
+        def train(config: object, leaving: object) -> int:
             raise error
 
         return train

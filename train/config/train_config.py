@@ -36,6 +36,7 @@ HEADINGS = {  # the first field of each group in --help and in config.yaml
     "max_steps": "optimization",
     "deepspeed": "memory",
     "output_path": "saving and resuming",
+    "device": "clusters",
     "log_steps": "logging",
     "validation_samples": "validation",
     "sample_prompts": "sampling",
@@ -216,6 +217,20 @@ class TrainConfig:
         "stop"
     )
     on_broken_sample: Annotated[Literal["skip", "stop"], "what a sample that cannot be read does"] = "skip"
+
+    # ---- clusters
+    device: Annotated[
+        Literal["auto", "cpu"],
+        "auto: GPUs, and an error where some were given (or the model is large) but torch sees none; cpu: without them",
+    ] = "auto"
+    join_timeout: Annotated[Positive, "seconds that ranks wait for each other at start; then the missing are named"] = (
+        180.0
+    )
+    step_timeout: Annotated[
+        Positive | None,
+        "seconds an optimizer step may take before the run ends with exit code 75; not given: 10 times the median, at "
+        "least 180",
+    ] = None
 
     # ---- logging
     log_steps: Annotated[Count, "optimizer steps between two rows of metrics.jsonl"] = 10

@@ -13,7 +13,8 @@
         if agreed >= Agreed.LEAVE:
             return preemption.exit_code(agreed)     # 85, or 130 after Ctrl-C
 
-The same signal once more, or Ctrl-C after any, ends the process at once. What was ignored at the start stays ignored
+The same signal once more (not SIGUSR1, a notice that schedulers repeat), or Ctrl-C after any, ends the process at once.
+What was ignored at the start stays ignored
 (`nohup` does that with SIGHUP, a shell's `&` with SIGINT). A rank whose launcher has ended leaves in the same way.
 Slurm: `#SBATCH --signal=USR1@300`, and `scontrol requeue` on exit code 85.
 
@@ -91,7 +92,8 @@ class Preemption:
         self._flag = torch.zeros(1, dtype=torch.uint8)
         self._pending: dist.Work | None = None
         for number in NAMES:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # SIGUSR1: slurm/rank.sh has it ignored until here, so that it kills nobody during the imports
+            if number == signal.SIGUSR1 or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._received)
         watch_launchers(self._launcher_gone)
 
@@ -152,6 +154,8 @@ class Preemption:
     def _is_second(self, number: int) -> bool:
         """No echo of the first, and no SIGTERM that follows another by itself: Slurm's after SIGUSR1, a launcher's."""
         late = time.monotonic() - self._received_at > ECHO_SECONDS
+        if number == signal.SIGUSR1:  # a notice, which schedulers repeat
+            return False
         return late and (number == signal.SIGINT or (number == self.signal and not self._leaving))
 
     def _tell(self) -> None:

@@ -4,12 +4,18 @@ import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from files.shown import one_line
 from train.process.free_memory import limit_device
+from train.process.node_health import check_device
+
+# Sample images and files are one rank's work, for which the others wait; torch's own limit is half an hour, and what hangs
+# sooner is the watchdog's affair.
+COLLECTIVE_LIMIT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,12 @@ class Ranks:
                     print(one_line(line), flush=True)
 
 
-def join_process_group(gpu_memory_limit: float | None = None) -> Ranks:
-    """Initialise torch.distributed (NCCL on CUDA, gloo else) and choose this process's device."""
+def join_process_group(gpu_memory_limit: float | None = None, device_option: str = "auto") -> Ranks:
+    """Initialise torch.distributed (NCCL on CUDA, gloo else) and choose this process's device.
+
+    Raises ValueError where GPUs were given and torch sees none, unless `device_option` is `cpu`.
+    """
+    check_device(device_option)
     import deepspeed
 
     # torch 2.13 renamed collectives that DeepSpeed 0.19 calls, and says so at every step.
@@ -53,7 +63,10 @@ def join_process_group(gpu_memory_limit: float | None = None) -> Ranks:
         # DeepSpeed would compile C++ for a minute or three to add up CPU ranks a little faster than gloo does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=COLLECTIVE_LIMIT,
     )
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from files.atomic_files import PARTIAL, whole_file, whole_folder, write_file
+from files.folder_lock import require_owned
 from qwen_image.loading.safetensors_writer import data_bytes, safetensors_blocks
 
 FORMAT_VERSION = 1
@@ -48,6 +49,7 @@ class Checkpoint:
 def write_checkpoint(folder: Path, facts: dict[str, Any], wholes: Iterable[torch.Tensor | None]) -> None:
     """Write one checkpoint folder, durably, all or nothing; `wholes` gives a float32 [total] for each of facts["kinds"]."""
     root = folder.parent
+    require_owned(folder)  # what is removed below may be a successor's
     root.mkdir(parents=True, exist_ok=True)
     for left_over in root.glob(f"{PARTIAL}*"):  # of a process that was killed while saving, on whichever host
         if left_over.is_dir():

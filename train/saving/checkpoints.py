@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from files.folder_lock import FolderLost
 from files.shown import shown
 from train.config.train_config import TrainConfig
 from train.engine.optimizer_state import gather, read_counters, read_kinds, restore, trainable_shapes
@@ -253,6 +254,8 @@ def settle(problem: OSError | None, what: str, on_error: str, say: Say) -> bool:
     if first is None:
         return True
     line = f"{what}: {first.strerror or first}"
+    if isinstance(first, FolderLost):
+        raise first
     if on_error == "stop":
         raise OSError(line)
     say(f"{line}; training goes on, what was written before is intact")

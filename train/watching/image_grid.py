@@ -8,6 +8,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from files.folder_lock import require_owned
+
 MARGIN = 8
 LABEL_LINES = 2
 
@@ -17,6 +19,7 @@ def save_png(path: Path, image: Image.Image, parameters: dict[str, Any]) -> None
     info = PngInfo()
     info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)
+    require_owned(path)
     image.save(path, pnginfo=info)
 
 

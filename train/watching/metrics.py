@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from files.atomic_files import write_file
+from files.folder_lock import require_owned
 from files.shown import one_line
 from train.config.train_config import TrainConfig
 from train.watching.step_clock import GpuClock, HostClock, StepClock
@@ -227,6 +228,7 @@ class Metrics:
 
     def _append(self, row: bytes) -> None:
         """Add a row to the file. On a full disk it waits for the next row, and is written with it if there is room then."""
+        require_owned(Path(self._file.name))
         waited = bool(self._unwritten)
         self._unwritten += row
         size = os.fstat(self._file.fileno()).st_size

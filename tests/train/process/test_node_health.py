@@ -1,0 +1,66 @@
+"""No silent training on CPUs; nodes that differ are refused by name, what may go wrong is said once a node."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from train.process import node_health
+from train.process.node_health import Node, check_device, check_size, compare
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(node_health, "gpus_were_given", lambda: "SLURM_GPUS_ON_NODE is 8")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "visible", "reason"),
+    [(None, None, "built for CPUs"), ("13.0", "", "CUDA_VISIBLE_DEVICES='' hides them"), ("13.0", None, "nvidia-smi")],
+)
+def test_gpus_that_were_given_and_are_not_seen_are_an_error(monkeypatch, cuda, visible, reason):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match="SLURM_GPUS_ON_NODE is 8") as error:
+        check_device("auto")
+    assert reason in str(error.value) and "--device cpu" in str(error.value)
+
+
+def test_the_cpu_by_flag_or_where_nobody_gave_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    check_device("cpu")
+    monkeypatch.setattr(node_health, "gpus_were_given", lambda: None)
+    check_device("auto")
+
+
+def test_slurm_says_whether_gpus_were_given(monkeypatch):
+    monkeypatch.undo()
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(node_health, "Path", lambda path: type("Dev", (), {"glob": lambda self, pattern: []})())
+    assert node_health.gpus_were_given() is None
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    assert node_health.gpus_were_given() == "SLURM_GPUS_ON_NODE is 2"
+
+
+def test_a_large_model_on_the_cpu_needs_the_flag():
+    with torch.device("meta"):
+        large = torch.nn.Linear(50_000, 30_000)
+    with pytest.raises(ValueError, match=r"1\.5 billion parameters would train on the CPU"):
+        check_size(torch.device("cpu"), "auto", large)
+    check_size(torch.device("cpu"), "cpu", large)
+    check_size(torch.device("cuda"), "auto", large)
+    check_size(torch.device("cpu"), "auto", torch.nn.Linear(2, 2))
+
+
+def test_nodes_are_compared():
+    fine = Node("n1", {"torch": "2.11", "driver": "580"}, 1000.0, 10 << 30, 0.99)
+    assert compare([fine, dataclasses.replace(fine, host="n2")]) == []
+    with pytest.raises(ValueError, match="driver differs between nodes: 580 on n1, 570 on n2"):
+        compare([fine, dataclasses.replace(fine, host="n2", versions={"torch": "2.11", "driver": "570"})])
+    odd = dataclasses.replace(fine, host="n2", clock=1100.0, temporary_bytes=1 << 30, free_share=0.5)
+    lines = compare([fine, odd, odd])
+    assert [line.split(" ")[1] for line in lines] == ["the", "n2", "50%"] and "100 s apart" in lines[0]

@@ -1,0 +1,93 @@
+"""The first rank that fails says why, and all others leave for that reason, with its exit code.
+
+An error on one rank makes others fail a moment later (a closed connection) or wait for ever, and a launcher shows whichever
+came last. So the reason is a file, which exactly one rank can create: `first_error` in the folder of `Peers`. Each rank's
+watchdog looks for it every second, and the job script prints it at the end and decides by its code.
+"""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from files.shown import one_line
+from train.process.exit_codes import RANK_LOST
+from train.process.peers import Peers
+
+NAME = "first_error"
+PATIENCE_SECONDS = 8.0  # for the rank whose death closed a connection: its own word is the better one
+SILENT_SECONDS = 3.5  # of a rank that gives a sign every second
+# What gloo and NCCL say when another rank has gone, whose own reason is elsewhere; their errors have no class of their own.
+SIGNS = (
+    *(
+        "gloo/transport",
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "remote process exited",
+    ),
+    *("NCCL error", "NCCL communicator", "Connection refused", "TCPStore", "EADDRINUSE", "address already in use"),
+)
+
+
+class FirstError(NamedTuple):
+    code: int
+    who: str
+    reason: str
+
+
+def tell_first(peers: Peers, code: int, reason: str, who: int | None = None) -> bool:
+    """Give `reason` as the job's, `who` (this rank) as the one that failed; False if another rank was faster."""
+    name = peers.named(peers.rank if who is None else who)
+    draft = peers.folder / f".{NAME}-{peers.rank}-{os.getpid()}"
+    with suppress(OSError):
+        draft.write_text(f"{code}\n{name}\n{one_line(reason)}\n", encoding="utf-8")
+        try:
+            os.link(draft, peers.folder / NAME)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links: whoever renames last wins, which is nearly as good
+            if not (peers.folder / NAME).exists():
+                draft.rename(peers.folder / NAME)
+                return True
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+    return True
+
+
+def read_first(peers: Peers) -> FirstError | None:
+    path: Path = peers.folder / NAME
+    try:
+        code, who, reason = path.read_text(encoding="utf-8").splitlines()[:3]
+        return FirstError(int(code), who, reason)
+    except (OSError, ValueError):
+        return None
+
+
+def rank_was_lost(error: BaseException) -> bool:
+    """Whether it says no more than that another rank has ended, or can't be reached."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def blame(peers: Peers, error: BaseException) -> FirstError:
+    """Who is at fault for a lost connection: whoever says so within seconds, else who has fallen silent, else this rank."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        if (first := read_first(peers)) is not None:
+            return first
+        with suppress(OSError):
+            silent = [rank for rank in peers.silent(SILENT_SECONDS) if rank != peers.rank]
+            if silent and time.monotonic() > end - PATIENCE_SECONDS / 2:
+                tell_first(peers, RANK_LOST, silence_of(peers, silent), silent[0])
+        time.sleep(0.2)
+    tell_first(peers, RANK_LOST, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    return read_first(peers) or FirstError(RANK_LOST, peers.named(peers.rank), str(error))
+
+
+def silence_of(peers: Peers, silent: list[int]) -> str:
+    """For people: which ranks give no sign, and what that can mean."""
+    names = ", ".join(peers.named(rank) for rank in silent[:4]) + (", …" if len(silent) > 4 else "")
+    return f"no sign of {names}: killed (out of host memory?), stopped, or the node is lost or cut off"

@@ -1,0 +1,125 @@
+"""What can be wrong with a node before any weights are read: no GPU where one was given, other versions, a wrong clock."""
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CPU_PARAMETERS = 1_000_000_000  # a larger model doesn't train on CPUs in any time that anybody has
+CLOCK_SECONDS = 30.0
+LEAST_TEMPORARY_BYTES = 2 << 30  # compilers and data loaders write there
+LEAST_FREE_SHARE = 0.9  # of a GPU's memory, before this program takes any
+
+
+def gpus_were_given() -> str | None:
+    """Who says that this process has a GPU to work with; None if nobody does."""
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
+        if os.environ.get(name, "0") not in ("", "0"):
+            return f"{name} is {os.environ[name]}"
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return "the machine has NVIDIA devices in /dev"
+    return None
+
+
+def check_device(asked: str) -> None:
+    """Raises ValueError where GPUs were given and torch sees none, unless the CPU was `asked` for, which hides them."""
+    if asked == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    given = gpus_were_given()
+    if given is None or torch.cuda.is_available():
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built for CPUs: install a CUDA build"
+    elif visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        reason = f"CUDA_VISIBLE_DEVICES={visible!r} hides them"
+    else:
+        reason = f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't reach the driver: see whether nvidia-smi works"
+    raise ValueError(
+        f"device: no GPU on {socket.gethostname()} for torch, though {given}; {reason} (--device cpu to go on without)"
+    )
+
+
+def check_size(device: torch.device, asked: str, model: torch.nn.Module) -> None:
+    """Raises ValueError for a large model on the CPU that nobody asked for."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if device.type == "cpu" and asked != "cpu" and parameters > CPU_PARAMETERS:
+        raise ValueError(
+            f"device: a model of {parameters / 1e9:.1f} billion parameters would train on the CPU: torch "
+            f"{torch.__version__} sees no GPU on {socket.gethostname()} (--device cpu to do it nevertheless)"
+        )
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one rank finds on its node."""
+
+    host: str
+    versions: dict[str, str]
+    clock: float  # seconds since the epoch
+    temporary_bytes: int  # free in the folder for temporary files
+    free_share: float  # of its GPU's memory; 1 without one
+
+    @classmethod
+    def here(cls, device: torch.device) -> "Node":
+        versions, share = {"torch": str(torch.__version__)}, 1.0
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            free, total = torch.cuda.mem_get_info(device)
+            share = free / total
+            versions |= {"GPU": properties.name, "driver": _driver()}
+        free_bytes = shutil.disk_usage(tempfile.gettempdir()).free
+        return cls(socket.gethostname(), versions, time.time(), free_bytes, share)
+
+
+def check_nodes(device: torch.device) -> list[str]:
+    """Compare all ranks' nodes, a collective; returns warnings. Raises ValueError, on all ranks, for unequal versions."""
+    if dist.get_world_size() == 1:
+        return compare([Node.here(device)])
+    dist.barrier()  # so that the clocks are read at about the same time
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, asdict(Node.here(device)))
+    return compare([Node(**one) for one in found])
+
+
+def compare(nodes: Sequence[Node]) -> list[str]:
+    """Lines for people on what may go wrong, one a node; ValueError for what will."""
+    first = nodes[0]
+    for node in nodes:
+        for name in {*first.versions, *node.versions}:
+            if node.versions.get(name) != first.versions.get(name):
+                raise ValueError(
+                    f"{name} differs between nodes: {first.versions.get(name)} on {first.host}, {node.versions.get(name)} on "
+                    f"{node.host}; give all ranks the same environment and kind of node"
+                )
+    lines = []
+    for node in nodes:
+        if abs(node.clock - first.clock) > CLOCK_SECONDS:
+            lines.append(
+                f"warning: the clocks of {first.host} and {node.host} are {abs(node.clock - first.clock):.0f} s apart"
+            )
+        if node.temporary_bytes < LEAST_TEMPORARY_BYTES:
+            lines.append(
+                f"warning: {node.host} has {node.temporary_bytes / 1e9:.1f} GB left for temporary files (TMPDIR)"
+            )
+        if node.free_share < LEAST_FREE_SHARE:
+            lines.append(
+                f"warning: {1 - node.free_share:.0%} of a GPU's memory on {node.host} is taken by other programs"
+            )
+    return list(dict.fromkeys(lines))
+
+
+def _driver() -> str:
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return "unknown"
