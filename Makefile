@@ -14,11 +14,12 @@ KERNELS_SITE := .triton_site
 KERNELS_STAMP := $(KERNELS_SITE)/.installed
 KERNEL_TESTS := tests/qwen_image/model/test_joint_layout.py tests/qwen_image/model/test_low_rank_layout.py \
   tests/qwen_image/kernels/test_written_arguments.py tests/qwen_image/float8/test_mlp.py
+SLURM_TESTS := tests/slurm/test_private_slurm.py
 GPU_TESTS := $(shell grep -rl --include='test_*.py' cuda tests | sort)
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-kernels check lint types format bench-data bench-loader bench-step bench-command
+.PHONY: help setup demo test test-gpu test-slurm test-kernels check lint types format bench-data bench-loader bench-step bench-command
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -45,6 +46,9 @@ test-gpu: $(STAMP)  ## what needs a GPU; adds a line with date, card, versions a
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "error: torch finds no GPU here" >&2; exit 2; }
 	$(BIN)/python -m pytest -p tests.helpers.gpu_log $(GPU_TESTS) $(PYTEST_ARGS)
+
+test-slurm: $(STAMP)  ## what a cluster does to a job, on a real Slurm on this host (root; apt-get install slurm-wlm munge)
+	$(BIN)/python -m pytest -m slow $(SLURM_TESTS) $(PYTEST_ARGS)
 
 test-kernels: $(KERNELS_STAMP) $(STAMP)  ## the Triton kernels without a GPU, in Triton's interpreter; sets it up in .triton_site
 	TRITON_INTERPRET=1 PYTHONPATH="$(abspath $(KERNELS_SITE))" $(BIN)/python -m pytest $(KERNEL_TESTS)

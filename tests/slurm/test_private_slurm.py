@@ -21,7 +21,7 @@ from tests.helpers.slurm_stand_ins import SLURM
 REASON = why_not()
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
-    pytest.mark.timeout(360),
+    pytest.mark.slow,  # make test-slurm, which CI runs
 ]
 PROJECT = ("slurm", "train", "files", "qwen_image", "data_prep", "ds_configs")
 SHAPE = ["--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1"]
