@@ -91,7 +91,7 @@ def learn(pipeline: QwenImagePipeline, rate: float, steps: int, rank: int, side:
     from demo.pictures.painting import paint
     from demo.run import TARGETS
     from qwen_image.encoders.vae import pixels_from_uint8
-    from qwen_image.model.prompt import Prompt
+    from qwen_image.model.conditioning import Prompt
     from qwen_image.pipeline import pack_latents, predict_velocity
     from train.flow.objective import add_noise, flow_matching_loss, velocity_target
     from train.lora.inject import inject_lora, lora_parameters

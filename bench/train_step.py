@@ -66,8 +66,8 @@ def our_step(
 
     from bench.random_transformer import random_transformer
     from qwen_image.float8.linear import keep_transposed, quantize_blocks
+    from qwen_image.model.conditioning import Prompt
     from qwen_image.model.modulation import replace_by_table
-    from qwen_image.model.prompt import Prompt
     from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
     from train.data.batch_shapes import BatchShape
     from train.fit.activation_checkpointing import plan_checkpointing

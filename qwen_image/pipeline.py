@@ -14,8 +14,8 @@ from qwen_image.encoders.text_encoder import TextEncoder
 from qwen_image.encoders.vae import VAE, uint8_from_pixels
 from qwen_image.loading.model_files import ModelFiles, ModelSource, resolve_model
 from qwen_image.loading.weights import empty_transformer, load_weights
+from qwen_image.model.conditioning import Prompt
 from qwen_image.model.modulation_table import Modulation
-from qwen_image.model.prompt import Prompt
 from qwen_image.model.sizes import LATENT_CHANNELS, PATCH, PIXEL_MULTIPLE, VAE_FACTOR, check_image_size
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.noise_schedule import SigmaSchedule, euler_step

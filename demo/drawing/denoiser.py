@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from demo.drawing.course import Course
 from qwen_image.encoders.text_encoder import TextEncoder
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.noise_schedule import SigmaSchedule, shift_sigma

@@ -13,7 +13,7 @@ import torch
 from files.shown import shown
 from qwen_image.loading.model_files import Component, read_json_object
 from qwen_image.loading.weights import load_weights
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "

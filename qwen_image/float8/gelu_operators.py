@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.library import triton_op, wrap_triton
 
-from qwen_image.float8.weight import FLOAT8, LARGEST, SMALLEST_SCALE
+from qwen_image.float8.scaled_rows import FLOAT8, LARGEST, SMALLEST_SCALE
 from qwen_image.kernels.gelu_kernels import gelu_gradient_kernel, gelu_kernel
 
 WARPS = 8

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen_image.float8.weight import Float8Weight, quantize_rows
+from qwen_image.float8.scaled_rows import Float8Weight, quantize_rows
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:

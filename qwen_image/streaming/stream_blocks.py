@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from qwen_image.float8.linear import block_linears
-from qwen_image.float8.weight import FLOAT8
+from qwen_image.float8.scaled_rows import FLOAT8
 from qwen_image.loading.model_files import ModelFiles
 from qwen_image.loading.staged import TABULATED, Change, Readers, load_staged
 from qwen_image.loading.weights import empty_transformer

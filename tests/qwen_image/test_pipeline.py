@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import QwenImagePipeline as DiffusersPipeline
 
 from qwen_image.encoders.vae import pixels_from_uint8
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.noise_schedule import SigmaSchedule
 from qwen_image.pipeline import (
     QwenImagePipeline,

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from data_prep import encode_shards, make_shards
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
 from train import train_lora
 from train.config.command_line import parse

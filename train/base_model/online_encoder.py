@@ -8,7 +8,7 @@ import torch
 from qwen_image.encoders.text_encoder import TextEncoder
 from qwen_image.encoders.vae import VAE, pixels_from_uint8
 from qwen_image.loading.pinned_memory import lent
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.pipeline import QwenImagePipeline
 from train.data.batch import STORED_DTYPE, Batch
 from train.data.from_config import RunData

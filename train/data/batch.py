@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.draws import Draws
 from train.data.sample import BrokenSample, Sample

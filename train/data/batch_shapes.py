@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.model.sizes import LATENT_CHANNELS, PIXEL_MULTIPLE, VAE_FACTOR
 from train.data.batch import STORED_DTYPE
 from train.data.sample import DataSet

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from qwen_image.float8.linear import keep_transposed
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.model.transformer import QwenImageTransformer
 from train.data.batch_shapes import BatchShape, random_arguments
 from train.fit.trial_step import Trial, try_step

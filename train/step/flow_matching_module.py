@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from qwen_image.model.conditioning import Prompt
 from qwen_image.model.modulation_table import Modulation
-from qwen_image.model.prompt import Prompt
 from qwen_image.model.rotary import Rotary, rotary_table
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.pipeline import pack_latents, predict_velocity, time_input

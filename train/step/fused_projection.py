@@ -43,7 +43,7 @@ def scaled(values: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 class _Base(NamedTuple):
-    """The frozen weights of all layers, side by side; in float8 with what qwen_image/float8/weight.py wants to know."""
+    """The frozen weights of all layers, side by side; in float8 with what qwen_image/float8/scaled_rows.py wants to know."""
 
     weight: torch.Tensor
     scale: torch.Tensor | None

@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from qwen_image.loading.model_files import ModelSource
+from qwen_image.model.conditioning import Prompt
 from qwen_image.model.dtypes import DTYPES
-from qwen_image.model.prompt import Prompt
 from qwen_image.pipeline import DEFAULT_NEGATIVE_PROMPT, QwenImagePipeline
 from train.base_model.online_encoder import OnlineEncoder
 from train.config.train_config import TrainConfig

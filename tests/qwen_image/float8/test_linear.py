@@ -5,9 +5,9 @@ import torch
 
 from qwen_image.float8 import linear as float8
 from qwen_image.float8.linear import FLOAT8, Float8Linear, check_float8, keep_transposed, quantize_blocks, quantize_rows
-from qwen_image.float8.weight import product_of_few_rows, scaled_product
+from qwen_image.float8.scaled_rows import product_of_few_rows, scaled_product
 from qwen_image.loading.model_files import ModelSource, resolve_model
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.pipeline import load_transformer, predict_velocity
 from train.lora.inject import inject_lora, lora_parameters
 from train.lora.spec import LoraSpec

@@ -12,7 +12,7 @@ from qwen_image.float8 import linear as float8
 from qwen_image.float8 import mlp as float8_mlp
 from qwen_image.float8.linear import Float8Linear, keep_transposed, quantize_blocks
 from qwen_image.float8.mlp import quantized_gelu, quantized_gelu_gradient
-from qwen_image.float8.weight import FLOAT8, LARGEST, SMALLEST_SCALE, quantize_rows
+from qwen_image.float8.scaled_rows import FLOAT8, LARGEST, SMALLEST_SCALE, quantize_rows
 from qwen_image.model.layers import FeedForward
 from tests.helpers.small_transformer import small_transformer
 from train.lora.inject import inject_lora, lora_parameters

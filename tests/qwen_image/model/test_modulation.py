@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from qwen_image.model.conditioning import Prompt
 from qwen_image.model.modulation import replace_by_table
 from qwen_image.model.modulation_table import time_inputs
-from qwen_image.model.prompt import Prompt
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
 from train.lora.inject import inject_lora
 from train.lora.spec import LoraSpec

@@ -19,7 +19,7 @@ from data_prep.shard_format.shards import (
     sample_key,
     write_manifest,
 )
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from tests.helpers.data_sets import SIZES, assert_equal, break_sample, embeds_of, latent_of, pixels_of, write_set
 from train.data.batch import Batch, collate, make_batch
 from train.data.draws import Draws, sample_draws

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from demo.random_model import write_random_encoded, write_random_model
 from qwen_image.loading.model_files import ModelSource, resolve_model
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.pipeline import load_transformer, predict_velocity
 from tests.helpers.forked_ranks import run_ranks
 from train import merge_lora, train_lora

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from qwen_image.model.conditioning import Prompt
 from qwen_image.model.modulation import replace_by_table
-from qwen_image.model.prompt import Prompt
 from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
 from train.lora.inject import inject_lora

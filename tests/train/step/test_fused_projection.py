@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
 from train.lora.inject import inject_lora, lora_parameters
 from train.lora.spec import LoraSpec

@@ -8,7 +8,7 @@ import torch
 from demo.random_model import write_random_model
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.loading.staged import load_staged
-from qwen_image.model.prompt import Prompt
+from qwen_image.model.conditioning import Prompt
 from qwen_image.streaming.stream_blocks import BlockHomes, load_streamed
 from train.lora.inject import inject_lora
 from train.lora.spec import LoraSpec

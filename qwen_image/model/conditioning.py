@@ -1,4 +1,8 @@
-"""Prompt embeddings as the transformer takes them: a batch of one length, and a mask where some of it is padding."""
+"""What the transformer is conditioned on besides the noise level: prompt embeddings, a batch of one length with its padding.
+
+Another kind of conditioning (source images, say) begins here: its tokens join the others in model/joint_attention.py, get their
+positions in model/rotary.py, and enter training and sampling alike through `predict_velocity` (qwen_image/pipeline.py).
+"""
 
 from typing import NamedTuple
 
