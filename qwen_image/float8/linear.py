@@ -6,8 +6,8 @@
 
 A layer y = x·Wᵀ + b has three products in training: the output x·Wᵀ, the input's gradient g·W, and the weight's gradient
 gᵀ·x. The base is frozen, so the last falls away, and with it the need to keep x. W is quantized once, while loading; x and g
-are at each product, row by row. How that works: qwen_image/float8/scaled_rows.py. Biases, norms, the modulation and the LoRA keep
-the model's dtype; with a LoRA on it, a layer's factors see x as it was.
+are at each product, row by row. How that works: qwen_image/float8/scaled_rows.py. Biases, norms, the modulation and the LoRA
+keep the model's dtype; with a LoRA on it, a layer's factors see x as it was.
 """
 
 from collections.abc import Iterator
