@@ -27,7 +27,8 @@ RUN_BY = {  # what a job script of slurm/ passes its flags on to
 FOREIGN_FLAGS = {
     *("--account", "--partition", "--nodes", "--time", "--signal", "--requeue", "--mem", "--array", "--constraint"),
     *("--gpus-per-node", "--ntasks-per-node", "--cpus-per-task", "--nproc_per_node", "--no_python", "--nv", "--help"),
-    *("--editable", "--hook-type", "--hypothesis-profile"),
+    *("--editable", "--hook-type", "--hypothesis-profile", "--container-image", "--container-mounts"),
+    *("--dependency", "--export", "--full", "--no-requeue"),
 }
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
