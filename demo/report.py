@@ -58,6 +58,15 @@ def draw_course(course: Course, picture: Path) -> None:
     plt.close(figure)
 
 
+def shown_lines(scores: Path) -> list[tuple[str, str, Path]]:
+    """How well the LoRA's pictures show what it learned; none where a model that can't draw stood in."""
+    if not scores.is_file():
+        return []
+    found = json.loads(scores.read_text(encoding="utf-8"))
+    shown = [f"{name} {found[name][0]:.0%} → {found[name][1]:.0%}" for name in ("subject", "style", "others")]
+    return [("shown, base → LoRA", ", ".join(shown), scores)]
+
+
 def write_report(output: Path, seconds: float) -> int:
     """Draw the curve, print the summary of the demo in `output`; returns 0, or 1 when validation did not fall."""
     course = read_course(output / "run" / "metrics.jsonl")
@@ -68,8 +77,6 @@ def write_report(output: Path, seconds: float) -> int:
     buckets = [f"{bucket['width']}×{bucket['height']}" for bucket in manifest["buckets"] if bucket["count"]]
     lora = output / "run" / "lora.safetensors"
     speed = f", {course.seconds_per_step:.2f} s each" if course.seconds_per_step else ""
-    scores = json.loads((output / "samples" / "scores.json").read_text(encoding="utf-8"))
-    shown = [f"{name} {scores[name][0]:.0%} → {scores[name][1]:.0%}" for name in ("subject", "style", "others")]
     photos = sum(1 for _ in (output / "photos").glob("*.txt"))
     lines = [
         ("photos", f"{photos} in {len(buckets)} sizes, {buckets[0]} … {buckets[-1]}", output / "photos.html"),
@@ -78,8 +85,8 @@ def write_report(output: Path, seconds: float) -> int:
         ("training", f"{course.training[-1][0]} steps{speed}", output / "run" / "metrics.jsonl"),
         ("validation loss", f"{first[1]:.3f} at step {first[0]} → {last[1]:.3f} at step {last[0]}", picture),
         ("LoRA", f"{lora.stat().st_size / 1e6:.1f} MB", lora),
-        ("shown, base → LoRA", ", ".join(shown), output / "samples" / "scores.json"),
-        ("images", "at strengths 0, 0.5 and 1", output / "samples" / "grid.png"),
+        *shown_lines(output / "samples" / "scores.json"),
+        ("images", "without and with the LoRA", output / "samples" / "grid.png"),
         ("W&B, offline", "", output / "run" / "wandb"),
     ]
     for _, _, path in lines:

@@ -5,7 +5,8 @@
 
 Real photographs show the preparation of data. Then a LoRA learns from 36 drawn pictures what the drawing model
 (demo/drawing_model/) has never seen: a subject, the blorb, and a style, the blueprint. Every stage is the command that
-you would type yourself; it is printed before it runs. Two ranks train on two CPU cores, or one rank a GPU where there are
+you would type yourself; it is printed before it runs. Where there are no weights of the drawing model, a tiny model with
+random ones stands in: the way is the same, but its pictures show nothing. Two ranks train on two CPU cores, or one rank a GPU where there are
 GPUs. Exits with 1 when a stage fails or when the LoRA does not show what it should have learned.
 """
 
@@ -56,10 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_path", type=Path, default=Path("demo_output"), help="emptied first (demo_output)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
-    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the drawing model (demo/drawing_model)")
+    parser.add_argument("--model", type=Path, help="folder of the drawing model (demo/drawing_model, or a stand-in)")
     arguments = parser.parse_args(argv)
     try:
-        return demo(arguments.output_path.resolve(), arguments.steps, arguments.model.resolve())
+        return demo(arguments.output_path.resolve(), arguments.steps, arguments.model)
     except StageFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -68,15 +69,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def demo(output: Path, steps: int, model: Path) -> int:
+def demo(output: Path, steps: int, model: Path | None) -> int:
     """Run the stages one after the other into `output`; returns the exit code."""
     from demo.report import write_report
 
     if steps < 1:
         raise ValueError(f"--steps is {steps}, but training needs at least 1")
-    require_model(model)
+    stands_in = model is None and not (MODEL / "model_index.json").is_file()
+    model = output / "model" if stands_in else (model or MODEL).resolve()
+    if not stands_in:
+        require_model(model)
     start = time.perf_counter()
     clear(output)
+    if stands_in:
+        print("no drawing model here yet: a tiny model with random weights stands in, whose pictures show nothing")
+        stage("a tiny model of the real classes", "demo/tiny_model.py", output_path=model)
     photos, photo_shards, pictures = (output / name for name in ("photos", "photo_shards", "pictures"))
     shards, encoded, run, samples = (output / name for name in ("shards", "encoded", "run", "samples"))
 
@@ -134,6 +141,19 @@ def demo(output: Path, steps: int, model: Path) -> int:
     )
 
     # ── What the LoRA changed ─────────────────────────────────────────────────────────────────────────────────────────
+    if stands_in:
+        stage(
+            "pictures without and with the LoRA",
+            *("train/sample.py", "--compare", "--prompt", "a blorb on a red background", "--prompt", "a blue circle"),
+            model=model,
+            lora=run / "lora.safetensors",
+            output_path=samples,
+            height=SIDE,
+            width=SIDE,
+            num_inference_steps=8,
+            dtype="float32",
+        )
+        return write_report(output, seconds=time.perf_counter() - start)
     stage(
         "pictures at strengths 0, 0.5 and 1",
         "demo/compare_strengths.py",
