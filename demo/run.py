@@ -6,8 +6,8 @@
 Real photographs show the preparation of data. Then a LoRA learns from 36 drawn pictures what the drawing model
 (demo/drawing_model/) has never seen: a subject, the blorb, and a style, the blueprint. Every stage is the command that
 you would type yourself; it is printed before it runs. Where there are no weights of the drawing model, a tiny model with
-random ones stands in: the way is the same, but its pictures show nothing. Two ranks train on two CPU cores, or one rank a GPU where there are
-GPUs. Exits with 1 when a stage fails or when the LoRA does not show what it should have learned.
+random ones stands in: the way is the same, but its pictures show nothing. Two ranks train on two CPU cores, or one rank a GPU
+where there are GPUs. Exits with 1 when a stage fails or when the LoRA does not show what it should have learned.
 """
 
 from __future__ import annotations
