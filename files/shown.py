@@ -6,9 +6,11 @@ tolerant_output()                                   # at a command's start: any 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import unicodedata
+from typing import Any
 
 LONGEST = 200  # characters of one name
 LONGEST_LINE = 4000  # of a whole message
@@ -57,10 +59,35 @@ def shown_bytes(size: float) -> str:
 
 
 def tolerant_output() -> None:
-    """Let this process print characters that its terminal's encoding lacks (LC_ALL=C, latin-1): as escapes, not a crash."""
-    for stream in (sys.stdout, sys.stderr):
+    """Let this process print characters that its terminal's encoding lacks (LC_ALL=C, latin-1): as escapes, not a crash.
+
+    Nor does it crash when nobody takes what it prints (`Forgiving`), unless a test or a notebook has put its own streams there.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, Forgiving(stream))
+
+
+class Forgiving:
+    """A text stream whose reader may go (a terminal that is closed, `| head`): what can't be written is left out."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: of a closed file
+            return int(self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _visible(character: str) -> str:
