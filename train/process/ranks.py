@@ -62,13 +62,25 @@ def join_process_group(gpu_memory_limit: float | None = None, device_option: str
         device = torch.device("cpu")
         # DeepSpeed would compile C++ for a minute or three to add up CPU ranks a little faster than gloo does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=COLLECTIVE_LIMIT,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=COLLECTIVE_LIMIT,
+        )
+    except dist.DistNetworkError as error:
+        if not port_is_taken(error):
+            raise
+        raise OSError(
+            f"port {os.environ.get('MASTER_PORT')} of {os.environ['MASTER_ADDR']} is taken, by another run perhaps: give this "
+            "one its own, deepspeed --master_port 29501 or torchrun --master_port 29501 (torchrun --standalone finds one)"
+        ) from None
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def port_is_taken(error: Exception) -> bool:
+    return any(sign in str(error) for sign in ("EADDRINUSE", "address already in use", "Address already in use"))
 
 
 def leave_process_group() -> None:
