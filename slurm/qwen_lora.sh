@@ -91,7 +91,6 @@ start_ranks() {
     local number=$1 since=0 since_end=0
     shift
     export QWEN_LORA_ATTEMPT="$folder/start-$number"
-    rm -rf "$QWEN_LORA_ATTEMPT"
     mkdir "$QWEN_LORA_ATTEMPT"
     echo "start-$number" >"$folder/.current" && mv "$folder/.current" "$folder/current"
     MASTER_PORT="$(free_port "$number")"
@@ -144,7 +143,9 @@ still_ours() {
     [[ -z $now || ($now == *" Restarts=$restart "* && $now == *"JobState=RUNNING "*) ]]
 }
 
-starts_so_far() { if [[ -e $folder/history ]]; then wc -l <"$folder/history"; else echo 0; fi; }
+# By the folders: a batch shell whose node was lost has written no line of history. Numbers never come twice, so that ranks
+# of an earlier start can tell that they are of the past.
+starts_so_far() { find "$folder" -maxdepth 1 -name 'start-*' | wc -l; }
 
 step_of() { sed -n 1p "$folder/progress" 2>/dev/null || true; }
 

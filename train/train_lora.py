@@ -28,7 +28,7 @@ from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, O
 from train.process.first_error import blame, rank_was_lost, tell_first
 from train.process.out_of_memory import memory_ran_out
 from train.process.peers import Peers
-from train.process.watchdog import JOINING, Watchdog
+from train.process.watchdog import JOINING, LONG_SECONDS, Watchdog
 from train.saving import last_lines
 from train.saving.last_lines import GO_ON
 
@@ -341,6 +341,7 @@ class Loop:
         """The one ending: the LoRA if the run is done, files that are being written, a last line, then all is closed."""
         from train.step.speedups import shapes_met
 
+        self.watchdog.begin("the last files", LONG_SECONDS)
         self.preemption.end()
         if code in (PREEMPTED, INTERRUPTED):
             line = last_lines.left(self.preemption.reason, self.step, self.saved, code)

@@ -67,6 +67,15 @@ def test_only_a_checkpoint_on_a_signal_puts_the_job_back(cluster: Path, exits: i
         assert (cluster / "requeued").read_text() == "requeue 1234567\n"
 
 
+def test_a_start_whose_batch_shell_was_lost_is_counted(cluster: Path) -> None:
+    """Else a rank of the past would find its own start to be the newest."""
+    (cluster / "qwen_lora-1234567" / "start-1").mkdir(parents=True)
+    assert run_script(cluster, SLURM_RESTART_COUNT="1").returncode == 0
+    assert (cluster / "qwen_lora-1234567" / "current").read_text() == "start-2\n"
+    assert run_script(cluster).returncode == 0
+    assert (cluster / "qwen_lora-1234567" / "current").read_text() == "start-1\n"
+
+
 def test_without_gpus(cluster: Path) -> None:
     assert run_script(cluster, SLURM_GPUS_ON_NODE="").returncode == 0
 

@@ -229,7 +229,7 @@ class TrainConfig:
     step_timeout: Annotated[
         Positive | None,
         "seconds an optimizer step may take before the run ends with exit code 75; not given: 10 times the median, at "
-        "least 180",
+        "least 600",
     ] = None
 
     # ---- logging

@@ -14,12 +14,14 @@ Imports no torch: it is there from the first line of a rank on.
 
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from files.atomic_files import write_file
 
+NEIGHBORS = 8
 VARIABLE = "QWEN_LORA_ATTEMPT"
 
 
@@ -52,11 +54,18 @@ class Peers:
         with suppress(OSError):
             self.sign(self.rank).touch()
 
-    def silent(self, seconds: float) -> list[int]:
-        """Ranks that have given no sign for so long, or none at all. By the file server's clock alone: `beat` first."""
+    def neighbors(self) -> list[int]:
+        """The ranks that this one keeps an eye on: a thousand that look at a thousand would be too much for a disk."""
+        return [(self.rank + distance) % self.world for distance in range(1, min(NEIGHBORS, self.world - 1) + 1)]
+
+    def silent(self, seconds: float, ranks: Iterable[int] | None = None) -> list[int]:
+        """Those of `ranks` (None: all) that have given no sign for so long, or none at all.
+
+        By the file server's clock alone: `beat` first.
+        """
         found = []
         now = self.sign(self.rank).stat().st_mtime
-        for rank in range(self.world):
+        for rank in range(self.world) if ranks is None else ranks:
             try:
                 if now - self.sign(rank).stat().st_mtime >= seconds:
                     found.append(rank)

@@ -40,7 +40,7 @@ START_SECONDS = 3600.0  # imports, weights, trial steps
 LONG_SECONDS = 3600.0  # sample images, validation, saving
 WARM_UP_STEPS = 3  # they compile and capture
 WARM_UP_SECONDS = 1800.0
-LEAST_STEP_SECONDS = 180.0  # a new shape of a batch may be compiled for
+LEAST_STEP_SECONDS = 600.0  # a new shape of a batch may be compiled for, a slow server waited for
 TIMES_MEDIAN = 10
 
 
@@ -48,7 +48,7 @@ class Watchdog:
     """See the module. Without `peers` only this rank's own standstill is seen.
 
     Args:
-        step_seconds: limit of an optimizer step; None: ten times the median of the last ones, at least three minutes.
+        step_seconds: limit of an optimizer step; None: ten times the median of the last ones, at least ten minutes.
         leave: ends the process; for tests.
     """
 
@@ -158,7 +158,9 @@ class Watchdog:
                         if time.monotonic() - error_since > GRACE_SECONDS:
                             self._go(first.code, "", stack=first.code == RANK_LOST)
                             return
-                    elif (seconds := self._silence_allowed()) and (silent := self.peers.silent(seconds)):
+                    elif (seconds := self._silence_allowed()) and (
+                        silent := self.peers.silent(seconds, self.peers.neighbors())
+                    ):
                         tell_first(self.peers, RANK_LOST, silence_of(self.peers, silent), silent[0])
             if left < 0:
                 self._standstill()

@@ -72,6 +72,15 @@ def test_silence_is_an_old_sign_or_none(peers: Peers) -> None:
     assert peers.silent(20) == [2, 3] and peers.silent(40) == [3]
 
 
+def test_each_rank_is_watched_by_others_and_none_watches_all(peers: Peers) -> None:
+    assert [Peers(peers.folder, rank, 4).neighbors() for rank in (0, 3)] == [[1, 2, 3], [0, 1, 2]]
+    watched = [rank for watcher in range(20) for rank in Peers(peers.folder, watcher, 20).neighbors()]
+    assert sorted(watched) == sorted([*range(20)] * 8) and Peers(peers.folder, 0, 1).neighbors() == []
+    age(peers.sign(2), 30)
+    peers.beat()
+    assert peers.silent(20, [1, 3]) == [] and peers.silent(20, [1, 2]) == [2]
+
+
 def test_another_ranks_error_ends_this_one_with_its_code(peers: Peers) -> None:
     assert left_with(peers, lambda dog: None, 0.3) == []
     tell_first(Peers(peers.folder, 3, 4), BAD_INPUT, "bad")
@@ -128,8 +137,8 @@ def test_a_step_may_take_ten_times_the_median() -> None:
         for _ in range(10):
             dog.stepped()
         assert dog.step_limit() == watchdog.LEAST_STEP_SECONDS
-        dog._durations.extend([60.0] * 51)
-        assert dog.step_limit() == 600.0
+        dog._durations.extend([90.0] * 51)
+        assert dog.step_limit() == 900.0
 
 
 def test_a_process_of_an_earlier_start_leaves(peers: Peers) -> None:
