@@ -12,6 +12,7 @@ import torch.distributed as dist
 from files.shown import one_line
 from train.process.free_memory import limit_device
 from train.process.node_health import check_device
+from train.process.peers import VARIABLE
 
 # Sample images and files are one rank's work, for which the others wait; torch's own limit is half an hour, and what hangs
 # sooner is the watchdog's affair.
@@ -70,7 +71,7 @@ def join_process_group(gpu_memory_limit: float | None = None, device_option: str
             timeout=COLLECTIVE_LIMIT,
         )
     except dist.DistNetworkError as error:
-        if not port_is_taken(error):
+        if not port_is_taken(error) or VARIABLE in os.environ:  # the job script starts again, with another port
             raise
         raise OSError(
             f"port {os.environ.get('MASTER_PORT')} of {os.environ['MASTER_ADDR']} is taken, by another run perhaps: give this "
