@@ -1,4 +1,4 @@
-"""Two launches on one port: one line that says what to do; under the job script, which takes another, a reason to start again."""
+"""Two launches on one port: one line that says what to do; under the job script, which takes another, a start again."""
 
 import os
 import socket
