@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,10 @@ from qwen_image.loading.model_flags import add_model_flags
 
 if TYPE_CHECKING:
     from data_prep.encoding.encoded_samples import Sample
+    from data_prep.encoding.encoded_set import EncodedSet
+    from data_prep.encoding.encoders import Encoders
+    from data_prep.shard_format.shards import Manifest, ShardIndex
+    from files.folder_lock import FolderLock
     from qwen_image.loading.model_files import ModelFiles
 
 
@@ -67,9 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def encode(arguments: argparse.Namespace) -> int:
     """Encode this rank's share of the shards; the last rank to finish writes index and manifest."""
-    from data_prep.encoding.encoded_samples import EncodedSamples
     from data_prep.encoding.encoded_set import EncodedSet
     from data_prep.encoding.encoders import Encoders, encoder_dtype
+    from data_prep.packing.output_folder import LOCKS, output_lock
 
     if arguments.batch_size < 1 or arguments.num_workers < 1:
         raise ValueError(
@@ -90,7 +94,24 @@ def encode(arguments: argparse.Namespace) -> int:
             encoders.append(Encoders.load(files, encoder_dtype(arguments.dtype), arguments.latent_std))
         return encoders[0]
 
-    encoded.prepare(lambda: loaded().empty_prompt())
+    with output_lock(arguments.output_path / LOCKS, "encoding", rank, world) as lock:
+        encoded.prepare(lambda: loaded().empty_prompt())
+        return encode_share(arguments, manifest, index, encoded, loaded, (rank, world), lock)
+
+
+def encode_share(
+    arguments: argparse.Namespace,
+    manifest: Manifest,
+    index: ShardIndex,
+    encoded: EncodedSet,
+    loaded: Callable[[], Encoders],
+    place: tuple[int, int],
+    lock: FolderLock,
+) -> int:
+    """The shards of rank `place[0]` of `place[1]` that are not done yet; the manifest where they are the last ones."""
+    from data_prep.encoding.encoded_samples import EncodedSamples
+
+    rank, world = place
     share = range(len(manifest.shards))[rank::world]
     mine = [shard for shard in share if not encoded.is_done(shard)]
     if not mine and encoded.is_finished():
@@ -105,6 +126,7 @@ def encode(arguments: argparse.Namespace) -> int:
     todo = sum(manifest.shards[shard].samples for shard in mine)
     with tqdm(total=todo, desc=f"encoding (rank {rank})", unit="image", disable=rank != 0) as progress:
         for shard in mine:
+            lock.require()
             rows = np.flatnonzero(index.shard == shard)
             samples = EncodedSamples(
                 loaded(), reader, manifest, index, arguments.batch_size, arguments.num_workers, skip
@@ -113,6 +135,7 @@ def encode(arguments: argparse.Namespace) -> int:
     if missing := encoded.missing():
         print(f"rank {rank}: {len(missing)} of {len(manifest.shards)} shards are left to other ranks")
         return 0
+    lock.require()
     totals = encoded.finish().totals
     left_out = f", {totals['failed']} samples left out" if totals["failed"] else ""
     for line in encoded.long_captions():

@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             text = f"the disk of {args.output_path} is full; finished shards stay valid: make room and start again"
         else:
-            text = f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
+            name = error.filename2 or error.filename  # of a rename: what it was to become
+            text = f"{error.strerror}: {name}" if name and error.strerror else str(error)
         return fail(text)
     except ValueError as error:
         return fail(str(error))
@@ -61,7 +62,8 @@ def fail(text: str) -> int:
 def run(args: argparse.Namespace) -> None:
     """Plan, pack, finalize. Raises ValueError or OSError with a line for the user."""
     from data_prep.packing import workers
-    from data_prep.packing.output_folder import output_lock, prepare_output
+    from data_prep.packing.output_folder import LOCKS, output_lock, prepare_output
+    from data_prep.packing.plan import PLAN_FOLDER
 
     # Everything that can be wrong with the command, before any work.
     check_numbers(args)
@@ -70,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
     source = pack_flags.sources(args)
     if not args.dry_run:
         prepare_output(args.output_path)
-    held = contextlib.nullcontext() if args.dry_run else output_lock(args.output_path, args.task_id, args.num_tasks)
+    locks = args.output_path / PLAN_FOLDER / LOCKS
+    held = contextlib.nullcontext() if args.dry_run else output_lock(locks, "packing", args.task_id, args.num_tasks)
 
     with held as lock, workers.Workers(args.num_workers) as pool:
         backend = pool.resize_backend() if args.resize == "auto" else args.resize

@@ -29,6 +29,7 @@ from data_prep.shard_format.shards import (
     rows_name,
     tar_name,
 )
+from data_prep.sources.regular_files import read_regular
 from files.shown import one_line
 
 ROW_FIELDS = [
@@ -124,7 +125,7 @@ def _plan_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -29,6 +29,7 @@ from data_prep.shard_format.shards import (
     tar_name,
     write_rows,
 )
+from data_prep.sources.regular_files import read_regular
 from files.atomic_files import json_bytes, remove_abandoned, write_file
 from files.shown import shown
 
@@ -236,7 +237,7 @@ class EncodedSet:
 def _read(path: Path) -> dict[str, Any] | None:
     """encoding.json; None when there is none or it is damaged."""
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(read_regular(path))
         return fields if isinstance(fields["fingerprint"], str) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -12,6 +12,7 @@ from data_prep.images import decoder_warnings, formats
 from data_prep.images.buckets import BucketOptions, Placement, place
 from data_prep.images.skip_reasons import (
     ANIMATED,
+    CANNOT_DECODE,
     EMPTY_FILE,
     EXTREME_ASPECT_RATIO,
     FAILED,
@@ -123,12 +124,28 @@ def open_image(source: IO[bytes], options: ImageOptions) -> Image.Image:
         )
     if image.format == "TIFF" and _is_camera_raw(image.tag_v2):  # type: ignore[attr-defined]
         raise BadImage(FILTERED, NO_READER, formats.RAW_ADVICE)
+    if image.format == "TIFF" and (kind := _misread(image.tag_v2)):  # type: ignore[attr-defined]
+        raise BadImage(FAILED, CANNOT_DECODE, f"{kind}: save it as TIFF of 8 bits or PNG")
     return image
 
 
 def _is_camera_raw(tags: Any) -> bool:
     """DNG by its version tag; NEF, ARW and the like by a first page that says it is a preview of a sub-page."""
     return 50706 in tags or (330 in tags and bool(tags.get(254, 0) & 1))
+
+
+def _misread(tags: Any) -> str:
+    """The kind of a TIFF that Pillow opens and decodes into something else, without a word; "" for others."""
+    bits, sample_format = (
+        value if isinstance(value, tuple) else (value,) for value in (tags.get(258, 1), tags.get(339, 1))
+    )
+    if 2 in sample_format:  # values below zero wrap around, the others come out half as bright
+        return f"unsupported pixels: signed integers of {max(bits)} bits"
+    if (
+        tags.get(284) == 2 and len(bits) > 1 and max(bits) > 8
+    ):  # each color in a plane of its own, its bytes taken for pixels
+        return f"unsupported pixels: {max(bits)} bits in {len(bits)} separate planes"
+    return ""
 
 
 def header_of(image: Image.Image) -> Header:

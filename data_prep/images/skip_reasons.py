@@ -14,6 +14,7 @@ FAILED, FILTERED = "failed", "filtered"
 EMPTY_FILE = "empty file"
 FILE_MISSING = "file missing"
 UNREADABLE = "unreadable"
+OUTSIDE = "outside of the folder"  # a link or a path that leads out; --allow_links follows links
 NOT_REGULAR = "not a regular file"  # a FIFO, device, socket or folder
 CHANGED = "changed since the plan"
 # Of the image in it.
@@ -33,6 +34,7 @@ DUPLICATE = "duplicate"
 NO_CAPTION = "no caption"
 BAD_CAPTION = "caption not readable"
 BAD_ROW = "metadata row not readable"
+BAD_METADATA = "metadata file not readable"  # of a subfolder; that of the whole set is an error
 NO_IMAGE_PATH = "no image path"
 BROKEN_TAR = "broken tar"
 BROKEN_LINK = "link to nothing in its tar"

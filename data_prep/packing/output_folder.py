@@ -14,7 +14,7 @@ from files.atomic_files import remove_abandoned, write_file
 from files.folder_lock import FolderLock, Holder
 from files.shown import shown
 
-LOCKS = "lock"  # plan/lock/TASK-of-TASKS/
+LOCKS = "lock"  # plan/lock/TASK-of-TASKS/, and lock/RANK-of-WORLD/ while encoding
 
 
 def prepare_output(folder: Path) -> None:
@@ -39,17 +39,18 @@ def prepare_output(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def output_lock(folder: Path, task_id: int, num_tasks: int) -> Iterator[FolderLock]:
-    """Hold the right to pack this task's shards. The tasks of one array share the folder; everybody else waits for them.
+def output_lock(locks: Path, purpose: str, task_id: int, num_tasks: int) -> Iterator[FolderLock]:
+    """Hold the right to write this task's shards; `locks` is the output's folder of locks.
+
+    The tasks of one array share the folder; everybody else waits for them.
 
     Raises FolderInUse, which names the holder, when the same task, or a run that cuts the shards up differently, is at work.
     The lock's folder goes at the end, so that a finished set holds the same files whatever went before.
     """
-    locks = folder / PLAN_FOLDER / LOCKS
     mine = locks / f"{task_id}-of-{num_tasks}"
     mine.mkdir(parents=True, exist_ok=True)
     try:
-        with FolderLock(mine, f"packing, task {task_id} of {num_tasks}") as lock:
+        with FolderLock(mine, f"{purpose}, task {task_id} of {num_tasks}") as lock:
             for other in sorted(
                 locks.iterdir()
             ):  # after taking ours: of two that begin together none overlooks the other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from data_prep.shard_format.shards import (
     tar_name,
     write_rows,
 )
+from data_prep.sources.regular_files import read_regular
 from files.atomic_files import json_bytes, write_file
 
 STORE_CHUNK = 4  # images a task: small, because a shard ends when its last task does
@@ -43,6 +45,8 @@ def read_stats(folder: Path, shard: int, fingerprint: str) -> dict[str, Any] | N
         path = folder / name
         if not path.is_file() or (name.endswith(".tar") and path.stat().st_size != stats["bytes"]):
             return None
+        if name.endswith(".parquet") and not _is_whole_parquet(path):
+            return None
         status = path.stat()
         touched = max(status.st_ctime_ns, status.st_mtime_ns) > committed
         if touched and sha256 and file_sha256(path) != sha256:
@@ -50,10 +54,17 @@ def read_stats(folder: Path, shard: int, fingerprint: str) -> dict[str, Any] | N
     return stats
 
 
+def _is_whole_parquet(path: Path) -> bool:
+    """Whether a parquet file has its marks at both ends: a copy that was cut off has newer statistics all the same."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+        return file.seek(0, os.SEEK_END) >= 12 and file.seek(-4, os.SEEK_END) >= 0 and start == file.read() == b"PAR1"
+
+
 def stats_of(folder: Path, shard: int) -> dict[str, Any] | None:
     """NNNNNN_stats.json, of whichever plan; None when there is none or it is damaged."""
     try:
-        stats = json.loads((folder / stats_name(shard)).read_bytes())
+        stats = json.loads(read_regular(folder / stats_name(shard)))
         right = all(isinstance(stats[name], kind) for name, kind in _STATS.items())
         return stats if right else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

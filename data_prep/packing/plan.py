@@ -27,6 +27,7 @@ from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import bucket_name
 from data_prep.sources.find_inputs import Sources
 from data_prep.sources.found_input import Input
+from data_prep.sources.regular_files import read_regular
 from files.atomic_files import commit, json_bytes, partial_path, write_file
 from files.shown import shown
 
@@ -279,7 +280,7 @@ def rows_file(folder: Path) -> Path:
 def read_plan(folder: Path) -> Plan | None:
     """The plan of an output folder; None when there is none, it was not finished, or it is damaged (`plan_is_damaged`)."""
     try:
-        fields = json.loads(plan_file(folder).read_bytes())
+        fields = json.loads(read_regular(plan_file(folder)))
         plan = Plan(**fields)
         whole = file_sha256(rows_file(folder)) == plan.rows_sha256
         fits = all(isinstance(count, int) for count in [*plan.shard_rows, *plan.shard_samples])
@@ -311,7 +312,7 @@ def rebuilt_if_damaged(folder: Path) -> Iterator[Path]:
         assert new is not None, "it was just written"
         for stats in sorted(folder.glob("[0-9]*_stats.json")):
             try:
-                packed_by = json.loads(stats.read_bytes())["fingerprint"]
+                packed_by = json.loads(read_regular(stats))["fingerprint"]
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue
             if packed_by != new.fingerprint:

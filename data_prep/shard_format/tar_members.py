@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Self
 
 PACKED = {
     b"\x1f\x8b": "gzip",
@@ -25,6 +25,17 @@ class BrokenTar(ValueError):
     """What is wrong with an archive, and where."""
 
 
+class Header(tarfile.TarInfo):
+    """GNU's old format keeps times (`tar --incremental`) where POSIX has the name's first part, and tarfile joins them."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if buf[257:265] == b"ustar  \0":
+            member.name = bytes(buf[:100]).partition(b"\0")[0].decode(encoding, errors)
+        return member
+
+
 def tar_members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """Members of any type, in their order; of archives that were put one behind another (`cat a.tar b.tar`), too.
 
@@ -37,7 +48,7 @@ def tar_members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         stop = start
         try:
             file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # the list that tarfile keeps would grow with the archive
                     if tar.offset <= stop or member.size < 0:  # a negative size leads back, for ever
@@ -74,7 +85,8 @@ def _what(file: IO[bytes], start: int, stop: int, error: Exception) -> str:
     if stop == 0:
         packed = next((name for mark, name in PACKED.items() if head.startswith(mark)), None)
         return f"not a tar but {packed}: unpack it first" if packed else f"not a tar: {error}"
-    return f"{error}, after byte {stop}"
+    said = str(error) if isinstance(error, tarfile.TarError) else "a member's header cannot be read"
+    return f"{said}, after byte {stop}: what follows is lost"
 
 
 def _name(member: tarfile.TarInfo) -> str:
@@ -89,7 +101,7 @@ def readable(name: str) -> str:
 def sparse_content(file: IO[bytes], header: int) -> bytes:
     """Content of the sparse member whose header stands at byte `header`, with its holes as zeros."""
     file.seek(header)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:
         member = tar.next()
         content = tar.extractfile(member) if member is not None else None
         if content is None:

@@ -69,6 +69,8 @@ def from_cell(value: Any) -> str | None:
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, float) and math.isinf(value):  # JSON's 1e999
+        raise ValueError("a caption must be text, not an infinite number")
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         return clean(str(value))
     raise ValueError(f"a caption must be text, not {type(value).__name__}")

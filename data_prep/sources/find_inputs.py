@@ -20,11 +20,13 @@ from typing import Any
 from data_prep.images.formats import IMAGE_EXTENSIONS, unread
 from data_prep.images.skip_reasons import (
     BAD_CAPTION,
+    BAD_METADATA,
     BAD_ROW,
     BROKEN_PARQUET,
     FILE_MISSING,
     NO_IMAGE_PATH,
     NOT_REGULAR,
+    OUTSIDE,
     UNREADABLE_FOLDER,
 )
 from data_prep.shard_format.shards import MANIFEST
@@ -33,7 +35,7 @@ from data_prep.sources import metadata_files as metadata
 from data_prep.sources.found_input import Input
 from data_prep.sources.regular_files import NotRegular, check_regular, open_regular
 from data_prep.sources.remarks import Remarks
-from files.shown import shown
+from files.shown import one_line, shown
 
 CAPTION_EXTENSIONS = ("txt", "caption")  # the first that exists is taken
 ARCHIVES = frozenset(["zip", "gz", "tgz", "bz2", "tbz", "xz", "txz", "zst", "7z", "rar"])
@@ -93,6 +95,8 @@ class Sources:
             yield item
 
     def _remark_caption(self, path: str, caption: str) -> None:
+        if "\ufffd" in caption:
+            self.remarks.add(remarks.LOST_CHARACTERS, path)
         if captions.holds_placeholder(caption):
             self.remarks.add(remarks.PLACEHOLDERS, path)
         if (tokens := captions.about_tokens(caption)) > captions.LONG_TOKENS:
@@ -126,13 +130,9 @@ class Sources:
             yield Input(self._relative(folder), self._file(folder), 0, -1, None, problem)
             return
         listing = sorted(name for name in names if name.lower() in metadata.NAMES)
-        if len(listing) > 1:
-            raise ValueError(
-                f"{shown(folder)} holds {' and '.join(map(shown, listing))}: say which with --dataset_metadata_path"
-            )
-        if listing and not self._holds_images(path := os.path.join(folder, listing[0])):
+        if listing and not (len(listing) == 1 and self._holds_images(os.path.join(folder, listing[0]))):
             self.files_seen += len(names) - 1
-            yield from self._listed(Path(path), Path(folder))
+            yield from self._found_listing(folder, listing)
             return
         yield from self._files(folder, names, [*folders, *beside])
         for name in sorted(folders, key=os.fsencode):
@@ -141,14 +141,30 @@ class Sources:
                 continue
             if os.path.islink(path):
                 if self._outside(path):
-                    self._refuse_link(path)
-                elif not self.allow_links or _contains(os.path.realpath(path), os.path.realpath(folder)):
+                    yield self._link_out(path)
+                    continue
+                if not self.allow_links or _contains(os.path.realpath(path), os.path.realpath(folder)):
                     self.remarks.add(remarks.LINKED_FOLDERS, self._relative(path))
                     continue  # its target is walked anyway, or it is a loop
             if _is_own_set(path):
                 self.remarks.add(remarks.OWN_FOLDERS, self._relative(path))
                 continue
             yield from self._folder(path, tuple(f"../{other}" for other in folders if other != name))
+
+    def _found_listing(self, folder: str, names: list[str]) -> Iterator[Input]:
+        """Rows of a folder's metadata file. One that can't be read is an error in the base folder, and counted elsewhere."""
+        path = os.path.join(folder, names[0])
+        try:
+            if len(names) > 1:
+                listed = " and ".join(map(shown, names))
+                raise ValueError(f"{shown(folder)} holds {listed}: say which with --dataset_metadata_path")
+            if self._outside(path):
+                raise ValueError(self._leads_out(path))
+            yield from self._listed(Path(path), Path(folder))
+        except (ValueError, OSError) as error:
+            if folder == str(self.base):
+                raise
+            yield Input(self._relative(path), self._file(path), 0, -1, None, (BAD_METADATA, one_line(error)))
 
     def _holds_images(self, path: str) -> bool:
         """Whether a metadata.parquet is one of the images themselves."""
@@ -173,7 +189,6 @@ class Sources:
             if extension == "tar":
                 yield from self._tar(path)
             elif extension in IMAGE_EXTENSIONS:
-                self._refuse_if_outside(path)
                 if stem == last_stem:
                     self._same_stem(path)
                 last_stem = stem
@@ -200,7 +215,9 @@ class Sources:
                 self.remarks.add(remarks.LONELY_CAPTIONS, self._relative(os.path.join(folder, name)))
 
     def _tar(self, path: str) -> Iterator[Input]:
-        self._refuse_if_outside(path)
+        if self._outside(path):
+            yield self._link_out(path)
+            return
         changed = _changed(os.stat(path)) if os.path.isfile(path) else 0
         found = tar_files.members(path, self._relative(path), self._file(path), self.caption_column, self.remarks)
         for item in found:
@@ -208,9 +225,14 @@ class Sources:
 
     def _parquet(self, path: str, beside_tar: bool) -> Iterator[Input]:
         """A file of images; others (the rows that img2dataset and this program write beside their tars) are passed over."""
-        self._refuse_if_outside(path)
+        if self._outside(path):
+            yield self._link_out(path)
+            return
         try:
             column = parquet_images.image_column(path, self.image_column)
+        except NotRegular as error:
+            yield Input(self._relative(path), self._file(path), 0, -1, None, (NOT_REGULAR, str(error.strerror)))
+            return
         except Exception as error:
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             yield Input(self._relative(path), self._file(path), 0, -1, None, (BROKEN_PARQUET, line))
@@ -219,12 +241,13 @@ class Sources:
             if not beside_tar:
                 self.remarks.add(remarks.OTHER_PARQUET, self._relative(path))
             return
-        changed = _changed(os.stat(path))
-        for item in parquet_images.rows(path, self._relative(path), self._file(path), column, self.caption_column):
+        changed, relative = _changed(os.stat(path)), self._relative(path)
+        for item in parquet_images.rows(path, relative, self._file(path), column, self.caption_column, self.remarks):
             yield dataclasses.replace(item, changed=changed)
 
     def _read_caption(self, path: str) -> tuple[str | None, tuple[str, str] | None]:
-        self._refuse_if_outside(path)
+        if self._outside(path):
+            return None, (OUTSIDE, self._leads_out(path))
         try:
             with open_regular(path) as file:
                 return captions.decode(file.read(captions.MAX_BYTES + 1)), None
@@ -252,7 +275,7 @@ class Sources:
         listed: set[int] = set()  # hashes, of 10 M paths still no more than half a GB
         empty = True
         try:
-            for cells in metadata.rows(path, self.image_column, self.caption_column):
+            for cells in metadata.rows(path, self.image_column, self.caption_column, self.remarks):
                 empty = False
                 item, place = self._row(cells, roots)
                 if place is not None:
@@ -264,8 +287,9 @@ class Sources:
             raise ValueError(f"{shown(path)}: {error.strerror}") from None
         if empty:
             self.empty_listings.append(str(path))
-        for unlisted in missing_files.unlisted(folder, listed, IMAGE_EXTENSIONS, self._excluded):
-            self.remarks.add(remarks.UNLISTED, self._relative(unlisted))
+        for unlisted in missing_files.unlisted(folder, listed, self._excluded):
+            if unlisted != str(path):
+                self.remarks.add(_unlisted_kind(unlisted), self._relative(unlisted))
 
     def _row(self, row: metadata.MetadataRow, roots: list[str]) -> tuple[Input, str | None]:
         """The input of one row, and the path that it names."""
@@ -287,10 +311,8 @@ class Sources:
         places = [os.path.normpath(os.path.join(root, spelling)) for spelling in spellings for root in roots]
         place = next((place for place in places if os.path.exists(place)), places[0])
         if not _contains(str(self.base), place):
-            raise ValueError(
-                f"{row.where}: image {shown(repr(name))} lies outside of --dataset_base_path {shown(self.base)}"
-            )
-        self._refuse_if_outside(place)
+            detail = f"{row.where}: image {shown(repr(name))} lies outside of --dataset_base_path {shown(self.base)}"
+            return failed(OUTSIDE, detail)
         try:
             text, problem = captions.from_cell(row.caption), None
         except ValueError as error:
@@ -307,6 +329,8 @@ class Sources:
     def _input(self, path: str, caption: str | None, problem: tuple[str, str] | None, hint: str = "") -> Input:
         relative = self._relative(path)
         file = self._file(path)
+        if self._outside(path):
+            return self._link_out(path)
         try:
             status = os.stat(path)
             check_regular(status, path)
@@ -325,15 +349,23 @@ class Sources:
     def _outside(self, path: str) -> bool:
         return not self.allow_links and not _contains(self._real_base, os.path.realpath(path))
 
-    def _refuse_if_outside(self, path: str) -> None:
-        if self._outside(path):
-            self._refuse_link(path)
+    def _link_out(self, path: str) -> Input:
+        """A link that leads out of the base folder: an input that is left out, whatever lies there."""
+        return Input(self._relative(path), self._file(path), 0, -1, None, (OUTSIDE, self._leads_out(path)))
 
-    def _refuse_link(self, path: str) -> None:
-        raise ValueError(
+    def _leads_out(self, path: str) -> str:
+        return (
             f"{shown(self._relative(path))} is a link to {shown(os.path.realpath(path))}, outside of --dataset_base_path"
             f" {shown(self.base)}: copy the files in, or allow it with --allow_links"
         )
+
+
+def _unlisted_kind(path: str) -> str:
+    """Which remark a file is that lies below a metadata file and isn't in it."""
+    name = os.path.basename(path).lower()
+    if name in metadata.NAMES:
+        return remarks.NESTED_LISTINGS
+    return remarks.UNLISTED_TARS if name.endswith((".tar", ".parquet")) else remarks.UNLISTED
 
 
 def _is_own_set(folder: str) -> bool:

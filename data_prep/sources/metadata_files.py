@@ -8,19 +8,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from data_prep.sources import captions
 from data_prep.sources.regular_files import open_regular
+from data_prep.sources.remarks import SEVERAL_COLUMNS, Remarks
 from files.shown import shown
 
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 # DiffSynth: image, prompt; Hugging Face imagefolder: file_name, text or caption; musubi-tuner: image_path, caption.
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filename", "file_path", "filepath", "file", "path", "img")
 CAPTION_COLUMNS = ("prompt", "text", "caption")
+REPEATED = object()  # in the cells of a column whose name the header holds more than once
 LONGEST_CELL = 1 << 24  # characters: long captions; the csv module's own limit is 128 KiB
 
 
@@ -41,7 +44,9 @@ class BadRow(ValueError):
 Cells = tuple[str, Mapping[str, Any] | BadRow]  # where, and {column: cell}
 
 
-def rows(path: Path, image_column: str | None = None, caption_column: str | None = None) -> Iterator[MetadataRow]:
+def rows(
+    path: Path, image_column: str | None = None, caption_column: str | None = None, remarks: Remarks | None = None
+) -> Iterator[MetadataRow]:
     """Yield the rows; the columns are found by name (in any case, spaces around them aside) where they aren't given.
 
     JSON's objects may each have other names. Raises ValueError for an unknown file type, a column that no row has, and
@@ -52,7 +57,7 @@ def rows(path: Path, image_column: str | None = None, caption_column: str | None
         raise ValueError(f"{shown(path)}: metadata must be one of {', '.join(READERS)}")
     objects = path.suffix.lower() in (".jsonl", ".json")
     names: list[str] = []
-    images = texts = False
+    images = texts = several = False
     with open_regular(path) as file:
         for where, cells in reader(file, path):
             if isinstance(cells, BadRow):
@@ -61,7 +66,13 @@ def rows(path: Path, image_column: str | None = None, caption_column: str | None
             names = names or [str(name) for name in cells]
             image = find_column(image_column, IMAGE_COLUMNS, cells)
             text = find_column(caption_column, CAPTION_COLUMNS, cells)
+            for name in (image, text):
+                if name is not None and cells[name] is REPEATED:
+                    raise ValueError(f"{shown(path)} has {shown(name)} more than once in its header: rename the others")
             images, texts = images or image is not None, texts or text is not None
+            if remarks is not None and not several and (said := ambiguous(cells, image_column, caption_column)):
+                several = True
+                remarks.add(SEVERAL_COLUMNS, f"{path.name}: {said}")
             if not objects and not (images and texts):
                 break
             yield MetadataRow(where, cells.get(image or ""), cells.get(text or ""))
@@ -88,6 +99,44 @@ def find_column(wanted: str | None, known: tuple[str, ...], cells: Mapping[str, 
     return next((spelled[name] for name in ([wanted.lower()] if wanted else known) if name in spelled), None)
 
 
+def ambiguous(cells: Iterable[str], image_column: str | None, caption_column: str | None) -> str:
+    """The columns that could be meant where none is named and there are several; the first of them is taken."""
+    found = []
+    for wanted, known in ((image_column, IMAGE_COLUMNS), (caption_column, CAPTION_COLUMNS)):
+        there = {str(name).strip().lower() for name in cells}
+        names = [name for name in known if name in there] if wanted is None else []
+        found += [" and ".join(names)] if len(names) > 1 else []
+    return ", ".join(found)
+
+
+def cells_of(batch: Any) -> list[dict[str, Any]]:
+    """Rows of an arrow RecordBatch. Text that is no UTF-8 fails its own cell alone: half surrogate pairs, as in csv."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = [_tolerant(column) for column in batch.columns]
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _tolerant(column: Any) -> list[Any]:
+    import pyarrow as pa
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        if pa.types.is_dictionary(column.type):
+            return _tolerant(column.dictionary_decode())
+        if pa.types.is_struct(column.type):
+            names = [column.type.field(number).name for number in range(column.type.num_fields)]
+            fields = zip(*(_tolerant(column.field(name)) for name in names), strict=True)
+            valid = column.is_valid().to_pylist()
+            return [
+                dict(zip(names, row, strict=True)) if there else None for row, there in zip(fields, valid, strict=True)
+            ]
+        cells = column.cast(pa.large_binary()).to_pylist()
+        return [None if cell is None else cell.decode("utf-8", "surrogateescape") for cell in cells]
+
+
 # ── kinds of files ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -109,6 +158,7 @@ def _csv(file: IO[bytes], path: Path) -> Iterator[Cells]:
     try:
         reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
         header = [name.strip() for name in next(reader, [])]
+        repeated = _repeated(header)
         line = reader.line_num + 1
         for cells in reader:
             where, line = f"{path.name} line {line}", reader.line_num + 1
@@ -118,11 +168,15 @@ def _csv(file: IO[bytes], path: Path) -> Iterator[Cells]:
                 advice = "put captions that hold commas into double quotes"
                 yield where, BadRow(f"{len(cells)} cells and {len(header)} columns: {advice}")
                 continue
-            yield where, dict.fromkeys(header) | dict(zip(header, cells, strict=False))
+            yield where, dict.fromkeys(header) | dict(zip(header, cells, strict=False)) | repeated
     except csv.Error as error:
         yield f"{path.name} line {line}", BadRow(f"not valid csv ({error}): nothing from there on could be read")
     except UnicodeDecodeError as error:
         raise ValueError(f"{shown(path)}: not {error.encoding} at byte {error.start}: save it as UTF-8") from None
+
+
+def _repeated(header: Iterable[str]) -> dict[str, Any]:
+    return {name: REPEATED for name, count in Counter(header).items() if count > 1}
 
 
 def _jsonl(file: IO[bytes], path: Path) -> Iterator[Cells]:
@@ -178,10 +232,11 @@ def _parquet(file: IO[bytes], path: Path) -> Iterator[Cells]:
     number = 0
     try:
         with pq.ParquetFile(file) as table:
+            repeated = _repeated(table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in cells_of(batch):
                     number += 1
-                    yield f"{path.name} row {number}", row
+                    yield f"{path.name} row {number}", row | repeated
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, BadRow):
             raise

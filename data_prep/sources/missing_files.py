@@ -6,9 +6,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.images.formats import IMAGE_EXTENSIONS
+from data_prep.sources.metadata_files import NAMES
 from files.shown import shown
 
-CAPTION_TABLES = ("captions.csv", "captions.json", "captions.jsonl", "captions.txt", "metadata.txt", "prompts.txt")
+CAPTION_TABLES = (
+    "metadata.tsv",
+    "captions.tsv",
+    "captions.csv",
+    "captions.json",
+    "captions.jsonl",
+    "captions.txt",
+    "metadata.txt",
+    "prompts.txt",
+)
 CAPTION_FOLDERS = ("captions", "caption", "texts", "txt", "labels", "prompts")
 
 
@@ -53,14 +64,18 @@ def advice(name: str, places: list[str]) -> str:
     return f"looked for {looked}" + (f"; there is {shown(sorted(like)[0])}" if like else "")
 
 
-def unlisted(folder: Path, listed: set[int], extensions: frozenset[str], excluded: str | None) -> Iterator[str]:
-    """Images below `folder` whose paths' hashes are not in `listed`; folders of links and hidden ones aside."""
+def unlisted(folder: Path, listed: set[int], excluded: str | None) -> Iterator[str]:
+    """Images, tars, parquet and metadata files below `folder` whose paths' hashes are not in `listed`.
+
+    Folders of links and hidden ones aside.
+    """
+    extensions = IMAGE_EXTENSIONS | {"tar", "parquet"}
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(
             name for name in folders
             if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != excluded
         )  # fmt: skip
         for name in sorted(names, key=os.fsencode):
-            known = name.rpartition(".")[2].lower() in extensions and not name.startswith(".")
-            if known and hash(path := os.path.join(root, name)) not in listed:
+            known = name.rpartition(".")[2].lower() in extensions or name.lower() in NAMES
+            if known and not name.startswith(".") and hash(path := os.path.join(root, name)) not in listed:
                 yield path

@@ -15,8 +15,9 @@ from typing import Any
 from data_prep.images.skip_reasons import BAD_CAPTION, BROKEN_PARQUET
 from data_prep.sources import captions
 from data_prep.sources.found_input import ROW, Input
-from data_prep.sources.metadata_files import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+from data_prep.sources.metadata_files import CAPTION_COLUMNS, IMAGE_COLUMNS, ambiguous, cells_of, find_column
 from data_prep.sources.regular_files import open_regular
+from data_prep.sources.remarks import SEVERAL_COLUMNS, Remarks
 
 BYTE_COLUMNS = (*IMAGE_COLUMNS, "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 BATCH_ROWS = 16  # images that are read at once
@@ -58,7 +59,12 @@ def _is_binary(kind: Any) -> bool:
 
 
 def rows(
-    path: str | bytes, relative: str, file: bytes, column: ImageColumn, caption_column: str | None
+    path: str | bytes,
+    relative: str,
+    file: bytes,
+    column: ImageColumn,
+    caption_column: str | None,
+    remarks: Remarks | None = None,
 ) -> Iterator[Input]:
     """Inputs of one file. What cannot be read of it is one input with the problem, after those that can."""
     import pyarrow.parquet as pq
@@ -69,14 +75,22 @@ def rows(
             size = os.fstat(source.fileno()).st_size
             table = pq.ParquetFile(source)
             caption = find_column(caption_column, CAPTION_COLUMNS, dict.fromkeys(table.schema_arrow.names))
+            names = table.schema_arrow.names
+            if remarks is not None and (said := ambiguous(names, column.bytes, caption_column)):
+                remarks.add(SEVERAL_COLUMNS, f"{relative}: {said}")
+            hint = ""
+            if caption is None:
+                looked = caption_column or ", ".join(CAPTION_COLUMNS)
+                hint = f"no column {looked}, only {', '.join(names)}: name it with --caption_column"
             wanted = [name for name in (column.path, caption) if name is not None]
             if not wanted:  # no names and no captions: count the rows
                 for number in range(table.metadata.num_rows):
-                    yield Input(f"{relative}/{number:06d}", file, number, size, None, kind=ROW)
+                    yield Input(f"{relative}/{number:06d}", file, number, size, None, kind=ROW, hint=hint)
                 return
             for batch in table.iter_batches(1024, columns=wanted, use_threads=False):
-                for row in batch.to_pylist():
-                    yield _input(row, number, relative, file, size, column, caption)
+                for row in cells_of(batch):
+                    item = _input(row, number, relative, file, size, column, caption)
+                    yield dataclasses.replace(item, hint=hint) if hint else item
                     number += 1
     except Exception as error:  # arrow's many, on hostile bytes
         detail = f"after row {number}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -88,7 +102,7 @@ def _input(
 ) -> Input:
     name = (row.get(column.path.partition(".")[0]) or {}).get("path") if column.path else None
     path = f"{relative}/{number:06d}" + (f"/{os.path.basename(name)}" if isinstance(name, str) and name else "")
-    path = path.encode("utf-8", "backslashreplace").decode()
+    path = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     text, problem = None, None
     try:
         text = captions.from_cell(row.get(caption)) if caption is not None else None

@@ -32,6 +32,12 @@ def open_regular(path: str | bytes | Path, buffering: int = -1) -> IO[bytes]:
         raise
 
 
+def read_regular(path: str | bytes | Path) -> bytes:
+    """Content of a regular file. Raises OSError, NotRegular among them."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def check_regular(status: os.stat_result, path: str | bytes | Path) -> None:
     """Raise NotRegular unless it is a regular file's status."""
     kind = stat.S_IFMT(status.st_mode)

@@ -12,6 +12,13 @@ OWN_FOLDERS = (
 SAME_STEM = "images share their name and caption with another"
 LISTED_TWICE = "rows of metadata name an image that an earlier row names: a sample each"
 UNLISTED = "images beside a metadata file are not in it, and left out"
+UNLISTED_TARS = "tars and parquet files beside a metadata file, which speaks for its folder, are left out"
+NESTED_LISTINGS = "metadata files below another one, which speaks for them, are not read"
+SEVERAL_COLUMNS = (
+    "metadata and parquet files have several columns that could be meant: the first is taken (--image_column,"
+    " --caption_column)"
+)
+LOST_CHARACTERS = "captions hold U+FFFD, which stands for characters that an earlier program lost"
 LONELY_CAPTIONS = "caption files have no image beside them"
 HIDDEN = "hidden files and folders (.name) left out"
 REPEATS = "images lie in kohya's repeat folders (10_name): repeats are not applied, each is one sample"

@@ -17,6 +17,7 @@ from data_prep import check_shards, encode_shards, make_shards
 from data_prep.encoding import encoders as encoders_file
 from data_prep.encoding.encoders import Encoders
 from data_prep.images.stored_pixels import decode_stored
+from data_prep.packing.output_folder import LOCKS, output_lock
 from data_prep.shard_format.scan_tars import build_index
 from data_prep.shard_format.shards import ShardReader, read_index, read_manifest
 from qwen_image.encoders.vae import pixels_from_uint8
@@ -274,3 +275,14 @@ def test_training_says_which_captions_it_cuts(tmp_path):
     images.index = dataclasses.replace(images.index, caption_length=lengths)
     assert "probably about 2250 tokens at most" in cut_captions(images, 1024)
     assert "reads no more than 1024: shorten them" in cut_captions(images, 1024)
+
+
+def test_a_second_encoder_is_refused_with_the_first_one_s_name(images, encoded, tiny_model, tmp_path, capsys):
+    output = tmp_path / "encoded"
+    with output_lock(output / LOCKS, "encoding", 0, 1):
+        (output / ".partial-000000.tar.elsewhere.1").write_bytes(b"the first one's work")
+        assert encode(tiny_model, images, output, "--latent_std") == 2
+        assert "(encoding, task 0 of 1" in capsys.readouterr().err
+        assert (output / ".partial-000000.tar.elsewhere.1").is_file() and not (output / "encoding.json").exists()
+    assert encode(tiny_model, images, output, "--latent_std") == 0
+    assert hashes(output) == hashes(encoded), "and nothing of the lock stays"

@@ -12,7 +12,8 @@ from PIL import Image
 
 from data_prep.images import convert
 from data_prep.images.buckets import BucketOptions
-from data_prep.images.header import ImageOptions
+from data_prep.images.header import ImageOptions, read_header
+from data_prep.images.skip_reasons import BadImage
 from tests.helpers.photos import opened
 from tests.helpers.raw_images import icc, iccp, png, tiff
 
@@ -177,3 +178,68 @@ def test_every_kind_of_pixel_against_the_float_reference(kind) -> None:
             wrong.append(f"{name}: off by {inside.max():.1f}, on average {inside.mean():.1f} (allowed {tolerance})")
     assert not wrong, f"{len(wrong)} of {count}:\n" + "\n".join(wrong)
     assert count >= 15
+
+
+def tiff_of(planes: np.ndarray, *, signed: bool = False, separate: bool = False) -> bytes:
+    """Uncompressed little-endian TIFF of [C, H, W] samples; `separate`: each color in a strip of its own."""
+    count, height, width = planes.shape
+    bits, size = planes.dtype.itemsize * 8, planes[0].nbytes
+    body = planes.tobytes() if separate else np.ascontiguousarray(planes.transpose(1, 2, 0)).tobytes()
+    strips = count if separate else 1
+    at = 8 + 2 + 12 * 11 + 4
+    tables: list[bytes] = []
+
+    def several(kind: int, values: list[int]) -> tuple[int, int, bytes]:
+        nonlocal at
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        if len(packed) <= 4:
+            return kind, len(values), packed.ljust(4, b"\0")
+        tables.append(packed)
+        at += len(packed)
+        return kind, len(values), struct.pack("<I", at - len(packed))
+
+    start = at + 2 * count * 2 + 4 * strips * 2
+    entries = {256: (3, [width]), 257: (3, [height]), 258: (3, [bits] * count), 259: (3, [1])}
+    entries |= {
+        262: (3, [2 if count >= 3 else 1]),
+        273: (4, [start + n * size for n in range(strips)]),
+        277: (3, [count]),
+    }
+    entries |= {278: (4, [height]), 279: (4, [len(body) // strips] * strips), 284: (3, [2 if separate else 1])}
+    entries |= {339: (3, [2 if signed else 1] * count)}
+    fields = b""
+    for tag, entry in entries.items():
+        kind, number, value = several(*entry)
+        fields += struct.pack("<HHI", tag, kind, number) + value
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + fields + struct.pack("<I", 0) + b"".join(tables)
+    return head.ljust(start, b"\0") + body
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_colors_in_separate_planes_are_right_or_refused(channels: int, bits: int) -> None:
+    """Pillow took planes of 16 bits for planes of 8: 83 of 255 wrong, without a word."""
+    planes = patches(channels, 2**bits - 1).transpose(2, 0, 1).astype(f"<u{bits // 8}")
+    data = tiff_of(planes, separate=True)
+    if bits == 16:
+        with pytest.raises(BadImage, match=f"cannot decode: unsupported pixels: 16 bits in {channels} separate planes"):
+            convert.store(data, OPTIONS)
+    elif channels == 3:
+        found = np.asarray(opened(convert.store(data, OPTIONS).data))
+        assert np.array_equal(found, planes.transpose(1, 2, 0))
+    beside = convert.store(tiff_of(planes[:3]), OPTIONS)
+    expected = planes[:3].transpose(1, 2, 0) / (2**bits - 1) * 255
+    assert np.abs(np.asarray(opened(beside.data)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["<i1", "<i2"])
+def test_signed_pixels_are_refused(kind: str) -> None:
+    """They came out half as bright: 67 of 255 wrong, without a word."""
+    top = np.iinfo(kind).max
+    data = tiff_of(patches(1, top).transpose(2, 0, 1).astype(kind), signed=True)
+    with pytest.raises(
+        BadImage, match=f"cannot decode: unsupported pixels: signed integers of {8 * int(kind[-1])} bits"
+    ):
+        convert.store(data, OPTIONS)
+    with pytest.raises(BadImage, match="signed integers"):
+        read_header(io.BytesIO(data), OPTIONS)

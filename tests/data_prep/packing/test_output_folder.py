@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from data_prep import make_shards
-from data_prep.packing.output_folder import output_lock
+from data_prep.packing.output_folder import LOCKS, output_lock
+from data_prep.packing.plan import PLAN_FOLDER
 from files.folder_lock import FolderInUse
 from tests.helpers.photos import encoded, photo
 
@@ -54,7 +55,7 @@ def test_a_second_packer_is_refused_with_the_first_one_s_name(
     out = tmp_path / "out"
     assert pack(base, tmp_path / "once") == 0
     (out / "plan").mkdir(parents=True)
-    with output_lock(out, 0, 1):
+    with output_lock(out / PLAN_FOLDER / LOCKS, "packing", 0, 1):
         (out / ".partial-000000.tar.elsewhere.1").write_bytes(b"the first one's work")
         assert pack(base, out) == 2
         error = capsys.readouterr().err
@@ -70,9 +71,9 @@ def test_tasks_of_one_array_share_the_folder(base: Path, tmp_path: Path) -> None
     out = tmp_path / "out"
     assert pack(base, tmp_path / "once") == 0
     (out / "plan").mkdir(parents=True)
-    with output_lock(out, 1, 2):
+    with output_lock(out / PLAN_FOLDER / LOCKS, "packing", 1, 2):
         assert pack(base, out, "--num_tasks", "2") == 0
-        with pytest.raises(FolderInUse), output_lock(out, 1, 2):
+        with pytest.raises(FolderInUse), output_lock(out / PLAN_FOLDER / LOCKS, "packing", 1, 2):
             pass
     assert pack(base, out, "--num_tasks", "2", "--task_id", "1") == 0 and hashes(out) == hashes(tmp_path / "once")
 
@@ -169,3 +170,36 @@ def test_the_plugins_stand_in_the_plan(
     monkeypatch.setattr(formats, "installed_plugins", lambda: ("heic",))
     assert pack(base, tmp_path / "out") == 2
     assert "image_plugins [] -> ['heic']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", b"PAR1 cut off in the middle"])
+def test_rows_that_were_cut_off_before_their_set_was_copied_are_made_again(
+    base: Path, tmp_path: Path, damage: bytes
+) -> None:
+    """A copy's statistics are newer than its rows, so that the sha256 isn't looked at."""
+    out = tmp_path / "out"
+    assert pack(base, out) == 0
+    whole = hashes(out)
+    (out / "000001.parquet").write_bytes(damage)
+    stats = (out / "000001_stats.json").read_bytes()
+    time.sleep(0.05)
+    (out / "000001_stats.json").write_bytes(stats)
+    assert pack(base, out) == 0
+    assert hashes(out) == whole
+
+
+@pytest.mark.parametrize(
+    "name", ["000001_stats.json", "sizes.json", "manifest.json", "plan/plan.json", "plan/plan.parquet"]
+)
+def test_a_fifo_in_the_place_of_our_own_file_is_damage(base: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    assert pack(base, out) == 0
+    whole = hashes(out)
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    check = [sys.executable, "-m", "data_prep.check_shards", str(out), "--quick", "--num_workers", "0"]
+    found = subprocess.run(check, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert found.returncode in (1, 2) and "error: " in found.stderr and "Traceback" not in found.stderr
+    again = subprocess.run(command_of(base, out), capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert hashes(out) == whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -174,25 +175,32 @@ def test_duplicate_stems(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["../secret.jpg", "/etc/passwd", "sub/../../secret.jpg"])
-def test_paths_that_lead_out_are_refused(tmp_path: Path, path: str) -> None:
+def test_paths_that_lead_out_fail_and_the_run_goes_on(tmp_path: Path, path: str) -> None:
     base = folder_of(tmp_path / "base", {"x.jpg": JPEG, "m.csv": f"image,prompt\nx.jpg,a\n{path},b\n"})
     folder_of(tmp_path, {"secret.jpg": JPEG})
-    with pytest.raises(ValueError, match=r"m\.csv line 3: image .* lies outside of --dataset_base_path"):
-        list(Sources(base, base / "m.csv"))
+    first, second = Sources(base, base / "m.csv")
+    assert (first.caption, first.problem) == ("a", None) and second.problem is not None and second.file == b""
+    assert second.problem[0] == "outside of the folder"
+    assert re.match(r"m\.csv line 3: image .* lies outside of --dataset_base_path", second.problem[1])
 
 
-def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
+def test_links_that_lead_out_fail_and_the_run_goes_on(tmp_path: Path) -> None:
     folder_of(tmp_path, {"outside/secret.jpg": JPEG, "base/x.jpg": JPEG, "base/sub/y.jpg": JPEG})
     base = tmp_path / "base"
     (base / "loop").symlink_to(base)
     (base / "inside.jpg").symlink_to(base / "x.jpg")
     assert list(captions_of(Sources(base))) == ["inside.jpg", "x.jpg", "sub/y.jpg"]
-    for target in ("outside/secret.jpg", "outside"):
-        link = base / "link.jpg" if target.endswith("jpg") else base / "link"
-        link.symlink_to(tmp_path / target)
-        with pytest.raises(ValueError, match=r"is a link to .*outside of --dataset_base_path"):
-            list(Sources(base))
-        assert any("link" in item.path for item in Sources(base, allow_links=True))
+    folder_of(tmp_path, {"outside/x.txt": "secret"})
+    links = (("link.jpg", "secret.jpg"), ("link", ""), ("x.txt", "x.txt"), ("l.tar", "x.tar"), ("l.parquet", "x.tar"))
+    for name, target in links:
+        link = base / name
+        link.symlink_to(tmp_path / "outside" / target)
+        found = {item.path: item.problem for item in Sources(base)}
+        assert list(found).count("sub/y.jpg") == 1, "the others are still found"
+        (reason, detail) = found["x.jpg" if name == "x.txt" else name] or ("", "")
+        assert reason == "outside of the folder" and "outside of --dataset_base_path" in detail, (name, found)
+        followed = {item.path: item.problem for item in Sources(base, allow_links=True)}
+        assert all(problem is None or problem[0] != reason for problem in followed.values())
         link.unlink()
 
 

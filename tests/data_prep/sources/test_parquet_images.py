@@ -108,3 +108,36 @@ def _counting(calls: list, function):
         function(self, *arguments)
 
     return counted
+
+
+def bad_text(first: bytes, second: bytes) -> pa.Array:
+    """Strings that pyarrow takes unseen, as a writer of another language may have stored them."""
+    ends = b"".join(end.to_bytes(4, "little") for end in (0, len(first), len(first + second)))
+    return pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(ends), pa.py_buffer(first + second)])
+
+
+def test_text_that_is_no_utf8_fails_its_own_row(tmp_path: Path) -> None:
+    data = [encoded(photo(80, 70, seed=number)) for number in range(2)]
+    images = pa.StructArray.from_arrays([pa.array(data), bad_text(b"a.jpg", b"\xff.jpg")], ["bytes", "path"])
+    (tmp_path / "names").mkdir()
+    (tmp_path / "texts").mkdir()
+    pq.write_table(pa.table({"image": images, "text": ["one", "two"]}), tmp_path / "names/n.parquet")
+    good = pa.StructArray.from_arrays([pa.array(data)], ["bytes"])
+    pq.write_table(pa.table({"image": good, "text": bad_text(b"one", b"caf\xe9")}), tmp_path / "texts/t.parquet")
+    named = [(item.path, item.caption, item.problem) for item in Sources(tmp_path / "names")]
+    assert named == [("n.parquet/000000/a.jpg", "one", None), ("n.parquet/000001/\\xff.jpg", "two", None)]
+    fine, bad = Sources(tmp_path / "texts")
+    assert fine.caption == "one" and bad.problem is not None and bad.problem[0] == "caption not readable"
+    listed = pa.table({"file_name": ["a.jpg", "b.jpg"], "text": bad_text(b"one", b"caf\xe9")})
+    (tmp_path / "listed").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "listed" / name).write_bytes(data[0])
+    pq.write_table(listed, tmp_path / "listed/metadata.parquet")
+    fine, bad = Sources(tmp_path / "listed")
+    assert fine.caption == "one" and bad.problem is not None and bad.problem[0] == "caption not readable"
+
+
+def test_the_columns_are_named_where_none_holds_captions(tmp_path: Path) -> None:
+    hub_file(tmp_path / "x.parquet", 1, caption="txt")
+    (item,) = Sources(tmp_path)
+    assert item.hint == "no column prompt, text, caption, only image, txt: name it with --caption_column"

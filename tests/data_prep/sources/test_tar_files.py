@@ -218,3 +218,25 @@ def test_plain_shards_with_a_key_twice_are_refused(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "s.tar", [("a.jpg", ONE), ("b.jpg", TWO), ("a.txt", b"one"), ("b.txt", b"two")])
     with pytest.raises(ValueError, match="a comes twice: its members do not stand side by side"):
         list(tar_samples(path))
+
+
+def test_old_gnu_headers_hold_times_where_posix_has_a_prefix(tmp_path: Path) -> None:
+    """`tar --incremental` writes them; tarfile takes the times for a part of the name."""
+    path = tar_of(tmp_path / "a.tar", [("d/x.jpg", ONE), ("d/x.txt", b"caption")])
+    data = bytearray(path.read_bytes())
+    assert data[257:265] == b"ustar  \0"
+    data[345:369] = b"15302461437\00015302461437\0"
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    (item,) = Sources(tmp_path)
+    assert (item.path, item.caption) == ("a.tar/d/x.jpg", "caption")
+
+
+def test_a_header_that_cannot_be_read_is_said_without_its_bytes(tmp_path: Path) -> None:
+    sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "b.jpg", "GNU.sparse.realsize": "5"}
+    members = [("a.jpg", ONE), ("a.txt", b"a"), ("b.jpg", TWO, {"pax_headers": sparse}), ("c.jpg", ONE)]
+    tar_of(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)
+    first, broken = Sources(tmp_path)
+    assert first.caption == "a" and broken.problem is not None and broken.problem[0] == "broken tar"
+    assert "a member's header cannot be read, after byte" in broken.problem[1] and "\\x" not in broken.problem[1]

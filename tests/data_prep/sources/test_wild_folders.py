@@ -43,7 +43,7 @@ def test_fifos_devices_and_sockets_are_never_opened(tmp_path: Path) -> None:
         "c.jpg": "caption not readable",
         "f.jpg": "not a regular file",
         "t.tar": "broken tar",
-        "p.parquet": "broken parquet",
+        "p.parquet": "not a regular file",
     }
     os.mkfifo(base / "metadata.csv")
     with pytest.raises(ValueError, match=r"metadata\.csv: not a regular file but a FIFO"):
@@ -216,3 +216,70 @@ def test_a_missing_image_says_where_it_was_looked_for(tmp_path: Path) -> None:
     assert f"looked for {base}/A.jpg; there is a.jpg" in details[0] and "metadata.csv line 2" in details[0]
     assert details[1] is None and items[1].path == "photos/b.jpg"  # Windows' separators
     assert "an address, not a file: download it first" in details[2] and "there is a.jpg" in details[3]
+
+
+def test_a_broken_metadata_file_of_a_subfolder_is_one_failure(tmp_path: Path) -> None:
+    base = put(
+        tmp_path / "in", {"x.jpg": JPEG, "x.txt": "x", "good/y.jpg": JPEG, "good/metadata.csv": "image,text\ny.jpg,y\n"}
+    )
+    put(base, {"cut/metadata.json": '[{"ima', "cut/z.jpg": JPEG, "names/metadata.csv": "a,b\n1,2\n"})
+    put(base, {"two/metadata.csv": "image,text\n", "two/metadata.jsonl": ""})
+    os.makedirs(base / "fifo")
+    os.mkfifo(base / "fifo/metadata.jsonl")
+    broken = "metadata file not readable"
+    assert seen(Sources(base)) == {
+        "x.jpg": "x",
+        "good/y.jpg": "y",
+        "cut/metadata.json": broken,
+        "names/metadata.csv": broken,
+        "two/metadata.csv": broken,
+        "fifo/metadata.jsonl": broken,
+    }
+    with pytest.raises(ValueError, match="not valid JSON"):
+        list(Sources(base / "cut"))
+
+
+def test_a_linked_metadata_file_that_leads_out_is_not_read(tmp_path: Path) -> None:
+    put(tmp_path, {"secret.csv": "root:x:0:0,text\n1,2\n"})
+    base = put(tmp_path / "in", {"sub/x.jpg": JPEG})
+    (base / "sub/metadata.csv").symlink_to(tmp_path / "secret.csv")
+    assert seen(Sources(base)) == {"sub/metadata.csv": "metadata file not readable"}
+    with pytest.raises(ValueError, match=r"is a link to .*outside of --dataset_base_path") as error:
+        list(Sources(base / "sub"))
+    assert "x:0:0" not in str(error.value), "nothing of its content is shown"
+
+
+def test_what_a_metadata_file_shadows_is_said(tmp_path: Path) -> None:
+    base = put(
+        tmp_path / "in", {"x.jpg": JPEG, "metadata.csv": "image,text\nx.jpg,x\n", "a.tar": b"", "s/p.parquet": b""}
+    )
+    put(base, {"s/metadata.csv": "image,text\n", "s/y.jpg": JPEG})
+    source = Sources(base)
+    assert seen(source) == {"x.jpg": "x"}
+    assert source.remarks.counts == {remarks.UNLISTED_TARS: 2, remarks.NESTED_LISTINGS: 1, remarks.UNLISTED: 1}
+
+
+@pytest.mark.parametrize("header", ["image,text,text", "image,image,text", "image,text,text ,"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, header: str) -> None:
+    base = put(tmp_path / "in", {"x.jpg": JPEG, "metadata.csv": f"{header}\nx.jpg,one,two\n"})
+    with pytest.raises(ValueError, match="more than once in its header"):
+        list(Sources(base))
+    put(base, {"metadata.csv": "image,text,id,id\nx.jpg,one,1,2\n"})
+    assert seen(Sources(base)) == {"x.jpg": "one"}
+
+
+def test_several_columns_that_could_be_meant_are_said(tmp_path: Path) -> None:
+    base = put(tmp_path / "in", {"x.jpg": JPEG, "metadata.csv": "image,Caption,text\nx.jpg,long,short\n"})
+    source = Sources(base)
+    assert seen(source) == {"x.jpg": "short"}
+    assert source.remarks.first[remarks.SEVERAL_COLUMNS] == "metadata.csv: text and caption"
+    named = Sources(base, caption_column="caption")
+    assert seen(named) == {"x.jpg": "long"} and not named.remarks.counts
+
+
+def test_lost_characters_and_infinite_numbers(tmp_path: Path) -> None:
+    lines = ('{"image": "x.jpg", "text": 1e999}', '{"image": "x.jpg", "text": "caf\ufffd"}')
+    base = put(tmp_path / "in", {"x.jpg": JPEG, "metadata.jsonl": "\n".join(lines)})
+    source = Sources(base)
+    assert [item.problem and item.problem[0] for item in source] == ["caption not readable", None]
+    assert source.remarks.counts[remarks.LOST_CHARACTERS] == 1
