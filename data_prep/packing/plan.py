@@ -27,7 +27,7 @@ from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import bucket_name
 from data_prep.sources.find_inputs import Sources
 from data_prep.sources.found_input import Input
-from data_prep.sources.regular_files import read_regular
+from data_prep.sources.regular_files import open_regular, read_regular
 from files.atomic_files import commit, json_bytes, partial_path, write_file
 from files.shown import shown
 
@@ -327,7 +327,7 @@ def rebuilt_if_damaged(folder: Path) -> Iterator[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
