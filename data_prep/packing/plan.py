@@ -328,7 +328,7 @@ def rebuilt_if_damaged(folder: Path) -> Iterator[Path]:
 
 def file_sha256(path: Path) -> str:
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # IO has no readinto, the file has
 
 
 class PlanRows:
