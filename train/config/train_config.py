@@ -8,6 +8,7 @@ Relative paths, in the file too, start from the working directory. No torch here
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +274,12 @@ class TrainConfig:
         if self.loader == "webdataset" and (self.max_steps is None or self.validation_samples):
             raise ValueError(
                 "loader webdataset knows no epochs and can't hold samples out: give max_steps, and no validation_samples"
+            )
+        scale = self.alpha / (math.sqrt(self.lora_rank) if self.lora_rslora else self.lora_rank)
+        if not 1e-6 <= scale <= 1e6:  # beyond, the update or its gradient is lost in float32 beside weights of about 1
+            raise ValueError(
+                f"lora_alpha ({self.alpha:g}) with lora_rank {self.lora_rank} scales the update by {scale:g}; it must be "
+                "between 1e-06 and 1e+06"
             )
         if self.lora_dora and self.lora_format in ("diffsynth", "kohya"):
             raise ValueError(

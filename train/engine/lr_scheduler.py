@@ -49,7 +49,7 @@ class LearningRate:
         """
         options = before.get("config", {})
         steps = before.get("steps") or options.get("max_steps")
-        if not step or not steps:
+        if not step or not steps or step >= self.total_steps:  # no step is left: a finished run writes its LoRA again
             return []
         earlier = LearningRate(
             options.get("learning_rate", self.peak),

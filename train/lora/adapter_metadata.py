@@ -27,6 +27,7 @@ class AdapterMetadata:
     rank_pattern: dict[str, float] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     rslora: bool = False
+    dora: bool = False
     file: str = ""  # for messages
 
     @classmethod
@@ -47,7 +48,8 @@ class AdapterMetadata:
                 _number("lora_alpha", own.get("lora_alpha", DEFAULT_ALPHA)),
                 _numbers("rank_pattern", own.get("rank_pattern")),
                 _numbers("alpha_pattern", own.get("alpha_pattern")),
-                bool(own.get("use_rslora")),
+                _switch("use_rslora", own.get("use_rslora")),
+                _switch("use_dora", own.get("use_dora")),
                 file,
             )
         except (ValueError, OverflowError, RecursionError, re.error) as error:
@@ -74,6 +76,12 @@ def _numbers(name: str, values: Any) -> dict[str, float]:
     for pattern in values or {}:
         re.compile(pattern)
     return {pattern: _number(f"{name} of {pattern}", value) for pattern, value in (values or {}).items()}
+
+
+def _switch(name: str, value: Any) -> bool:
+    if value not in (None, True, False):  # the text "false" would count as true
+        raise ValueError(f"{name} is {shown(repr(value))}, not true or false")
+    return bool(value)
 
 
 def _number(name: str, value: Any) -> float:

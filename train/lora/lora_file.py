@@ -8,6 +8,7 @@ alpha tensors (kohya's spelling: alpha = rank): then every reader applies the ri
     write_lora(path, lora.layers, "comfyui", metadata, torch.bfloat16)
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from train.lora.targets import base_layer
 
 Layer = dict[str, torch.Tensor]
 MAGNITUDES = ("lora_magnitude_vector", "dora_scale")  # kept in float32: a rounded one changes every weight of its row
+_NO_ALPHA = ("BOOL", "C64")  # torch would make 1 and the real part of them
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -125,7 +127,15 @@ def read_lora(path: Path, transformer: nn.Module) -> LoraFile:
     layers = {name: _scaled(path, name, layer, adapter) for name, layer in stored.items()}
     dtypes = [layer[kind].dtype for layer in stored.values() for kind in ("lora_A", "lora_B")]
     dtype = dtypes[0] if len(set(dtypes)) == 1 and dtypes[0].itemsize > 1 else torch.float32
-    return LoraFile(layers, metadata, dtype, notes)
+    return LoraFile(layers, metadata, dtype, (*notes, *_without_effect(path, layers)))
+
+
+def _without_effect(path: Path, layers: dict[str, Layer]) -> tuple[str, ...]:
+    """A line for people about layers whose update is zero: alpha 0, or a file of a run that had not learned yet."""
+    zero = [name for name, layer in layers.items() if not (layer["lora_A"].any() and layer["lora_B"].any())]
+    if not zero:
+        return ()
+    return (f"{shown(path)}: the update of {len(zero)} of {len(layers)} layers is zero (first {zero[0]})",)
 
 
 def _keys_by_layer(
@@ -176,7 +186,9 @@ def _check_shapes(path: Path, name: str, kinds: dict[str, str], file: Any, base:
             raise ValueError(f"{where}{shown(key)} holds {dtype} numbers; the weights of a LoRA are floating-point")
         if kind in ("lora_A", "lora_B") and len(shapes[kind]) != 2:
             raise ValueError(f"{where}{shown(key)} has shape {shapes[kind]}; the weights of a LoRA are matrices")
-        if kind == "alpha" and shapes[kind] not in ([], [1]):
+        if kind == "alpha" and dtype in _NO_ALPHA:
+            raise ValueError(f"{where}{shown(key)} holds {dtype} numbers; an alpha is one real number")
+        if kind == "alpha" and torch.Size(shapes[kind]).numel() != 1:
             raise ValueError(f"{where}{shown(key)} has shape {shapes[kind]}; an alpha is one number")
         if kind in MAGNITUDES and torch.Size(shapes[kind]).numel() != base.out_features:
             raise ValueError(
@@ -206,8 +218,17 @@ def _scaled(path: Path, name: str, stored: Layer, adapter: AdapterMetadata) -> L
                 f"{shown(path)}: {kind} of {name} has values that are NaN or infinite: its training failed, or the file "
                 "is damaged"
             )
+    if adapter.dora and not layer.keys() & {*MAGNITUDES}:
+        raise ValueError(
+            f"{shown(path)}: its header says use_dora, but there are no magnitudes of {name}: it is incomplete"
+        )
     rank, alpha = len(layer["lora_A"]), layer.pop("alpha", None)
     scale = adapter.scale(name, rank) if alpha is None else alpha.item() / rank
+    if alpha is not None and adapter.present and not math.isclose(scale, adapter.scale(name, rank), rel_tol=1e-2):
+        raise ValueError(
+            f"{shown(path)}: the alpha of {name} makes its scale {scale:g}, the header {adapter.scale(name, rank):g}: which "
+            "one counts is not known"
+        )
     layer["lora_B"] = layer["lora_B"] * scale
     if not layer["lora_B"].isfinite().all():
         raise ValueError(f"{shown(path)}: lora_B of {name} times its scale {scale:g} is no longer finite")

@@ -94,6 +94,15 @@ FLAG_ERRORS = [
     (["--model="], "model must not be empty"),
     (["--lora_rank", "true"], "--lora_rank must be a whole number, got 'true'"),
     (["--lora_rank", "9" * 5000], "--lora_rank must be a shorter number, got '999"),
+    (
+        ["--lora_alpha", "1e300"],
+        "lora_alpha (1e+300) with lora_rank 32 scales the update by 3.125e+298; it must be between",
+    ),
+    (["--lora_alpha", "1e-300"], "lora_alpha (1e-300) with lora_rank 32 scales the update by 3.125e-302; it must be"),
+    (
+        ["--lora_alpha", "4e6", "--lora_rslora", "--lora_rank", "4"],
+        "with lora_rank 4 scales the update by 2e+06; it must",
+    ),
     (["--lora_alpha=-inf"], "--lora_alpha must be a finite number, got -inf"),
     (["--lora_dora=1"], "--lora_dora must be true or false, got '1'"),
     (["--lora_dropout", "nan"], "--lora_dropout must be a finite number, got nan"),

@@ -20,3 +20,9 @@ def test_warm_up_then_the_course(course: str, expected: list[float]) -> None:
 
 def test_never_below_zero_after_the_end() -> None:
     assert LearningRate(1.0, "linear", 0, 4).at(9) == 0.0
+
+
+def test_a_run_without_a_step_left_is_told_nothing_of_its_learning_rate() -> None:
+    before = {"steps": 4, "config": {"learning_rate": 1.0, "lr_scheduler": "cosine", "lr_warmup_steps": 0}}
+    assert LearningRate(1.0, "cosine", 0, 3).lines_on_resuming(4, before) == []
+    assert "from step 5 on" in LearningRate(1.0, "cosine", 0, 5).lines_on_resuming(4, before)[0]

@@ -117,6 +117,9 @@ REFUSED = {
     "integers": ({key: value.int() for key, value in pair().items()}, "holds I32 numbers"),
     "booleans": ({key: value.bool() for key, value in pair().items()}, "holds BOOL numbers"),
     "three alphas": (pair() | {f"{T}.alpha": torch.ones(3)}, r"has shape \[3\]; an alpha is one number"),
+    "a complex alpha": (pair() | {f"{T}.alpha": torch.tensor(2 + 1j)}, "holds C64 numbers; an alpha is one real number"),
+    "a boolean alpha": (pair() | {f"{T}.alpha": torch.tensor(True)}, "holds BOOL numbers; an alpha is one real number"),
+    "no alpha": (pair() | {f"{T}.alpha": torch.ones(0)}, r"has shape \[0\]; an alpha is one number"),
     "one dimension": (pair() | {f"{T}.lora_A.weight": torch.ones(32)}, r"has shape \[32\]; .* matrices"),
     "a scalar": (pair() | {f"{T}.lora_A.weight": torch.tensor(1.0)}, r"has shape \[\]; .* matrices"),
     "four dimensions": (pair() | {f"{T}.lora_A.weight": torch.ones(2, 32, 1, 1)}, r"has shape \[2, 32, 1, 1\]"),
@@ -167,6 +170,9 @@ def test_refused_for_its_own_reason_and_in_one_line(transformer, tmp_path, case)
         ('{"transformer.r": 2, "transformer.alpha_pattern": [3]}', r"alpha_pattern is '?\[3\]"),
         ('{"transformer.r": 2, "transformer.alpha_pattern": {"to_(q": 3}}', "is damaged"),
         ('{"transformer.r": 2, "transformer.rank_pattern": {"to_q": "x"}}', "rank_pattern of to_q is 'x'"),
+        ('{"transformer.r": 2, "transformer.use_rslora": "false"}', "use_rslora is 'false', not true or false"),
+        ('{"transformer.r": 2, "transformer.use_dora": [1]}', r"use_dora is '?\[1\]'?, not true or false"),
+        ('{"transformer.r": 2, "transformer.use_dora": true}', f"says use_dora, but there are no magnitudes of {Q}"),
         ('{"transformer.r": 16, "transformer.lora_alpha": 16}', f"says rank 16 for {Q}, its weights have rank 2"),
     ],
 )
@@ -176,6 +182,33 @@ def test_a_damaged_header_is_named(transformer, tmp_path, header, message):
     with pytest.raises(ValueError, match=message) as error:
         read_lora(path, transformer)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_alpha_and_a_header_that_disagree_are_refused(transformer, tmp_path):
+    path, header = tmp_path / "x.safetensors", {"transformer.r": 2, "transformer.lora_alpha": 4}
+    for alpha, right in ((4.0, True), (8.0, False)):
+        save_file(pair() | {f"{T}.alpha": torch.tensor(alpha)}, path, {"lora_adapter_metadata": json.dumps(header)})
+        if right:
+            torch.testing.assert_close(read_lora(path, transformer).layers[Q]["lora_B"], torch.full((32, 2), 2.0))
+        else:
+            with pytest.raises(ValueError, match=rf"x\.safetensors: the alpha of {Q} makes its scale 4, the header 2"):
+                read_lora(path, transformer)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(4), torch.full((1,), 4.0), torch.full((1, 1, 1, 1), 4.0).half()])
+def test_an_alpha_is_one_number_of_any_shape(transformer, tmp_path, alpha):
+    save_file(pair() | {f"{T}.alpha": alpha}, tmp_path / "x")
+    torch.testing.assert_close(read_lora(tmp_path / "x", transformer).layers[Q]["lora_B"], torch.full((32, 2), 2.0))
+
+
+def test_layers_without_effect_are_named(transformer, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(pair() | {f"{T}.alpha": torch.zeros(())}, path)
+    assert read_lora(path, transformer).notes == (f"{path}: the update of 1 of 1 layers is zero (first {Q})",)
+    save_file(pair() | {f"{T}.lora_A.weight": torch.zeros(2, 32)}, path)
+    assert "1 of 1 layers is zero" in read_lora(path, transformer).notes[0]
+    save_file(pair(), path)
+    assert read_lora(path, transformer).notes == ()
 
 
 def test_keys_are_shown_on_one_line_of_bounded_length(transformer, tmp_path):
