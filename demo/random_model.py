@@ -9,7 +9,6 @@ Transformer, scheduler and model_index.json only: what training from encoded sha
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ def write_random_model(
     file_bytes: int = FILE_BYTES,
     hollow: bool = False,
 ) -> tuple[int, int]:
-    """Write the model and return how many parameters and bytes it has. File by file: fsync, so that caches can be dropped.
+    """Write the model and return how many parameters and bytes it has. File by file, each made durable.
 
     `hollow`: headers and sizes are the model's, but the weights are holes that take no room and no time and read as zeros.
     """
@@ -166,14 +165,6 @@ def write_weights(path: Path, shapes: dict[str, Any], pool: Any) -> None:
                 remaining -= len(piece)
                 start = (start + len(piece)) % (2 * POOL_VALUES - 2)
                 start -= start % 2
-
-
-def drop_cache(folder: Path) -> None:
-    """Ask the kernel to forget the files' pages (they are on the disk already): the next read comes from the disk."""
-    for path in folder.rglob("*.safetensors"):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:

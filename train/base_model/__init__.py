@@ -1,1 +1,1 @@
-"""The frozen model of a run: loaded, merged, quantized, partitioned."""
+"""The frozen model of a run: loaded, merged, quantized, its blocks at home."""

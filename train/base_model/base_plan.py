@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen_image.float8.linear import FLOAT8, block_linears, check_float8
+from qwen_image.float8.linear import FLOAT8, check_float8, float8_bytes
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.loading.weights import empty_transformer, float8_warning, match_weights
 from qwen_image.model.dtypes import DTYPES
@@ -168,8 +168,8 @@ def count_parameters(transformer: QwenImageTransformer) -> tuple[int, int]:
 @cache
 def float8_elements(transformer: QwenImageTransformer) -> int:
     """Of one block's matrices that a float8 base quantizes, a byte each."""
-    layers = sum(layer.in_features * layer.out_features for _, layer in block_linears(transformer))
-    return layers // len(transformer.transformer_blocks)
+    elements, _ = float8_bytes(transformer, len(transformer.transformer_blocks))
+    return elements // len(transformer.transformer_blocks)
 
 
 @cache

@@ -5,7 +5,6 @@ merge_presets(transformer, presets)
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,19 +70,10 @@ def merged(weight: torch.Tensor, name: str, presets: Sequence[Preset]) -> torch.
 
 
 def merge_presets(transformer: nn.Module, presets: Sequence[Preset]) -> int:
-    """Merge into the transformer's weights in place, partitioned ones (ZeRO-3: a collective) too; returns the layers."""
+    """Merge into the weights of a transformer that lies whole on one device, in place; returns the number of layers."""
     names = sorted({name for preset in presets for name in preset.lora.layers})
     for name in names:
         parameter = base_layer(transformer, name).weight
-        with whole(parameter), torch.no_grad():
+        with torch.no_grad():
             parameter.data.copy_(merged(parameter.data, name, presets))
     return len(names)
-
-
-def whole(parameter: Any) -> AbstractContextManager[Any]:
-    """Inside, a partitioned parameter is whole; what rank 0 leaves in it is partitioned again at the end."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

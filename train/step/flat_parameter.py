@@ -2,7 +2,7 @@
 
 A LoRA on q, k and v of both streams has 720 matrices, and DeepSpeed does a hook, a copy and a share of bookkeeping for
 each, a tenth of a step in all. Here the matrices are views of one flat parameter; autograd fills their
-gradients as ever, and DeepSpeed handles a single tensor. ZeRO-3, which gathers parameters module by module, keeps them apart.
+gradients as ever, and DeepSpeed handles a single tensor. So under every stage.
 """
 
 from collections.abc import Callable, Sequence
