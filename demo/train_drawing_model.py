@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from demo.pictures.picture_set import PictureSet
 
 # Shares of the time at which each part must have ended.
-DRAWN, VAE_LEARNED, LEARNED, JUDGE_LEARNED = 0.10, 0.42, 0.88, 0.94
+DRAWN, VAE_LEARNED, LEARNED, JUDGE_LEARNED = 0.08, 0.32, 0.90, 0.96
 MOST_PICTURES = 50_000
 CAPTIONS_EACH = 3
 TEST_SEED = 10**9  # scenes of the test pictures; those for training count up from 0

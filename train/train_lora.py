@@ -24,6 +24,7 @@ from files.shown import one_line, shown, tolerant_output
 from train.config.check_paths import check_paths
 from train.config.command_line import parse
 from train.config.train_config import TrainConfig
+from train.process import start_clock
 from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED, RANK_LOST
 from train.process.first_error import blame, rank_was_lost, tell_first
 from train.process.out_of_memory import memory_ran_out
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     tolerant_output()
+    start_clock.begin()
     try:
         config = parse(argv)
         check_paths(config)
@@ -109,12 +111,14 @@ def join(config: TrainConfig, leaving: ExitStack) -> tuple[Ranks, Preemption, Wa
     from train.process.ranks import join_process_group
     from train.step.speedups import choose_workspaces
 
+    start_clock.reached("imports")
     watchdog = leaving.enter_context(Watchdog.from_config(config))
     with watchdog.limited(JOINING, config.join_timeout):
         ranks = join_process_group(config.gpu_memory_limit, config.device)
     ranks.say(*check_nodes(ranks.device))
     choose_workspaces(ranks.device, config.deterministic)
     seed_everything(config.seed, config.deterministic)
+    start_clock.reached("joining")
     return ranks, Preemption(), watchdog
 
 
@@ -248,6 +252,7 @@ class Loop:
         batches, code = iter(self.loader), DONE
         if self.step == 0:
             self.validate(outputs.validation)
+        start_clock.reached("validation")
         self.engine.train()
         self.preemption.begin()
         while self.step < self.total_steps and code == DONE:
@@ -260,6 +265,8 @@ class Loop:
                     self.write(outputs, checkpoint=True)
                 return self.end(outputs.export, asked.agreed.exit_code)
             self.watchdog.stepped()
+            if self.step == self.first_step + 1:
+                metrics.started(self.step)
             agreed = self.preemption.agreed(self.checkpoint_clock.is_due())
             checkpoint = agreed > Agreed.GO_ON and self.step < self.total_steps
             writes = checkpoint or any(map(self.due, written_every))

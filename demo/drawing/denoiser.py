@@ -108,6 +108,9 @@ def learn(
     optimizer = torch.optim.AdamW(
         masters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
     )
+    if device.type == "cuda":  # a step of so small a model is hundreds of launches; the blocks' norms are trained: no kernels
+        for block in transformer.transformer_blocks:
+            block.compile(dynamic=False)
     recent = torch.zeros((), device=device)
     for rate in course.rates(PEAK_RATE):
         index = torch.randint(len(latents), (batch,), device=device, generator=generator)

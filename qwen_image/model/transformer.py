@@ -187,6 +187,9 @@ class QwenImageTransformer(nn.Module):
         """
         self.dynamic_lengths = dynamic
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Else graphs with the operators of qwen_image/kernels/ are compiled anew in each process: their gradients are
+        # autograd.Functions, of which the cache's key knows the code.
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         # Norms over 3,072 channels in one pass where that is faster: left to itself the compiler reads such rows twice.
         # It finds out by timing, so not where every bit must be the same in another process. torch 2.11 fails when it
         # looks for what another process found out about a kernel that it has from a cache.

@@ -13,6 +13,7 @@ from train.base_model.base_plan import BasePlan
 from train.base_model.load_transformer import load_base
 from train.base_model.online_encoder import EncoderPlace
 from train.data.sample import DataSet
+from train.process import start_clock
 from train.process.ranks import Ranks
 
 
@@ -26,6 +27,7 @@ def load_pipeline(
 
     Raises ValueError when the shards were encoded for another model, before weights are read.
     """
+    start_clock.reached("plan")
     source = base.source
     files = resolve_model(source, ("transformer", "scheduler"))
     if dataset.encoded:
@@ -43,6 +45,7 @@ def load_pipeline(
         if ranks.device.type == "cuda":
             pin(pipeline.text_encoder.language_model)
     transformer = load_base(base, files, pipeline.schedule, ranks)
+    start_clock.reached("loading")
     return replace(pipeline, transformer=transformer, files=files)
 
 

@@ -10,6 +10,7 @@ from train.config.zero_plan import ZeroPlan
 from train.engine.optimizer import AdamW
 from train.engine.optimizer_state import WEIGHT, gather, trainable_shapes
 from train.engine.zero2_step import can_judge_on_device, judge_on_device, lighten
+from train.process import start_clock
 from train.step.flat_parameter import link
 from train.step.flow_matching_module import FlowMatchingModule
 
@@ -39,6 +40,7 @@ def initialize(module: nn.Module, adamw: AdamW, zero: ZeroPlan) -> Any:
         lighten(engine.optimizer)
         if can_judge_on_device(engine.optimizer):
             judge_on_device(engine.optimizer)
+    start_clock.reached("engine")
     return engine
 
 

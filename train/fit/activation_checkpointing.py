@@ -24,6 +24,7 @@ from qwen_image.model.conditioning import Prompt
 from qwen_image.model.transformer import QwenImageTransformer
 from train.data.batch_shapes import BatchShape, random_arguments
 from train.fit.trial_step import Trial, try_step
+from train.process import start_clock
 from train.process.free_memory import GIB, allocator_bytes, device_bytes, host_bytes
 from train.process.ranks import ranks_here
 from train.step.flow_matching_module import FlowMatchingModule
@@ -195,6 +196,7 @@ def plan_checkpointing(
 
     if device.type == "cuda":
         trial(asked)  # compiles; what that needs doesn't count
+        start_clock.reached("compiling")
     if policy == "auto":
         plan = choose(blocks, trial, partial(usable_bytes, device), added, agree)
     else:

@@ -12,6 +12,7 @@ from train.fit.activation_checkpointing import CheckpointingPlan, PeakWatch, pla
 from train.fit.cheapest_change import advice
 from train.fit.cuda_graphs_choice import Policy, start_graphs
 from train.fit.memory_plan import Machine, Setup, engine_bytes, plan_memory
+from train.process import start_clock
 from train.step.flow_matching_module import FlowMatchingModule
 
 PROVEN_SHARE = 0.9  # of a plan that proved too small, what another one may take
@@ -38,6 +39,7 @@ def fit_step(
 
     Raises ValueError when what was asked for doesn't fit.
     """
+    start_clock.reached("resuming")
     zero, accumulation = setup.zero, data.reading.accumulation
     added = engine_bytes(zero, setup.trainable, setup.lora_dtype, setup.world, accumulation, resumed=steps_done > 0)
     policy = config.activation_checkpointing
@@ -47,8 +49,10 @@ def fit_step(
         return advice(setup, machine, below=int(plan_memory(setup, machine).bytes * PROVEN_SHARE))
 
     checkpointing = plan_checkpointing(policy, module, data.largest, added, device, instead)
+    start_clock.reached("trial steps")
     batches = (data.steps - steps_done) * accumulation
     graphs = start_graphs(graphs_policy(config), module, data.largest, data.shapes, batches, device)
+    start_clock.reached("graphs")
     return Fit(checkpointing, data.largest, device, [*checkpointing.lines(), *graphs])
 
 

@@ -20,6 +20,7 @@ from train.flow.objective import WeightingName
 from train.lora.inject import inject_lora, start_from
 from train.lora.lora_file import read_lora
 from train.lora.spec import LoraSpec
+from train.process import start_clock
 from train.step.flow_matching_module import FlowMatchingModule
 from train.step.fused_projection import can_fuse, fuse_projections
 from train.step.offload_activations import ActivationOffload
@@ -107,4 +108,5 @@ def build_step(
     keep_transposed(transformer, options.checkpointed_blocks)
     if options.offload_activations:
         transformer.saved_inputs = ActivationOffload(options.device)
+    start_clock.reached("LoRA")
     return Step(FlowMatchingModule(transformer, options.loss_weighting, options.dtype), adapted, lines)

@@ -23,6 +23,7 @@ from files.atomic_files import write_file
 from files.folder_lock import require_owned
 from files.shown import one_line
 from train.config.train_config import TrainConfig
+from train.process import start_clock
 from train.watching.step_clock import GpuClock, HostClock, StepClock
 
 WANDB_TIMEOUT_SECONDS = 30.0  # an unreachable server costs this once; then the run goes on offline
@@ -182,6 +183,18 @@ class Metrics:
             self._write({"step": step, **values})
             self.say(f"step {step}/{self.total_steps}  {shown(values)}")
 
+    def started(self, step: int) -> None:
+        """The first step of this start was launched: wait for it, and tell what the time until here was spent on."""
+        if not self.active:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start_clock.reached("first step")
+        self._append(json.dumps({"step": step, "start": start_clock.parts(), "compiler": compiler_caches()}).encode() + b"\n")
+        if self._run is not None:
+            self._try(lambda: self._run.log({f"start/{part}": s for part, s in start_clock.parts().items()}))
+        self.say(start_clock.line())
+
     def image(self, step: int, name: str, path: Path) -> None:
         """Show the image file `path` in W&B under `name`."""
         self.flush()
@@ -303,6 +316,17 @@ def remove_rows_after(step: int, path: Path) -> None:
 def shown(values: dict[str, float]) -> str:
     """Numbers for people: 'loss 0.1234  lr 0.0001'."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def compiler_caches() -> dict[str, int]:
+    """How often the compiler's caches had what was asked for, and why not where they couldn't: torch's own counters."""
+    import torch._dynamo.utils
+
+    counters = torch._dynamo.utils.counters
+    names = {"aot_autograd": "autograd_cache_", "inductor": "fxgraph_cache_"}
+    return {
+        name: count for group, start in names.items() for name, count in counters[group].items() if name.startswith(start)
+    }
 
 
 def first_line(error: Exception) -> str:
