@@ -6,7 +6,7 @@
     sbatch slurm/qwen_lora.sh run.yaml
 
 `--help` lists every option (train/config/train_config.py defines them). RUN receives config.yaml, deepspeed.json,
-versions.json, metrics.jsonl, lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes:
+versions.json, metrics.jsonl, events.jsonl, lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes:
 0 done, 2 bad input, 3 loss or gradient no longer finite, 4 out of GPU memory, 75 a rank was lost or hung (start again to go
 on), 85 asked to leave by SIGTERM, SIGUSR1 or SIGHUP and 130 by Ctrl-C (checkpoint saved, start again to go on).
 """
@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files.shown import one_line, shown, tolerant_output
@@ -137,6 +138,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     from train.flow.timestep_sampling import SigmaSampling
     from train.lora.spec import LoraSpec
     from train.process.node_health import check_size
+    from train.reporting.start_facts import start_facts
     from train.saving.checkpoints import Checkpoints
     from train.saving.lora_export import LoraExport
     from train.saving.run_folder import check_room, prepare_run_folder
@@ -186,7 +188,9 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
     sizes = data.steps, data.global_batch, resumed.step, ranks.rank
     metrics = Metrics.from_config(config, *sizes, facts | data.decided, resumed.wandb_id)
-    loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.say)
+    metrics.begun(resumed.step, start_facts(setup, spec, data, memory, ranks), ranks.warned)
+    warn = partial(metrics.say, kind="warning")
+    loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, warn)
     guards = fit.peak_watch(metrics.say), preemption, watchdog
     loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, *guards)
     return loop.run(Outputs(validation, preview, export, checkpoints, identity))
@@ -233,7 +237,7 @@ class Loop:
         self.peak, self.preemption, self.watchdog = peak, preemption, watchdog
         self.checkpoint_clock = CheckpointClock(config.checkpoint_minutes)
         self.learning_rate = LearningRate.from_config(config, total_steps)
-        self.watch = LossWatch(metrics.say, engine.device, resumed.loss)
+        self.watch = LossWatch(partial(metrics.say, kind="skip"), engine.device, resumed.loss)
         self.began, self.first_step = time.monotonic(), self.step
         for line in [*self.learning_rate.warnings(), *self.learning_rate.lines_on_resuming(self.step, resumed.client)]:
             metrics.say(line)
@@ -327,7 +331,7 @@ class Loop:
         if self.due(self.config.save_steps) and self.step < self.total_steps:
             with self.metrics.paused():
                 path = outputs.export.write(self.engine, self.step)
-            self.metrics.say(f"LoRA of step {self.step}: {shown(path)}")
+            self.metrics.say(f"LoRA of step {self.step}: {shown(path)}", "saved")
         if checkpoint or self.due(self.config.checkpoint_every):
             with self.metrics.paused():
                 progress = {"consumed": self.loader.consumed, "loss": self.watch.state()}
@@ -335,7 +339,7 @@ class Loop:
                 written = outputs.checkpoints.save(self.engine, self.step, state)
             if written is not None:
                 self.saved = self.step
-                self.metrics.say(f"checkpoint of step {self.step}: {shown(written)}")
+                self.metrics.say(f"checkpoint of step {self.step}: {shown(written)}", "saved")
                 self.watchdog.checkpointed(self.step, written)
             self.checkpoint_clock.restart()
 
@@ -346,6 +350,7 @@ class Loop:
 
     def end(self, export: LoraExport, code: int) -> int:
         """The one ending: the LoRA if the run is done, files that are being written, a last line, then all is closed."""
+        from train.process.free_memory import peak_bytes
         from train.step.speedups import shapes_met
 
         self.watchdog.begin("the last files", LONG_SECONDS)
@@ -358,12 +363,12 @@ class Loop:
             self.peak.tell()
             path = export.write_final(self.engine, self.step)
             notes = [f"LoRA of step {self.step}: {path}", *shapes_met(self.engine.module), *export.notes(path)]
-            self.metrics.say("; ".join(notes))
+            self.metrics.say("; ".join(notes), "saved")
             steps = self.step - self.first_step
             line = last_lines.done(time.monotonic() - self.began, steps, path, self.config.model, self.loader.broken)
         export.finish()
         self.metrics.flush()
-        self.metrics.say(line)
+        self.metrics.say(line, "end", exit_code=code, peak_bytes=peak_bytes(self.engine.device))
         self.metrics.close()
         self.loader.close()
         if code == NOT_FINITE:

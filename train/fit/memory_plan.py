@@ -158,12 +158,14 @@ class Setup:
 
 def trainable_parameters(spec: LoraSpec, base: BasePlan) -> int:
     """How many parameters the LoRA has: rank · (in + out) a layer, and DoRA's magnitude of each output."""
-    trainable = 0
-    for name in resolve_targets(base.empty, spec.target_modules):
-        layer = base.empty.get_submodule(name)
-        assert isinstance(layer, torch.nn.Linear)
-        trainable += spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
-    return trainable
+    names = resolve_targets(base.empty, spec.target_modules)
+    return sum(layer_parameters(spec, base.empty.get_submodule(name)) for name in names)
+
+
+def layer_parameters(spec: LoraSpec, layer: torch.nn.Module) -> int:
+    """Of the LoRA on one linear layer."""
+    assert isinstance(layer, torch.nn.Linear)
+    return spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
 
 
 class Machine(NamedTuple):

@@ -62,3 +62,12 @@ def base_layer(transformer: nn.Module, name: str) -> nn.Linear:
     layer = getattr(module, "base_layer", module)
     assert isinstance(layer, nn.Linear)
     return layer
+
+
+def group_of(layer: str) -> str:
+    """The target group of a linear layer with the stream that it works in: `attention, image`; `other` outside of blocks."""
+    for group in ("attention", "mlp", "modulation"):
+        if any(layer.endswith("." + ending) for ending in GROUPS[group]):
+            text = any(part.startswith(("add_", "to_add_", "txt_")) for part in layer.split("."))
+            return f"{group}, {'text' if text else 'image'}"
+    return "other"

@@ -1,5 +1,6 @@
 """Memory that this host and its device can still give."""
 
+import resource
 from pathlib import Path
 
 import torch
@@ -40,6 +41,13 @@ def allocator_bytes(device: torch.device) -> int:
     index = _index(device)
     _, total = torch.cuda.mem_get_info(index)
     return int(total * torch.cuda.get_per_process_memory_fraction(index))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: of its GPU, by torch's allocator; without one, of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _index(device: torch.device) -> int:

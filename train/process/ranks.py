@@ -3,7 +3,7 @@
 import os
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -21,12 +21,17 @@ COLLECTIVE_LIMIT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: filled from the launcher's environment (deepspeed, torchrun, srun), or a world of one."""
+    """This process among all: filled from the launcher's environment (deepspeed, torchrun, srun), or a world of one.
+
+    Attributes:
+        warned: the warnings that `say` has told, for the run's events (train/watching/events.py).
+    """
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
+    warned: list[str] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -36,6 +41,8 @@ class Ranks:
         """Lines on standard output, from rank 0 alone; a full disk behind it doesn't end the run."""
         if self.is_main:
             for line in lines:
+                if line.startswith("warning"):
+                    self.warned.append(line)
                 with suppress(OSError):
                     print(one_line(line), flush=True)
 

@@ -24,6 +24,7 @@ from files.folder_lock import require_owned
 from files.shown import one_line
 from train.config.train_config import TrainConfig
 from train.process import start_clock
+from train.watching.events import Events, Kind
 from train.watching.step_clock import GpuClock, HostClock, StepClock
 
 WANDB_TIMEOUT_SECONDS = 30.0  # an unreachable server costs this once; then the run goes on offline
@@ -107,6 +108,7 @@ class Metrics:
         output_path.mkdir(parents=True, exist_ok=True)
         path = output_path / "metrics.jsonl"
         remove_rows_after(start_step, path)
+        self._events, self._step = Events(output_path, new=start_step == 0), start_step
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
         self._run = self._start_wandb(wandb, output_path, start_step)
@@ -139,9 +141,18 @@ class Metrics:
         wandb = WandbOptions(config.wandb_mode, config.wandb_project, name, config.to_dict() | (facts or {}))
         return cls(config.output_path, wandb, total_steps, samples_per_step, start_step, rank, wandb_id)
 
+    def begun(self, step: int, facts: dict[str, Any], warnings: list[str]) -> None:
+        """The first events of a start: what is known of the run (start_facts.py), and the warnings that came before it."""
+        if self.active:
+            text = f"resumed from the checkpoint of step {step}" if step else "training begins"
+            self.event("resume" if step else "start", text, facts=facts)
+            for line in warnings:
+                self.event("warning", line)
+
     def advance(self) -> None:
         """One more optimizer step was launched: move the bar, and write the row that the step before had sent for."""
         if self.active:
+            self._step += 1
             self._bar.update()
             self.flush()
 
@@ -172,7 +183,7 @@ class Metrics:
         self._write({"step": step, **values, **speed})
         if self._bar.disable:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds * max(self.total_steps - step, 0)))
-            self.say(f"step {step}/{self.total_steps}  {shown(values)}  {seconds:.3g} s/step  {left} left")
+            self._print(f"step {step}/{self.total_steps}  {shown(values)}  {seconds:.3g} s/step  {left} left")
         else:
             self._bar.set_postfix_str(shown(values))
 
@@ -181,7 +192,7 @@ class Metrics:
         if self.active:
             self.flush()
             self._write({"step": step, **values})
-            self.say(f"step {step}/{self.total_steps}  {shown(values)}")
+            self._print(f"step {step}/{self.total_steps}  {shown(values)}")
 
     def started(self, step: int) -> None:
         """The first step of this start was launched: wait for it, and tell what the time until here was spent on."""
@@ -203,12 +214,22 @@ class Metrics:
 
             self._try(lambda: self._run.log({"step": step, name: wandb.Image(str(path))}))
 
-    def say(self, text: str) -> None:
-        """A line on stderr, above the bar; a full disk behind it doesn't end the run."""
+    def say(self, text: str, kind: Kind = "note", **more: Any) -> None:
+        """A line for people on stderr, and an event of the run (a note that begins with "warning" is a warning)."""
         if self.active:
-            with suppress(OSError):
-                self._bar.write(one_line(text), file=sys.stderr)
-                sys.stderr.flush()
+            self._print(text)
+            self.event("warning" if kind == "note" and text.startswith("warning") else kind, text, **more)
+
+    def event(self, kind: Kind, text: str, **more: Any) -> None:
+        """An event that needs no line on stderr."""
+        if self.active:
+            self._events.write(kind, self._step, text, **more)
+
+    def _print(self, text: str) -> None:
+        """A line on stderr, above the bar; a full disk behind it doesn't end the run."""
+        with suppress(OSError):
+            self._bar.write(one_line(text), file=sys.stderr)
+            sys.stderr.flush()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
