@@ -6,9 +6,9 @@
     sbatch slurm/qwen_lora.sh run.yaml
 
 `--help` lists every option (train/config/train_config.py defines them). RUN receives config.yaml, deepspeed.json,
-versions.json, metrics.jsonl, events.jsonl, lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit codes:
-0 done, 2 bad input, 3 loss or gradient no longer finite, 4 out of GPU memory, 75 a rank was lost or hung (start again to go
-on), 85 asked to leave by SIGTERM, SIGUSR1 or SIGHUP and 130 by Ctrl-C (checkpoint saved, start again to go on).
+versions.json, metrics.jsonl, events.jsonl, lora-<step>.safetensors, lora.safetensors, checkpoints/, samples/ and wandb/. Exit
+codes: 0 done, 2 bad input, 3 loss or gradient no longer finite, 4 out of GPU memory, 75 a rank was lost or hung (start again to
+go on), 85 asked to leave by SIGTERM, SIGUSR1 or SIGHUP and 130 by Ctrl-C (checkpoint saved, start again to go on).
 """
 
 from __future__ import annotations
