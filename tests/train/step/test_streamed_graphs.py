@@ -10,11 +10,10 @@ from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.loading.staged import load_staged
 from qwen_image.model.conditioning import Prompt
 from qwen_image.streaming.stream_blocks import BlockHomes, load_streamed
-from train.lora.inject import inject_lora
 from train.lora.spec import LoraSpec
+from train.step.build import StepOptions, build_step
 from train.step.flat_parameter import link
 from train.step.flow_matching_module import FlowMatchingModule
-from train.step.fused_projection import fuse_projections
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 TARGETS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -29,16 +28,21 @@ def module_of(folder: Path, homes: BlockHomes | None, float8: bool, recomputed: 
     else:
         transformer = load_streamed(files, torch.bfloat16, device, homes, **options)
         transformer.block_stream.poisoned = True
-    inject_lora(transformer, LoraSpec(TARGETS, 4, 4.0), seed=1, dtype=torch.bfloat16)
+    options = StepOptions(
+        dtype=torch.bfloat16,
+        lora_dtype=torch.bfloat16,
+        device=device,
+        seed=1,
+        float8=float8,
+        checkpointed_blocks=recomputed,
+    )
+    module = build_step(transformer, LoraSpec(TARGETS, 4, 4.0), options).module
     generator = torch.Generator().manual_seed(3)
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(device)
             if "lora_B" in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    fuse_projections(transformer)
-    transformer.checkpointed_blocks = recomputed
-    module = FlowMatchingModule(transformer, "none", torch.bfloat16)
     link(module.matrices(), module.use_flat())
     return module
 
