@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from train.step.flow_matching_module import FlowMatchingModule
 
 
+def build_step_at(home: str, model: Model, recompute: int) -> FlowMatchingModule:
+    """The step's module with its base at `home`. Raises ValueError for a home that there isn't."""
+    from bench.other_streams import build_other
+    from bench.stream_homes import OTHERS, build
+
+    return build_other(home, model, recompute) if home in OTHERS else build(home, model, recompute)
+
+
 def measure(module: FlowMatchingModule, size: int, repeats: int, profile: bool, device: torch.device) -> dict[str, Any]:
     """Seconds and losses of steps with AdamW; the peak of memory; the share of a step that waited for weights."""
     import torch
@@ -82,12 +90,10 @@ def row_of(home: str, recompute: int, model: Model, options: argparse.Namespace)
     """What one home gives; out of memory is an answer too."""
     import torch
 
-    from bench.stream_homes import build
-
     start = time.perf_counter()
     row: dict[str, Any] = {"home": home, "recomputed": recompute}
     try:
-        module = build(home, model, recompute)
+        module = build_step_at(home, model, recompute)
         row["build_seconds"] = time.perf_counter() - start
         row["recomputed"] = module.transformer.checkpointed_blocks
         if model.device.type == "cuda":

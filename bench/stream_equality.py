@@ -41,11 +41,12 @@ def curve(home: str, model: Model, recompute: int, options: argparse.Namespace) 
     import torch
     import torch.distributed as dist
 
-    from bench.stream_homes import SIGMAS, batch_of, build, train_step
+    from bench.stream import build_step_at
+    from bench.stream_homes import SIGMAS, batch_of, train_step
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cuda = model.device.type == "cuda"
-    module = build(home, model, recompute)
+    module = build_step_at(home, model, recompute)
     if module.transformer.block_stream is not None:
         module.transformer.block_stream.poisoned = True  # type: ignore[attr-defined]
     if options.graphs:

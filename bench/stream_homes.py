@@ -58,11 +58,7 @@ class Home(NamedTuple):
 
 
 def build(home: str, model: Model, recompute: int, compile_blocks: bool | None = None) -> FlowMatchingModule:
-    """The step's module with its base at `home`. Raises ValueError for a home that there isn't."""
-    if home in OTHERS:
-        from bench.other_streams import build_other
-
-        return build_other(home, model, recompute)
+    """The step's module with its base at `home`, one of ours. Raises ValueError for a home that there isn't."""
     if home.startswith("auto@"):
         return build_for_card(float(home.removeprefix("auto@")), model)
     return assemble(parse(home, model, recompute), model, compile_blocks)
