@@ -40,6 +40,12 @@ def convert() -> int:
     return main()
 
 
+def report() -> int:
+    from train.report import main
+
+    return main()
+
+
 def make_shards() -> int:
     from data_prep.make_shards import main
 

@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -38,6 +39,7 @@ def test_a_command_is_the_script_of_its_name(
     assert (ended.value.code == 0 and "--output_path" in capsys.readouterr().out) or function in (
         "check_shards",
         "convert",
+        "report",
     )
 
 
@@ -46,3 +48,17 @@ def test_dependencies_stand_in_one_place():
     assert [line for line in lines if not line.startswith("#")] == ["-e ."]
     names = {text.split(">")[0].split("=")[0].lower() for text in PROJECT["project"]["dependencies"]}
     assert {"pydantic", "jinja2", "torch", "deepspeed", "wandb"} <= names
+
+
+def test_the_wheel_holds_what_is_no_module_too(tmp_path: Path):
+    """Templates, style sheets and scripts of the reports."""
+    builders = pytest.importorskip(
+        "hatchling.builders.wheel", reason="hatchling builds the wheel: pip install hatchling"
+    )
+    with ZipFile(
+        next(iter(builders.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])))
+    ) as wheel:
+        held = set(wheel.namelist())
+    pages = [*ROOT.glob("train/*/*.[chj]*s*"), *ROOT.glob("*/*/*.html"), *ROOT.glob("ds_configs/*.json")]
+    assert {page.suffix for page in pages} >= {".html", ".css", ".js", ".json"}
+    assert {f"qwen_image_lora/{page.relative_to(ROOT).as_posix()}" for page in pages} <= held

@@ -343,6 +343,12 @@ class Loop:
                 self.watchdog.checkpointed(self.step, written)
             self.checkpoint_clock.restart()
 
+    def write_report(self) -> None:
+        from train.reporting.run_report import report_at_the_end
+
+        if self.config.report == "auto" and self.metrics.active:
+            self.metrics.say(report_at_the_end(self.config.output_path))
+
     def validate(self, validation: Validation) -> None:
         if len(validation):
             with self.metrics.paused():
@@ -368,7 +374,9 @@ class Loop:
             line = last_lines.done(time.monotonic() - self.began, steps, path, self.config.model, self.loader.broken)
         export.finish()
         self.metrics.flush()
-        self.metrics.say(line, "end", exit_code=code, peak_bytes=peak_bytes(self.engine.device))
+        self.metrics.event("end", line, exit_code=code, peak_bytes=peak_bytes(self.engine.device))
+        self.write_report()
+        self.metrics.say(line, kind=None)
         self.metrics.close()
         self.loader.close()
         if code == NOT_FINITE:

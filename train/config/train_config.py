@@ -241,6 +241,11 @@ class TrainConfig:
     wandb_project: Annotated[str, "W&B project"] = "qwen-image-lora"
     wandb_run_name: Annotated[str | None, "W&B run name; not given: the name of the run folder"] = None
 
+    report: Annotated[
+        Literal["auto", "off"],
+        "auto: report.html of the run at its end, a second's work; train/report.py makes one any time",
+    ] = "auto"
+
     # ---- validation
     validation_samples: Annotated[Whole, "samples held out of the training data; 0 = no validation"] = 0
     validation_steps: Annotated[

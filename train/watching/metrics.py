@@ -201,7 +201,9 @@ class Metrics:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start_clock.reached("first step")
-        self._append(json.dumps({"step": step, "start": start_clock.parts(), "compiler": compiler_caches()}).encode() + b"\n")
+        self._append(
+            json.dumps({"step": step, "start": start_clock.parts(), "compiler": compiler_caches()}).encode() + b"\n"
+        )
         if self._run is not None:
             self._try(lambda: self._run.log({f"start/{part}": s for part, s in start_clock.parts().items()}))
         self.say(start_clock.line())
@@ -214,11 +216,12 @@ class Metrics:
 
             self._try(lambda: self._run.log({"step": step, name: wandb.Image(str(path))}))
 
-    def say(self, text: str, kind: Kind = "note", **more: Any) -> None:
-        """A line for people on stderr, and an event of the run (a note that begins with "warning" is a warning)."""
+    def say(self, text: str, kind: Kind | None = "note") -> None:
+        """A line for people on stderr, and an event of the run unless `kind` is None; a note "warning: …" is a warning."""
         if self.active:
             self._print(text)
-            self.event("warning" if kind == "note" and text.startswith("warning") else kind, text, **more)
+            if kind is not None:
+                self.event("warning" if kind == "note" and text.startswith("warning") else kind, text)
 
     def event(self, kind: Kind, text: str, **more: Any) -> None:
         """An event that needs no line on stderr."""
@@ -346,7 +349,10 @@ def compiler_caches() -> dict[str, int]:
     counters = torch._dynamo.utils.counters
     names = {"aot_autograd": "autograd_cache_", "inductor": "fxgraph_cache_"}
     return {
-        name: count for group, start in names.items() for name, count in counters[group].items() if name.startswith(start)
+        name: count
+        for group, start in names.items()
+        for name, count in counters[group].items()
+        if name.startswith(start)
     }
 
 

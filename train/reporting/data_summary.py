@@ -1,0 +1,94 @@
+"""The data of a run for the page: how many samples in which sizes, and where the report of the data set lies."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from data_prep.shard_format.shards import read_manifest
+from train.reporting.run_record import RunRecord
+
+BUCKETS = 12
+PAGES, HEAD_BYTES = 40, 1 << 16  # so many HTML files are looked at for the report, and so much of each
+
+
+def data_summary(run: RunRecord, page_folder: Path) -> dict[str, Any]:
+    """`rows` of names and values, `buckets` (the largest), `reports` as (address, name), and `command` where there is none.
+
+    From the facts of the run's start; else from the data set, where it still lies here.
+    """
+    facts = dict(run.fact("data") or {})
+    folder = data_folder(run)
+    manifest = None
+    if folder is not None:
+        try:
+            manifest = read_manifest(folder)
+        except (OSError, ValueError):
+            manifest = None
+    if not facts and manifest is not None:
+        buckets = [[bucket.width, bucket.height, bucket.count] for bucket in manifest.buckets]
+        facts = {"fingerprint": manifest.fingerprint, "samples": manifest.totals.get("samples"), "buckets": buckets}
+        facts["encoded"] = manifest.payload == "safetensors"
+    fingerprints = {str(facts.get("fingerprint", ""))}
+    if manifest is not None:
+        fingerprints |= {manifest.fingerprint, str(manifest.options.get("images", ""))}
+    reports = data_reports(folder, {text for text in fingerprints if text}) if folder is not None else []
+    rows = [("data", str(facts.get("name") or run.config.get("data", "unknown")))]
+    if facts.get("samples") is not None:
+        held_out = f", {facts['held_out']:,} of them held out" if facts.get("held_out") else ""
+        rows.append(("samples", f"{facts['samples']:,}{held_out}"))
+    if "encoded" in facts:
+        rows.append(("kind", "latents and prompt embeddings" if facts["encoded"] else "images, encoded while training"))
+    if facts.get("micro_batches"):
+        rows.append(("micro-batches an epoch", f"{facts['micro_batches']:,}"))
+    if facts.get("fingerprint"):
+        rows.append(("fingerprint", str(facts["fingerprint"])[:12]))
+    shards = folder if folder is not None else Path(str(run.config.get("data", "SHARDS")))
+    return {
+        "rows": rows,
+        "buckets": bucket_bars(facts.get("buckets") or []),
+        "more_buckets": max(0, len(facts.get("buckets") or []) - BUCKETS),
+        "reports": [(os.path.relpath(path, page_folder), path.name) for path in reports],
+        "command": f"python data_prep/check_shards.py {shards} --report data.html",
+    }
+
+
+def data_folder(run: RunRecord) -> Path | None:
+    """The data set's folder on this machine; None for a remote one, and for one that is gone."""
+    text = str(run.config.get("data", ""))
+    if not text or "://" in text or text.startswith("pipe:"):
+        return None
+    folder = Path(text).expanduser()
+    return folder if (folder / "manifest.json").is_file() else None
+
+
+def data_reports(folder: Path, fingerprints: set[str]) -> list[Path]:
+    """HTML files of check_shards.py on this data set, or on that which it was encoded from: in its folder and beside it."""
+    found = []
+    for place in (folder, folder.resolve().parent):
+        for path in sorted(place.glob("*.html"))[:PAGES]:
+            try:
+                with open(path, "rb") as file:
+                    head = file.read(HEAD_BYTES)
+            except OSError:
+                continue
+            if any(f"fingerprint {text[:12]}".encode() in head for text in fingerprints):
+                found.append(path)
+    return found
+
+
+def bucket_bars(buckets: list[Any]) -> list[dict[str, Any]]:
+    """The largest ones, by shape, with each one's share of the largest in percent."""
+    whole = [each for each in buckets if isinstance(each, list) and len(each) == 3 and each[2]]
+    largest = sorted(whole, key=lambda each: -each[2])[:BUCKETS]
+    most = max((count for _, _, count in largest), default=1)
+    longest = max((max(width, height) for width, height, _ in largest), default=1)
+    largest.sort(key=lambda each: (each[0] / each[1], each[0]))
+    return [
+        {
+            "name": f"{width} × {height}",
+            "count": f"{count:,}",
+            "share": f"{100 * count / most:.1f}",
+            "shape": (max(3, round(24 * width / longest)), max(3, round(24 * height / longest))),
+        }
+        for width, height, count in largest
+    ]
