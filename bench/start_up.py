@@ -33,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="ranks (default 1)")
     parser.add_argument("--configs", default="zero2", help="comma list of ds_configs' names (default zero2)")
     parser.add_argument("--runs", default="cold,warm,warm", help="comma list of cold (no compiler caches) and warm")
-    parser.add_argument("--launcher", choices=("deepspeed", "torchrun"), default="deepspeed")
+    parser.add_argument("--launcher", choices=("deepspeed", "torchrun", "python"), default="deepspeed")
     parser.add_argument("--steps", type=int, default=20, help="of each run (default 20)")
     parser.add_argument("--flags", default="", help="further flags of train_lora.py, such as '--base_precision float8'")
-    parser.add_argument("--drop", action="store_true", help="ask the system to forget the model's pages before each run")
+    parser.add_argument(
+        "--drop", action="store_true", help="ask the system to forget the model's pages before each run"
+    )
     parser.add_argument("--py_spy", action="store_true", help="where Python is, at 20 Hz, into FOLDER/*.speedscope")
     parser.add_argument("--tiny", action="store_true", help="2 narrow blocks, 64 pixels: to try the script")
     parser.add_argument("--out", type=out_file, help="JSON file for all numbers")
@@ -84,10 +86,19 @@ def run(options: argparse.Namespace, config: str, cold: bool, number: int) -> di
     launcher = {
         "deepspeed": ["deepspeed", "--num_gpus", str(options.gpus), "--master_port", str(29700 + number)],
         "torchrun": ["torchrun", "--nproc_per_node", str(options.gpus), "--master_port", str(29700 + number)],
+        "python": [sys.executable],
     }[options.launcher]
     command = [*launcher, str(ROOT / "train" / "train_lora.py"), "--deepspeed", str(CONFIGS / f"{config}.json")]
     command += ["--model", str(folder / "model"), "--data", str(folder / "data"), "--output_path", str(folder / "run")]
-    command += ["--max_steps", str(options.steps), "--log_steps", "5", "--wandb_mode", "disabled", *options.flags.split()]
+    command += [
+        "--max_steps",
+        str(options.steps),
+        "--log_steps",
+        "5",
+        "--wandb_mode",
+        "disabled",
+        *options.flags.split(),
+    ]
     if options.py_spy:
         spy = ["py-spy", "record", "-r", "20", "-f", "speedscope", "--subprocesses", "-o"]
         command = [*spy, str(folder / f"start{number}.speedscope"), "--", *command]
@@ -96,12 +107,18 @@ def run(options: argparse.Namespace, config: str, cold: bool, number: int) -> di
         code = subprocess.run(command, env=os.environ | caches, stdout=log, stderr=subprocess.STDOUT).returncode
     whole = time.perf_counter() - start
     rows = metrics(folder / "run" / "metrics.jsonl")
-    started = next((row["start"] for row in rows if "start" in row), None)
+    first = next((row for row in rows if "start" in row), {})
+    started = first.get("start")
     if code or started is None:
         text = (folder / f"start{number}.log").read_text(errors="replace").splitlines()
         return {"failed": f"exit code {code}: {' | '.join(text[-5:])[:600]}", "seconds": round(whole, 1)}
     steps = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row]
-    return {"start": started, "first_step": round(sum(started.values()), 1), "whole": round(whole, 1), "step": steps[-1]}
+    return {
+        "start": started,
+        "first_step": round(sum(started.values()), 1),
+        "whole": round(whole, 1),
+        "step": steps[-1],
+    }
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ PEAK_RATE = 1.5e-3
 CAPTION_DROPOUT = 0.1  # half of it the empty caption, half sampling's negative prompt
 LOGIT_STD = 1.25  # a little wider than 1: nearly pure noise, where a picture's layout is decided, is seen more often
 EMA_DECAY = 0.999
+WARM_UP = 20  # steps before the CUDA graph is captured: compilers and cuBLAS make themselves ready
 # Of PyTorch's attention kernels those that take a mask at any head size.
 MASKED_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -67,9 +68,17 @@ class Captions:
 
 
 def encode(language_model: Any, ids: torch.Tensor, padding: int, template_drop: int) -> Prompt:
-    """Token ids [B, L], template included → the prompt, with gradients: what TextEncoder.encode makes of the captions."""
+    """Token ids [B, L], template included → the prompt, with gradients: what TextEncoder.encode makes of the captions.
+
+    Nothing in it waits for the device. Embeddings are a product, whose gradient adds up in float32.
+    """
     mask = ids != padding
-    hidden = language_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    table = language_model.get_input_embeddings().weight
+    embedded = (ids[..., None] == torch.arange(len(table), device=ids.device)).to(table.dtype) @ table
+    length = ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+    seen = causal & mask[:, None, None, :]
+    hidden = language_model(inputs_embeds=embedded, attention_mask=seen, use_cache=False).last_hidden_state
     kept = mask[:, template_drop:]
     return Prompt(hidden[:, template_drop:] * kept[..., None].to(hidden.dtype), kept)
 
@@ -78,6 +87,74 @@ def draw_sigma(count: int, image_tokens: int, device: torch.device, generator: t
     """σ [count] as `qwen_shift` of train/flow/objective.py draws it one by one, but LOGIT_STD wide; float32 on `device`."""
     normal = torch.randn(count, device=device, generator=generator)
     return shift_sigma(torch.sigmoid(LOGIT_STD * normal), SigmaSchedule().mu(image_tokens))
+
+
+class Step:
+    """A step of AdamW on both models: compute in bfloat16 on a GPU, float32 master weights.
+
+    So small a step is thousands of launches of a few microseconds' work: on a GPU it is replayed as one CUDA graph from the
+    WARM_UP-th on, where it can be captured.
+    """
+
+    def __init__(
+        self, transformer: QwenImageTransformer, encoder: TextEncoder, captions: Captions, grid: tuple[int, int]
+    ):
+        self.transformer, self.captions, self.grid = transformer, captions, grid
+        self.language_model, self.template_drop = encoder.language_model, encoder.template_drop
+        self.parameters = [*transformer.parameters(), *self.language_model.parameters()]
+        self.masters = [parameter.detach().float().clone() for parameter in self.parameters]
+        self.device = self.masters[0].device
+        self.on_gpu = self.device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        transformer.to(self.dtype)
+        self.language_model.to(self.dtype)
+        self.rate = torch.tensor(PEAK_RATE, device=self.device)
+        options: dict[str, Any] = {"fused": True, "capturable": True} if self.on_gpu else {}
+        self.optimizer = torch.optim.AdamW(self.masters, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, **options)
+        self.inputs: list[torch.Tensor] = []
+        self.loss = torch.zeros((), device=self.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.done = 0
+
+    def __call__(self, rate: float, *inputs: torch.Tensor) -> torch.Tensor:
+        """`inputs`: ids [B, L], clean latents, noise, σ [B]. Returns the loss, on the device."""
+        self.rate.fill_(rate)
+        if self.on_gpu and self.done == WARM_UP:
+            self.capture(inputs)
+        self.done += 1
+        if self.graph is None:
+            return self.compute(*inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.loss
+
+    def capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.loss = self.compute(*self.inputs)
+        except RuntimeError as error:
+            print(f"no CUDA graph, the step is launched kernel by kernel: {str(error).splitlines()[0]}", flush=True)
+        else:
+            self.graph = graph
+
+    def compute(self, ids: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        noised = pack_latents(add_noise(clean, noise, sigma)).to(self.dtype)
+        with sdpa_kernel(MASKED_ATTENTION) if self.on_gpu else nullcontext():
+            prompt = encode(self.language_model, ids, self.captions.padding, self.template_drop)
+            prediction = predict_velocity(self.transformer, noised, sigma, prompt, *self.grid)
+            target = pack_latents(velocity_target(clean, noise))
+            loss = flow_matching_loss(prediction, target, torch.ones_like(sigma)).mean()
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = None if gradient is None else gradient.float()
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0, foreach=True)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.masters)
+        return loss.detach()
 
 
 def learn(
@@ -91,24 +168,16 @@ def learn(
 ) -> None:
     """Train in place on normalised latents [N, 16, 1, H/8, W/8] and their captions, all on one device.
 
-    The models compute in bfloat16 on a GPU, AdamW on float32 copies; what is left in the models in the end is the
-    exponential moving average of these, in float32.
+    What is left in the models in the end is the exponential moving average of the weights, in float32.
     """
     device = latents.device
     generator = torch.Generator(device).manual_seed(seed)
     rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
-    language_model = encoder.language_model.requires_grad_(True)
+    encoder.language_model.requires_grad_(True)
     transformer.requires_grad_(True).dense_padding = False  # a mask costs nothing at this size
-    parameters = [*transformer.parameters(), *language_model.parameters()]
-    masters = [parameter.detach().float().clone().requires_grad_() for parameter in parameters]
-    averages = [master.detach().clone() for master in masters]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    transformer.to(dtype)
-    language_model.to(dtype)
-    optimizer = torch.optim.AdamW(
-        masters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
-    )
-    if device.type == "cuda":  # a step of so small a model is hundreds of launches; the blocks' norms are trained: no kernels
+    step = Step(transformer, encoder, captions, (rows, columns))
+    averages = [master.clone() for master in step.masters]
+    if device.type == "cuda":
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
     recent = torch.zeros((), device=device)
@@ -117,29 +186,13 @@ def learn(
         ids = captions.draw(index, generator)
         clean = latents[index]
         noise = torch.randn(clean.shape, device=device, generator=generator)
-        sigma = draw_sigma(batch, rows * columns, device, generator)
-        noised = pack_latents(add_noise(clean, noise, sigma)).to(dtype)
-        with sdpa_kernel(MASKED_ATTENTION) if device.type == "cuda" else nullcontext():
-            prompt = encode(language_model, ids, captions.padding, encoder.template_drop)
-            prediction = predict_velocity(transformer, noised, sigma, prompt, rows, columns)
-        target = pack_latents(velocity_target(clean, noise))
-        loss = flow_matching_loss(prediction, target, torch.ones_like(sigma)).mean()
-        loss.backward()
-        for master, parameter in zip(masters, parameters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, masters)
-            torch._foreach_lerp_(averages, masters, 1 - min(EMA_DECAY, (1 + course.done) / (20 + course.done)))
-        recent = torch.lerp(loss.detach(), recent, 0.98 if course.done else 0.0)
+        loss = step(rate, ids, clean, noise, draw_sigma(batch, rows * columns, device, generator))
+        torch._foreach_lerp_(averages, step.masters, 1 - min(EMA_DECAY, (1 + course.done) / (20 + course.done)))
+        recent = torch.lerp(loss, recent, 0.98 if course.done else 0.0)
         if course.is_due():
             course.tell(loss=recent.item())
-    for parameter, average in zip(parameters, averages, strict=True):
+    for parameter, average in zip(step.parameters, averages, strict=True):
         parameter.data = average
         parameter.requires_grad_(False)
     transformer.eval()
-    language_model.eval()
+    encoder.language_model.eval()

@@ -20,6 +20,7 @@ from torch import nn
 
 from qwen_image.float8.linear import Float8Linear, use_float8
 from qwen_image.loading.model_files import ModelFiles
+from qwen_image.loading.pinned_memory import pinned_memory, unforked_memory
 from qwen_image.loading.safetensors_ranges import RangeReader
 from qwen_image.loading.weights import empty_transformer, match_weights, replace_parameter
 from qwen_image.model.modulation import TableBuilder
@@ -48,21 +49,19 @@ class Readers:
     def reader(self, block: int) -> int:
         return max(block, 0) % self.size
 
-    def agree(self, block: int, problem: Exception | None) -> None:
-        """Raise on every rank what kept the reader of `block` from it; a collective."""
+    def agree(self, problem: Exception | None) -> None:
+        """Raise on every rank what kept one of them from reading; a collective."""
+        if problem is not None and self.group is None:
+            raise problem
         if self.group is None:
-            if problem is not None:
-                raise problem
             return
-        told: list[Any] = [None if problem is None else (type(problem).__name__, str(problem))]
-        dist.broadcast_object_list(told, group=self.group, group_src=self.reader(block))
+        told: list[Any] = [None] * self.size
+        own = None if problem is None else (type(problem).__name__, f"{problem} (on rank {dist.get_rank()})")
+        dist.all_gather_object(told, own, group=self.group)
         if problem is not None:
             raise problem
-        if told[0] is not None:
-            kind, text = told[0]
-            raise {"FileNotFoundError": FileNotFoundError, "OSError": OSError}.get(kind, ValueError)(
-                f"{text} (on rank {dist.get_global_rank(self.group, self.reader(block))})"
-            )
+        for kind, text in filter(None, told):
+            raise {"FileNotFoundError": FileNotFoundError, "OSError": OSError}.get(kind, ValueError)(text)
 
     def share(self, block: int, values: torch.Tensor) -> None:
         """Broadcast what the reader of `block` has, contiguous, into everybody's `values`."""
@@ -115,20 +114,25 @@ def load_staged(
                 stage.add(name, values, reader.read(stored[name], values))
 
         read_ahead()
+        problem: Exception | None = None
         for block in names:
-            problem: Exception | None = None
-            if readers.reads(block):
+            if readers.reads(block) and problem is None:
                 try:
                     read_ahead()
                     stage.finish(len(names[block]))
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                    problem = error
-            readers.agree(block, problem)
-            stage.complete(block, readers)
+                    problem = (
+                        error  # the others wait for this rank's part: they get what there is, and are told at the end
+                    )
+            if problem is not None and readers.group is None:
+                break
+            stage.complete(block, readers, is_read=readers.reads(block) and problem is None)
             if block == OUTSIDE and sigmas is not None:
-                stage.builder = TableBuilder(transformer, sigmas)
+                allocate = pinned_memory if device.type == "cuda" else unforked_memory
+                stage.builder = TableBuilder(transformer, sigmas, allocate)
             if block != OUTSIDE and finished is not None:
                 finished(transformer, block)
+        readers.agree(problem)
     if stage.builder is not None:
         stage.builder.finish()
     return transformer.eval()
@@ -168,8 +172,11 @@ class Stage:
             else:
                 replace_parameter(self.transformer, name, nn.Parameter(values, requires_grad=False))
 
-    def complete(self, block: int, readers: Readers) -> None:
-        """Give every rank what one of them read of a block, its modulation as columns of the table."""
+    def complete(self, block: int, readers: Readers, is_read: bool) -> None:
+        """Give every rank what one of them read of a block, its modulation as columns of the table.
+
+        `is_read`: this rank has read it.
+        """
         if block == OUTSIDE:
             for name, part in self.transformer.named_children():
                 if name + "." != BLOCKS:
@@ -177,7 +184,7 @@ class Stage:
             return
         module = self.transformer.transformer_blocks[block]
         if self.builder is not None:
-            columns = self.builder.columns(block) if readers.reads(block) else self.builder.room(self.device)
+            columns = self.builder.columns(block) if is_read else self.builder.room(self.device)
             readers.share(block, columns)
             self.builder.add_block(block, columns)
         self._share(module, block, readers)

@@ -26,14 +26,17 @@ def time_inputs(sigmas: Iterable[float], dtype: torch.dtype) -> list[float]:
 
 
 class ModulationTable:
-    """Rows of all blocks' modulation: [time inputs, blocks · 12 · D + 2 · D], image before text within a block.
+    """All blocks' modulation at the time inputs: `rows` [blocks, time inputs, 12 · D], image before text within a block, and
+    norm_out's, `final` [time inputs, 2 · D].
 
     Bit-equal to computing a batch of one in place: each row was computed by itself, by the same modules. Raises
     ValueError on a time input that it was not built for. `replaced`: bytes of weights that it stands in for.
     """
 
-    def __init__(self, rows: torch.Tensor, times: list[float], blocks: int, device: torch.device, replaced: int = 0):
-        self.rows, self.blocks, self.device, self.replaced = rows, blocks, device, replaced
+    def __init__(
+        self, rows: torch.Tensor, final: torch.Tensor, times: list[float], device: torch.device, replaced: int = 0
+    ):
+        self.rows, self.final, self.device, self.replaced = rows, final, device, replaced
         self.places = {time: place for place, time in enumerate(times)}
 
     def lookup(self, timestep: torch.Tensor) -> Modulation:
@@ -46,11 +49,10 @@ class ModulationTable:
                 f"the modulation table has no row for the time input {error.args[0]:g}; σ must lie on the grid k/1000 or "
                 "in the schedule of the sample images"
             ) from None
-        rows = self.rows[places]
-        if self.device.type == "cuda":
-            rows = rows.pin_memory().to(self.device, non_blocking=True)
-        width = rows.shape[1] // (12 * self.blocks + 2)
-        blocks = rows[:, : 12 * self.blocks * width].view(len(times), self.blocks, 2, 1, 6 * width)
-        final = rows[:, None, 12 * self.blocks * width :]
+        rows = self._arriving(self.rows[:, places])
+        blocks = rows.view(len(rows), len(times), 2, 1, -1)
         # A CUDA graph's copies are contiguous: with strides of their own the compiler would take them for another case.
-        return Modulation(blocks.permute(1, 2, 0, 3, 4).contiguous(), final.contiguous())
+        return Modulation(blocks.transpose(1, 2).contiguous(), self._arriving(self.final[places])[:, None])
+
+    def _arriving(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows

@@ -124,42 +124,49 @@ def gather(engine: Any, kinds: list[str]) -> Iterator[torch.Tensor | None]:
     for name, shape in trainable_shapes(engine).items():
         first[name] = total
         total += torch.Size(shape).numel()
-    main = dist.get_rank() == 0
+    places = [runs([(first[name] + start, numel) for name, start, numel in rank]) for rank in layout]
+    covered = sum(numel for rank in places for _, numel in rank)
+    assert covered == total, f"the ranks hold {covered} of {total} elements"
     state = engine.optimizer.optimizer.state
     for kind in kinds:
         pieces = [f.of(f.flat if kind == WEIGHT else state[f.flat][kind]) for f in mine]
         local = torch.cat(pieces) if pieces else torch.empty(0)
         assert local.dtype == torch.float32, f"{kind} is {local.dtype}: master weights and moments must be float32"
-        parts = gather_bytes(local.view(torch.uint8), [4 * sum(n for *_, n in rank) for rank in layout], engine.device)
-        if not main:
-            yield None
-            continue
-        whole = torch.empty(total)
-        covered = 0
-        for rank, part in zip(layout, parts, strict=True):
-            values, place = part.view(torch.float32), 0
-            for name, start, numel in rank:
-                whole[first[name] + start :][:numel] = values[place : place + numel]
-                place += numel
-            covered += place
-        assert covered == total, f"{kind}: the ranks hold {covered} of {total} elements"
-        yield whole
+        whole = torch.empty(total if dist.get_rank() == 0 else 0)
+        gather_into(whole, local, places, engine.device)
+        yield whole if dist.get_rank() == 0 else None
 
 
-def gather_bytes(local: torch.Tensor, sizes: list[int], device: torch.device) -> list[torch.Tensor]:
-    """Each rank's bytes (uint8 [sizes[rank]]) on the CPU of rank 0, an empty list elsewhere."""
-    main, chunk = dist.get_rank() == 0, min(CHUNK_BYTES // len(sizes), max(sizes))
-    parts = [torch.empty(size, dtype=torch.uint8) for size in sizes] if main else []
-    mine = torch.zeros(chunk, dtype=torch.uint8, device=device)
-    everyone = [torch.empty_like(mine) for _ in sizes] if main else None
-    for start in range(0, max(sizes), chunk):
-        here = local[start : start + chunk]
+def runs(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, length) pairs with neighbors made one: of a flat parameter each rank has a single run."""
+    joined: list[tuple[int, int]] = []
+    for start, length in pieces:
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = joined[-1][0], joined[-1][1] + length
+        else:
+            joined.append((start, length))
+    return joined
+
+
+def gather_into(
+    whole: torch.Tensor, local: torch.Tensor, places: list[list[tuple[int, int]]], device: torch.device
+) -> None:
+    """Put each rank's `local` float32 elements where `places[rank]` says in rank 0's `whole`, chunk by chunk."""
+    sizes = [sum(length for _, length in rank) for rank in places]
+    chunk = min(CHUNK_BYTES // 4 // len(sizes), max(sizes))
+    mine = torch.zeros(chunk, device=device)
+    everyone = [torch.empty_like(mine) for _ in sizes] if dist.get_rank() == 0 else None
+    for begin in range(0, max(sizes), chunk):
+        here = local[begin : begin + chunk]
         mine[: len(here)] = here
         dist.gather(mine, everyone, dst=0)
-        for part, sent in zip(parts, everyone or [], strict=True):
-            there = part[start : start + chunk]
-            there.copy_(sent[: len(there)])
-    return parts
+        for rank, sent in zip(places, everyone or [], strict=bool(everyone)):
+            done = 0  # elements of this rank that lie before its run
+            for start, length in rank:
+                low, high = max(begin, done), min(begin + chunk, done + length)
+                if low < high:
+                    whole[start + low - done : start + high - done].copy_(sent[low - begin : high - begin])
+                done += length
 
 
 def restore(

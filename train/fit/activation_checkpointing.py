@@ -91,8 +91,12 @@ def usable_bytes(device: torch.device) -> int:
     index = torch.cuda.current_device() if device.index is None else device.index
     free, _ = torch.cuda.mem_get_info(index)
     total = device_bytes(device)
-    margin = max(int(min(MARGIN_BYTES, SMALL_MARGIN_SHARE * total)), int(total * MARGIN_SHARE))
-    return min(free + torch.cuda.memory_reserved(index), allocator_bytes(device)) - margin
+    return min(free + torch.cuda.memory_reserved(index), allocator_bytes(device)) - margin(total)
+
+
+def margin(total: int) -> int:
+    """Of a card of `total` bytes, what is left free."""
+    return max(int(min(MARGIN_BYTES, SMALL_MARGIN_SHARE * total)), int(total * MARGIN_SHARE))
 
 
 def largest_over_ranks(device: torch.device, value: int) -> int:

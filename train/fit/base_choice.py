@@ -9,7 +9,7 @@ later say how many blocks need really be recomputed (activation_checkpointing.py
 from collections.abc import Iterator
 from dataclasses import replace
 
-from train.fit.activation_checkpointing import MARGIN_SHARE
+from train.fit.activation_checkpointing import MARGIN_SHARE, margin
 from train.fit.memory_plan import Machine, MemoryPlan, Setup, plan_memory
 from train.fit.step_time import step_seconds
 from train.process.free_memory import GIB
@@ -73,7 +73,7 @@ def fits(setup: Setup, machine: Machine) -> bool:
 
 
 def room(plan: MemoryPlan) -> float:
-    return float("inf") if plan.device_total is None else plan.device_total * (1 - MARGIN_SHARE)
+    return float("inf") if plan.device_total is None else plan.device_total - margin(plan.device_total)
 
 
 def choice_lines(asked: Setup, chosen: Setup, machine: Machine) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.base_model.base_home import BaseHome
 from train.config.zero_plan import ZeroPlan
-from train.fit.activation_checkpointing import MARGIN_SHARE
+from train.fit.activation_checkpointing import margin
 from train.fit.memory_plan import Machine, MemoryPlan, Setup, plan_memory
 from train.fit.step_time import BF16, step_seconds
 from train.process.free_memory import GIB
@@ -88,7 +88,7 @@ def cheapest_change(setup: Setup, machine: Machine, below: int | None = None) ->
     `below`: bytes that its plan must stay under, where the plan of `setup` proved too small.
     """
     asked, fitting = seconds(setup, machine), []
-    limit = math.inf if machine.device_total is None else machine.device_total * (1 - MARGIN_SHARE)
+    limit = math.inf if machine.device_total is None else machine.device_total - margin(machine.device_total)
     limit = limit if below is None else min(limit, below)
     for flags, other in changes(setup, machine):
         plan = plan_memory(other, machine)

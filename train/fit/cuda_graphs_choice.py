@@ -14,6 +14,7 @@ import torch
 from train.data.batch_shapes import KEPT, BatchShape, random_arguments
 from train.fit.activation_checkpointing import largest_over_ranks
 from train.fit.trial_step import try_step
+from train.process.free_memory import GIB, allocator_bytes
 from train.step.flow_matching_module import FlowMatchingModule
 
 UNUSED = "CUDA graphs are not used: "
@@ -46,12 +47,13 @@ def start_graphs(
     shapes: int,
     batches: int,
     device: torch.device,
+    to_come: int = 0,
 ) -> list[str]:
     """Let `module` replay CUDA graphs where it can and where that pays; lines that tell. A collective.
 
-    `shapes`: how many a batch can have; `batches`: micro-batches that this rank still trains. The graphs of the largest
-    batch are captured here, so that their memory then serves all others. Call it when nothing about the step changes any
-    more.
+    `shapes`: how many a batch can have; `batches`: micro-batches that this rank still trains; `to_come`: bytes that training
+    will allocate. The graphs of the largest batch are captured here, so that their memory then serves all others. Call it
+    when nothing about the step changes any more.
     """
     if policy == "off" or device.type != "cuda":
         return []
@@ -70,6 +72,10 @@ def start_graphs(
             line += f"; {times}"
             if not times.pay(shapes, batches):
                 failed = f"{UNUSED}{batches} batches don't win back the capturing of up to {shapes} shapes ({times})"
+        torch.cuda.empty_cache()
+        lacking = torch.cuda.memory_reserved(device) + to_come - allocator_bytes(device)
+        if lacking > 0 and not failed:
+            failed = f"{UNUSED}with them {lacking / GIB:.2f} GiB would be lacking for gradients and optimizer"
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         failed = f"warning: CUDA graphs could not be captured, kernels are launched one by one: {reason}"

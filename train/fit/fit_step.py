@@ -11,7 +11,7 @@ from train.data.from_config import RunData
 from train.fit.activation_checkpointing import CheckpointingPlan, PeakWatch, plan_checkpointing
 from train.fit.cheapest_change import advice
 from train.fit.cuda_graphs_choice import Policy, start_graphs
-from train.fit.memory_plan import Machine, Setup, engine_bytes, plan_memory
+from train.fit.memory_plan import Machine, Setup, engine_bytes, graphs_bytes, plan_memory
 from train.process import start_clock
 from train.step.flow_matching_module import FlowMatchingModule
 
@@ -42,16 +42,17 @@ def fit_step(
     start_clock.reached("resuming")
     zero, accumulation = setup.zero, data.reading.accumulation
     added = engine_bytes(zero, setup.trainable, setup.lora_dtype, setup.world, accumulation, resumed=steps_done > 0)
+    with_graphs = added + (graphs_bytes(setup) if graphs_policy(config) != "off" else 0)
     policy = config.activation_checkpointing
 
     def instead() -> str:  # the plan said that it fits; the trial knows better
         machine = Machine.of(device)
         return advice(setup, machine, below=int(plan_memory(setup, machine).bytes * PROVEN_SHARE))
 
-    checkpointing = plan_checkpointing(policy, module, data.largest, added, device, instead)
+    checkpointing = plan_checkpointing(policy, module, data.largest, with_graphs, device, instead)
     start_clock.reached("trial steps")
     batches = (data.steps - steps_done) * accumulation
-    graphs = start_graphs(graphs_policy(config), module, data.largest, data.shapes, batches, device)
+    graphs = start_graphs(graphs_policy(config), module, data.largest, data.shapes, batches, device, added)
     start_clock.reached("graphs")
     return Fit(checkpointing, data.largest, device, [*checkpointing.lines(), *graphs])
 

@@ -27,14 +27,14 @@ from train.data.from_config import RunData
 from train.fit.activation_checkpointing import checkpointed_blocks
 from train.lora.spec import LoraSpec
 from train.lora.targets import resolve_targets
-from train.process.free_memory import GIB, device_bytes, host_bytes
+from train.process.free_memory import CONTEXT_BYTES, GIB, device_bytes, host_bytes
 from train.process.ranks import Ranks, ranks_here
 
 # What autograd keeps of one compiled block, in tensors of a token's width (a GELU's input alone has 4): 11.10 to 11.12 measured
 # on one H100 (bf16, 60 blocks, LoRA on q, k and v, four shapes of 4,224 to 9,216 tokens).
 SAVED_PER_BLOCK = 11.12
 WORK = 6  # the same measurement: so many at the peak besides, gradients within a block and the end of the model
-CONTEXT_BYTES = 1 * GIB  # CUDA context, NCCL, cuBLAS workspaces, fragmentation
+GRAPHS_BYTES = 128 << 20  # CUDA graphs: what their own pool of memory takes more, besides a second LoRA gradient
 
 
 class EncoderSizes(NamedTuple):
@@ -130,6 +130,7 @@ class Setup:
     local_world: int = 1
     encoders: EncoderSizes | None = None
     encoder_device: Literal["auto", "device", "swap", "cpu"] = "auto"
+    cuda_graphs: bool = False
 
     @classmethod
     def from_config(cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec, data: RunData, ranks: Ranks) -> "Setup":
@@ -153,6 +154,7 @@ class Setup:
             ranks_here(),
             encoders,
             config.encoder_device,
+            config.cuda_graphs != "off" and ranks.device.type == "cuda",
         )
 
 
@@ -226,9 +228,15 @@ def plan_memory(setup: Setup, machine: Machine) -> MemoryPlan:
 
     where = place_encoders(setup, machine, on_device, on_host)
     if machine.device_total is not None:
+        on_device["CUDA graphs"] = graphs_bytes(setup)
         on_device["context"] = CONTEXT_BYTES
     certain = ("base", "arriving blocks", "LoRA and gradients", "AdamW")
     return MemoryPlan(on_device, on_host, certain, machine.device_total, machine.host_free, where)
+
+
+def graphs_bytes(setup: Setup) -> int:
+    """What CUDA graphs hold besides what the step holds without them: the buffer that gradients leave through, and a rest."""
+    return setup.trainable * setup.lora_dtype.itemsize + GRAPHS_BYTES if setup.cuda_graphs else 0
 
 
 def place_encoders(setup: Setup, machine: Machine, on_device: dict[str, int], on_host: dict[str, int]) -> EncoderPlace:

@@ -8,6 +8,8 @@ import torch
 GIB = 2**30
 
 
+CONTEXT_BYTES = 1 * GIB  # on a GPU besides torch's tensors: CUDA context, NCCL, cuBLAS, loaded kernels, fragments
+
 _limits: dict[int, int] = {}  # --gpu_memory_limit in bytes, by device
 
 
@@ -25,7 +27,7 @@ def limit_device(device: torch.device, gib: float | None) -> None:
         raise ValueError(
             f"gpu_memory_limit: {gib:g} GiB, but {torch.cuda.get_device_name(index)} has {total / GIB:.1f}"
         )
-    outside = total - free - torch.cuda.memory_reserved(index)
+    outside = max(total - free - torch.cuda.memory_reserved(index), CONTEXT_BYTES)  # most of it is still to come
     _limits[index] = limit
     torch.cuda.set_per_process_memory_fraction(max(limit - outside, 0) / total, index)
 
