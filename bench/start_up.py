@@ -118,7 +118,15 @@ def run(options: argparse.Namespace, config: str, cold: bool, number: int) -> di
         "first_step": round(sum(started.values()), 1),
         "whole": round(whole, 1),
         "step": steps[-1],
+        "compiler": first["compiler"],
+        "said": said(folder / f"start{number}.log"),
     }
+
+
+def said(log: Path) -> list[str]:
+    """What the run told of its plan, its graphs and its memory."""
+    told = ("base_precision", "recomputing", "CUDA graphs", "peak memory", "warning: ", "memory of this host")
+    return [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip().startswith(told)]
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
