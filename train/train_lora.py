@@ -189,8 +189,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     sizes = data.steps, data.global_batch, resumed.step, ranks.rank
     metrics = Metrics.from_config(config, *sizes, facts | data.decided, resumed.wandb_id)
     metrics.begun(resumed.step, start_facts(setup, spec, data, memory, ranks), ranks.warned)
-    warn = partial(metrics.say, kind="warning")
-    loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, warn)
+    loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.warn)
     guards = fit.peak_watch(metrics.say), preemption, watchdog
     loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, *guards)
     return loop.run(Outputs(validation, preview, export, checkpoints, identity))

@@ -21,7 +21,5 @@ def train_all(jobs: list[tuple]) -> list[int]:
 
 def rows(output: Path) -> list[tuple]:
     names = ("step", "loss", "grad_norm", "validation_loss")
-    return [
-        tuple(json.loads(line).get(name) for name in names)
-        for line in (output / "metrics.jsonl").read_text().splitlines()
-    ]
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row.get(name) for name in names) for row in found if "start" not in row]

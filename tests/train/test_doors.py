@@ -20,6 +20,7 @@ DOORS = {
     "flow/timestep_sampling.py",
     "lora/spec.py",
     "process/watchdog.py",
+    "reporting/story.py",
     "saving/checkpoints.py",
     "saving/lora_export.py",
     "saving/run_folder.py",

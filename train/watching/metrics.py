@@ -223,6 +223,10 @@ class Metrics:
             if kind is not None:
                 self.event("warning" if kind == "note" and text.startswith("warning") else kind, text)
 
+    def warn(self, text: str) -> None:
+        """A warning, whatever it begins with."""
+        self.say(text, kind="warning")
+
     def event(self, kind: Kind, text: str, **more: Any) -> None:
         """An event that needs no line on stderr."""
         if self.active:

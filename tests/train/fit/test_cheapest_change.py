@@ -37,8 +37,8 @@ ENCODED_BEFORE = "the data encoded beforehand (data_prep/encode_shards.py)"
             10,
             False,
             {},
-            ["--deepspeed ds_configs/zero3.json on 8 GPUs"],
-        ),  # and no room there
+            ["--deepspeed ds_configs/zero3.json on 16 GPUs"],
+        ),  # and no room there: of 8 GiB a tenth stays free
         (24, 64, True, {"encoders": ENCODERS}, ["--resident_blocks auto"]),  # then the encoder stays
         (24, 64, True, {"encoders": ENCODERS, "encoder_device": "device", "float8": True}, [ENCODED_BEFORE]),
         (40, 64, True, {"encoders": ENCODERS, "encoder_device": "device"}, [ENCODED_BEFORE]),
