@@ -23,14 +23,16 @@ SHEETS = ("grid", "sheet")  # pictures of pictures
 def timeline(run: RunRecord, pictures: int = PICTURES) -> dict[str, Any] | None:
     """What the page shows: `steps`, and for each prompt its `text`, `base` and `images`, one a step or None.
 
-    The base is the picture of step 0, where there is one. None for a run without pictures. `note` tells what is left out.
+    The base is the picture in samples/base, or that of step 0. None for a run without pictures. `note` tells what is left out.
     """
     folders = step_folders(run.folder / "samples")
     names = prompt_names(folders)
     if not names:
         return None
     shown_names = [names[i] for i in spread(len(names), min(PROMPTS, max(1, pictures // 2)))]
-    base = folders.pop(0) if 0 in folders and len(folders) > 1 else None
+    base: Path | None = run.folder / "samples" / "base"
+    if base is not None and not base.is_dir():
+        base = folders.pop(0) if 0 in folders and len(folders) > 1 else None
     steps = sorted(folders)
     most = max(1, pictures // len(shown_names) - (base is not None))
     shown_steps = [steps[i] for i in spread(len(steps), most)]
@@ -38,9 +40,12 @@ def timeline(run: RunRecord, pictures: int = PICTURES) -> dict[str, Any] | None:
     prompts = []
     for name in shown_names:
         images = [thumbnail(folders[step] / name, damaged) for step in shown_steps]
-        first = None if base is None else thumbnail(base / name, damaged)
+        first = None if base is None else thumbnail(base / base_name(base, name), damaged)
         text = next((prompt_of(folder / name) for folder in folders.values() if (folder / name).is_file()), "")
-        prompts.append({"text": text, "base": first, "images": images, "name": name})
+        kind = re.sub(r"^\d+|[^\w]+|_+$", " ", Path(name).stem).strip()
+        prompts.append(
+            {"text": f"{text} ({kind})" if kind and text else text, "base": first, "images": images, "name": name}
+        )
     notes = []
     if len(shown_steps) < len(steps):
         notes.append(f"{len(shown_steps)} of {len(steps):,} steps, evenly spread")
@@ -64,6 +69,12 @@ def prompt_names(folders: dict[int, Path]) -> list[str]:
     ends = [*folders.values()]
     found = {path.name for folder in {*ends[:2], *ends[-2:]} for path in folder.glob("*.png")}
     return sorted(name for name in found if not name.startswith(SHEETS))
+
+
+def base_name(folder: Path, name: str) -> str:
+    """The base's picture for one called `name`: of the same name, or (of the average's, 00-ema.png) of the same number."""
+    number = re.match(r"\d+", name)
+    return f"{number[0]}.png" if number and not (folder / name).is_file() else name
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -9,6 +9,7 @@ from PIL import Image
 from tests.helpers.run_folders import HOSTILE, write_run, write_samples
 from train.reporting.run_record import read_run
 from train.reporting.sample_pictures import THUMBNAIL, timeline
+from train.watching.image_grid import save_png
 
 
 def color(found: dict) -> tuple[int, ...]:
@@ -32,6 +33,18 @@ def test_no_pictures_and_no_base(tmp_path: Path) -> None:
     write_samples(folder, [40, 80])
     found = timeline(read_run(folder))
     assert found is not None and found["steps"] == [40, 80] and found["prompts"][0]["base"] is None
+
+
+def test_the_bases_own_folder_and_pictures_of_the_average(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", samples=0)
+    write_samples(folder, [7, 0, 40])
+    (folder / "samples" / "step-00000007").rename(folder / "samples" / "base")
+    save_png(folder / "samples" / "step-00000040" / "00-ema.png", Image.new("RGB", (8, 8), "red"), {"prompt": "a cat"})
+    found = timeline(read_run(folder))
+    assert found is not None and found["steps"] == [0, 40]
+    texts = {prompt["name"]: prompt["text"] for prompt in found["prompts"]}
+    assert texts == {"00-ema.png": "a cat (ema)", "00.png": "a blue circle", "01.png": HOSTILE}
+    assert all(abs(color(prompt["base"])[0] - 7) < 4 for prompt in found["prompts"])
 
 
 def test_thousands_are_bounded_and_large_ones_are_small(tmp_path: Path) -> None:
