@@ -138,6 +138,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     from train.flow.timestep_sampling import SigmaSampling
     from train.lora.spec import LoraSpec
     from train.process.node_health import check_size
+    from train.reporting.dry_run import dry_run
     from train.reporting.start_facts import start_facts
     from train.saving.checkpoints import Checkpoints
     from train.saving.lora_export import LoraExport
@@ -155,6 +156,8 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     spec = LoraSpec.from_config(config)
     setup = choose_base(Setup.from_config(config, zero, spec, data, ranks), ranks)
     ranks.say(*zero.warnings(), *setup.base.lines(ranks.device))
+    if config.dry_run:
+        return dry_run(config, spec, setup, data, ranks)
     identity = setup.base.identity() | spec.identity() | data.identity() | config.identity(**data.decided)
     checkpoints = Checkpoints.from_config(config, ranks.say)
     found = checkpoints.find(config.resume)

@@ -124,11 +124,7 @@ def _model_folder(source: ModelSource, components: tuple[str, ...], local_only: 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["model_index.json"]
-    for component in components:
-        patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*.jinja"]
-        if not source.override(component):
-            patterns.append(f"{component}/*.safetensors")
+    patterns = _patterns(source, components)
     try:
         snapshot = Path(
             snapshot_download(model, revision=source.revision, allow_patterns=patterns, local_files_only=local_only)
@@ -139,6 +135,48 @@ def _model_folder(source: ModelSource, components: tuple[str, ...], local_only: 
             f"{model} is no local folder and could not be fetched from the hub: {reason}"
         ) from error
     return snapshot, model, snapshot.name
+
+
+def _patterns(source: ModelSource, components: tuple[str, ...]) -> list[str]:
+    """Of a hub repository's files, those that `components` need."""
+    patterns = ["model_index.json"]
+    for component in components:
+        patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*.jinja"]
+        if not source.override(component):
+            patterns.append(f"{component}/*.safetensors")
+    return patterns
+
+
+def is_here(source: ModelSource, components: tuple[str, ...]) -> bool:
+    """Whether `resolve_model` would download nothing: always so for a folder, whatever it lacks."""
+    if Path(source.model).expanduser().is_dir():
+        return True
+    try:
+        resolve_model(source, components, local_only=True)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def to_download(source: ModelSource, components: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Files of a hub id that `resolve_model` would download, with their bytes. Asks the hub, and writes nothing.
+
+    Raises FileNotFoundError, with one line, where the hub doesn't know the model or can't be reached.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects
+
+    try:
+        found = HfApi().model_info(source.model, revision=source.revision, files_metadata=True)
+    except Exception as error:  # whatever the network brings
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{source.model}: the hub can't be asked for its files: {shown(reason, 160)}"
+        ) from error
+    sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
+    wanted = filter_repo_objects(sizes, allow_patterns=_patterns(source, components))
+    there = {name for name in sizes if isinstance(try_to_load_from_cache(source.model, name, revision=found.sha), str)}
+    return [(name, sizes[name]) for name in wanted if name not in there]
 
 
 def _check_family(root: Path, model: str) -> None:

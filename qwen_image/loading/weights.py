@@ -17,6 +17,7 @@ from files.shown import shown
 from qwen_image.loading.float8_scales import attach_scales, unscaled
 from qwen_image.loading.model_files import ModelFiles, transformer_config
 from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor, read_headers
+from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
 
 Rename = Callable[[str], str | None]
@@ -26,6 +27,12 @@ def empty_transformer(files: ModelFiles) -> QwenImageTransformer:
     """The transformer of `files` on the meta device. Raises what `transformer_config` does."""
     with torch.device("meta"):
         return QwenImageTransformer(transformer_config(files))
+
+
+def full_size_transformer() -> QwenImageTransformer:
+    """Qwen-Image's own transformer (20 B parameters) on the meta device, where its files aren't at hand."""
+    with torch.device("meta"):
+        return QwenImageTransformer(TransformerConfig())
 
 
 def load_weights(

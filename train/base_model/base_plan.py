@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from qwen_image.float8.linear import FLOAT8, check_float8, float8_bytes
-from qwen_image.loading.model_files import ModelSource, resolve_model
-from qwen_image.loading.weights import empty_transformer, float8_warning, match_weights
+from qwen_image.loading.model_files import ModelSource, is_here, resolve_model
+from qwen_image.loading.weights import empty_transformer, float8_warning, full_size_transformer, match_weights
 from qwen_image.model.dtypes import DTYPES
 from qwen_image.model.modulation import modulation_layers
 from qwen_image.model.sizes import PIXEL_MULTIPLE
@@ -45,6 +45,7 @@ class BasePlan:
         presets: LoRAs that are merged into it.
         sampled: steps and image tokens of the sample images, whose noise levels the table must know too; None: no images.
         notes: for people, about the files.
+        here: its files are on this machine; else (in a dry run) `empty` is what every Qwen-Image is.
     """
 
     source: ModelSource
@@ -60,13 +61,16 @@ class BasePlan:
     presets: tuple[Preset, ...] = ()
     sampled: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    here: bool = True
 
     @classmethod
     def from_config(cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec, ranks: Ranks) -> "BasePlan":
         """Raises what is wrong with the model's or a preset's files, or can't go together, before weights are read."""
         source = ModelSource.from_options(config)
-        files = resolve_model(source, ("transformer", "scheduler"))
-        empty = empty_transformer(files)
+        parts = ("transformer", "scheduler")
+        here = not config.dry_run or is_here(source, parts)
+        files = resolve_model(source, parts) if here else None
+        empty = full_size_transformer() if files is None else empty_transformer(files)
         float8 = config.base_precision == "float8"
         can_tabulate = not reaches_modulation(spec.target_modules, empty)
         tabulated = tabulates(config.modulation_table, can_tabulate)
@@ -81,12 +85,16 @@ class BasePlan:
                 "without --resident_blocks"
             )
         presets = tuple(Preset.read(text, empty) for text in config.preset_lora_path)
-        match_weights(empty, files["transformer"].weights)
+        if files is not None:
+            match_weights(empty, files["transformer"].weights)
         sampled = None
         if config.sample_prompts:
             tokens = (config.sample_height // PIXEL_MULTIPLE) * (config.sample_width // PIXEL_MULTIPLE)
             sampled = config.sample_num_inference_steps, tokens
-        notes = (*float8_warning(files), *(note for preset in presets for note in preset.lora.notes))
+        notes = (
+            *(() if files is None else float8_warning(files)),
+            *(note for preset in presets for note in preset.lora.notes),
+        )
         notes += check_starting_file(config.lora_checkpoint, empty, spec)
         return cls(
             source,
@@ -102,6 +110,7 @@ class BasePlan:
             presets,
             sampled,
             notes,
+            here,
         )
 
     def lines(self, device: torch.device) -> list[str]:

@@ -219,6 +219,12 @@ class TrainConfig:
     )
     on_broken_sample: Annotated[Literal["skip", "stop"], "what a sample that cannot be read does"] = "skip"
 
+    dry_run: Annotated[
+        bool,
+        "tell what the run would do (data, steps, trainable parameters, memory, time, files, downloads), then end: reads no "
+        "weights, writes nothing",
+    ] = False
+
     # ---- clusters
     device: Annotated[
         Literal["auto", "cpu"],

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from data_prep.shard_format.shards import MANIFEST
 from files.shown import shown
 from qwen_image.encoders.text_encoder import MAX_TOKENS
 from train.config.train_config import TrainConfig
@@ -139,13 +142,32 @@ class RunData:
 
 
 def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset | StreamedSet:
-    """The data set of `config.data`. Raises FileNotFoundError, ValueError or another OSError with one line."""
+    """The data set of `config.data`. Raises FileNotFoundError, ValueError or another OSError with one line.
+
+    For a dry run, nothing is left behind: what is copied from remote, and an index that shards lack, lie in a folder that goes.
+    """
+    if not config.dry_run:
+        return open_set(config, config.data, config.data_cache_path, say)
+    with TemporaryDirectory(prefix="dry_run-") as scratch:
+        data = config.data
+        folder = Path(data)
+        if config.loader == "indexed" and folder.is_dir() and not (folder / MANIFEST).is_file():
+            data = f"{scratch}/shards"
+            Path(data).mkdir()
+            for file in folder.iterdir():
+                (Path(data) / file.name).symlink_to(file.absolute())
+        dataset = open_set(config, data, Path(scratch), say)
+        dataset.name = config.data
+        return dataset
+
+
+def open_set(config: TrainConfig, data: str, cache: Path, say: Callable[[str], None]) -> ShardDataset | StreamedSet:
+    """The data set at `data`, remote parts copied into `cache`."""
     try:
         if config.loader == "webdataset":
             say(WEAKER)
-            return StreamedSet(config.data, say, config.data_cache_path)
-        options = config.validation_samples, config.max_prompt_tokens, say, config.data_cache_path
-        dataset = ShardDataset(config.data, *options)
+            return StreamedSet(data, say, cache)
+        dataset = ShardDataset(data, config.validation_samples, config.max_prompt_tokens, say, cache)
     except ImportError as error:  # fsspec has the protocol, but its package is missing
         raise ValueError(f"data: {config.data} needs another package: {error}") from None
     if line := cut_captions(dataset, config.max_prompt_tokens):

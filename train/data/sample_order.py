@@ -106,6 +106,10 @@ class Order:
         self._plans: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
+    def micro_batches_by_bucket(self) -> dict[int, int]:
+        """How many an epoch has, by bucket id."""
+        return {int(bucket): int(count) for bucket, count in zip(self.bucket_ids, self._micro_batches, strict=True)}
+
     def plan(self, epoch: int) -> np.ndarray:
         """Virtual indices [M, B] of one epoch, int64. The last two plans are kept: the stream runs across epoch ends."""
         with self._lock:  # the thread that copies remote shards ahead asks too

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from qwen_image.float8.linear import FIRST_CAPABILITY
-from qwen_image.loading.model_files import ModelFiles, ModelSource, resolve_model
+from qwen_image.loading.model_files import ModelFiles, ModelSource, is_here, resolve_model
 from qwen_image.loading.safetensors_ranges import read_headers
 from qwen_image.model.dtypes import DTYPES
 from train.base_model.base_plan import BasePlan
@@ -49,6 +49,9 @@ class EncoderSizes(NamedTuple):
         text = read_headers(files["text_encoder"].weights).items()
         kept = sum(stored.numel for name, stored in text if "visual." not in name and not name.startswith("lm_head"))
         return cls(kept, sum(stored.numel for stored in read_headers(files["vae"].weights).values()))
+
+
+FULL_SIZE_ENCODERS = EncoderSizes(7_070_619_136, 126_892_531)  # Qwen-Image's; for a dry run without its files
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,9 @@ class Setup:
         encoders = None
         if not data.dataset.encoded:
             parts = ("text_encoder", "tokenizer", "vae")
-            encoders = EncoderSizes.from_files(resolve_model(ModelSource.from_options(config), parts))
+            source = ModelSource.from_options(config)
+            here = not config.dry_run or is_here(source, parts)
+            encoders = EncoderSizes.from_files(resolve_model(source, parts)) if here else FULL_SIZE_ENCODERS
         return cls(
             base,
             zero,

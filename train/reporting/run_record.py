@@ -136,8 +136,8 @@ def number(value: Any) -> float | None:
         return None
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read a run folder. Raises FileNotFoundError, with one line, for what is none."""
+def read_run(folder: Path, rows: bool = True) -> RunRecord:
+    """Read a run folder, `rows` of metrics too. Raises FileNotFoundError, with one line, for what is none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder at {shown(folder)}")
     if not any((folder / name).is_file() for name in FILES):
@@ -150,7 +150,8 @@ def read_run(folder: Path) -> RunRecord:
     run.config = read_options(folder / "config.yaml", run.remarks)
     run.versions = read_object(folder / "versions.json", run.remarks)
     for name, take in (("metrics.jsonl", run.take_row), ("events.jsonl", run.take_event)):
-        read_rows(folder / name, take, run.remarks)
+        if rows or name == "events.jsonl":
+            read_rows(folder / name, take, run.remarks)
     run.events += run._late
     missing = sum(run.event_counts.values()) - len(run.events)
     if missing > 0:
