@@ -39,9 +39,13 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from train.base_model.online_encoder import OnlineEncoder
+    from train.config.zero_plan import ZeroPlan
     from train.data.batch import Batch
+    from train.data.from_config import RunData
     from train.data.worker_loader import Batches
     from train.fit.activation_checkpointing import PeakWatch
+    from train.fit.memory_plan import Setup
+    from train.lora.spec import LoraSpec
     from train.process.preemption import Preemption
     from train.process.ranks import Ranks
     from train.saving.checkpoints import Checkpoints, Resumed
@@ -123,20 +127,31 @@ def join(config: TrainConfig, leaving: ExitStack) -> tuple[Ranks, Preemption, Wa
     return ranks, Preemption(), watchdog
 
 
+def plan(config: TrainConfig, ranks: Ranks) -> tuple[ZeroPlan, RunData, LoraSpec, Setup]:
+    """How ZeRO divides, what the data is, the LoRA, and the base as it will lie in memory; told. A collective."""
+    from train.config.zero_plan import ZeroPlan
+    from train.data.from_config import RunData
+    from train.fit.base_choice import choose_base
+    from train.fit.memory_plan import Setup
+    from train.lora.spec import LoraSpec
+
+    zero = ZeroPlan.from_config(config, ranks.world)
+    data = RunData.from_config(config, ranks)
+    spec = LoraSpec.from_config(config)
+    setup = choose_base(Setup.from_config(config, zero, spec, data, ranks), ranks)
+    ranks.say(*zero.warnings(), *setup.base.lines(ranks.device))
+    return zero, data, spec, setup
+
+
 def train(config: TrainConfig, leaving: ExitStack) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
     from train.base_model.load_pipeline import load_pipeline
     from train.base_model.online_encoder import OnlineEncoder
-    from train.config.zero_plan import ZeroPlan
-    from train.data.from_config import RunData
     from train.engine.deepspeed_engine import initialize
     from train.engine.optimizer import AdamW
-    from train.fit.base_choice import choose_base
     from train.fit.cheapest_change import check_memory
     from train.fit.fit_step import fit_step
-    from train.fit.memory_plan import Setup
     from train.flow.timestep_sampling import SigmaSampling
-    from train.lora.spec import LoraSpec
     from train.process.node_health import check_size
     from train.reporting.dry_run import dry_run
     from train.reporting.start_facts import start_facts
@@ -151,13 +166,9 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
     ranks, preemption, watchdog = join(config, leaving)
-    zero = ZeroPlan.from_config(config, ranks.world)
-    data = RunData.from_config(config, ranks)
-    spec = LoraSpec.from_config(config)
-    setup = choose_base(Setup.from_config(config, zero, spec, data, ranks), ranks)
-    ranks.say(*zero.warnings(), *setup.base.lines(ranks.device))
+    zero, data, spec, setup = plan(config, ranks)
     if config.dry_run:
-        return dry_run(config, spec, setup, data, ranks)
+        return dry_run(config, spec, setup, data, ranks, partial(check_room, config, setup.trainable, data.steps))
     identity = setup.base.identity() | spec.identity() | data.identity() | config.identity(**data.decided)
     checkpoints = Checkpoints.from_config(config, ranks.say)
     found = checkpoints.find(config.resume)

@@ -20,7 +20,7 @@ DOORS = {
     "flow/timestep_sampling.py",
     "lora/spec.py",
     "process/watchdog.py",
-    "reporting/story.py",
+    "reporting/dry_run.py",
     "saving/checkpoints.py",
     "saving/lora_export.py",
     "saving/run_folder.py",
@@ -28,7 +28,16 @@ DOORS = {
     "watching/metrics.py",
     "watching/sample_images.py",
 }
-ENTRIES = {"fit_step", "graphs_policy", "prepare_run_folder", "check_room", "needed_bytes", "open_data", "make_order"}
+ENTRIES = {
+    "fit_step",
+    "graphs_policy",
+    "prepare_run_folder",
+    "check_room",
+    "needed_bytes",
+    "open_data",
+    "make_order",
+    "dry_run",
+}
 READERS = {"from_config", "from_options"}  # a door's constructor; qwen_image's ModelSource, which reads flags too
 
 

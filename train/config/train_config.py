@@ -354,3 +354,6 @@ class TrainConfig:
 
 HINTS: dict[str, Any] = typing.get_type_hints(TrainConfig, include_extras=True)
 REQUIRED = [field.name for field in dataclasses.fields(TrainConfig) if field.default is dataclasses.MISSING]
+DEFAULTS: dict[str, Any] = {  # of the options that have one
+    field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default is not dataclasses.MISSING
+}

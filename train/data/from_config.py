@@ -142,36 +142,37 @@ class RunData:
 
 
 def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset | StreamedSet:
-    """The data set of `config.data`. Raises FileNotFoundError, ValueError or another OSError with one line.
+    """The data set of `config.data`. Raises FileNotFoundError, ValueError or another OSError with one line."""
+    if config.loader == "webdataset":
+        say(WEAKER)
+    held_out, tokens = config.validation_samples, config.max_prompt_tokens
 
-    For a dry run, nothing is left behind: what is copied from remote, and an index that shards lack, lie in a folder that goes.
-    """
-    if not config.dry_run:
-        return open_set(config, config.data, config.data_cache_path, say)
-    with TemporaryDirectory(prefix="dry_run-") as scratch:
-        data = config.data
-        folder = Path(data)
-        if config.loader == "indexed" and folder.is_dir() and not (folder / MANIFEST).is_file():
-            data = f"{scratch}/shards"
-            Path(data).mkdir()
-            for file in folder.iterdir():
-                (Path(data) / file.name).symlink_to(file.absolute())
-        dataset = open_set(config, data, Path(scratch), say)
-        dataset.name = config.data
-        return dataset
-
-
-def open_set(config: TrainConfig, data: str, cache: Path, say: Callable[[str], None]) -> ShardDataset | StreamedSet:
-    """The data set at `data`, remote parts copied into `cache`."""
-    try:
+    def opened(data: str, cache: Path) -> ShardDataset | StreamedSet:
         if config.loader == "webdataset":
-            say(WEAKER)
             return StreamedSet(data, say, cache)
-        dataset = ShardDataset(data, config.validation_samples, config.max_prompt_tokens, say, cache)
+        return ShardDataset(data, held_out, tokens, say, cache)
+
+    try:
+        dataset = without_traces(config.data, opened) if config.dry_run else opened(config.data, config.data_cache_path)
     except ImportError as error:  # fsspec has the protocol, but its package is missing
         raise ValueError(f"data: {config.data} needs another package: {error}") from None
-    if line := cut_captions(dataset, config.max_prompt_tokens):
+    if isinstance(dataset, ShardDataset) and (line := cut_captions(dataset, tokens)):
         say(line)
+    return dataset
+
+
+def without_traces(data: str, opened: Callable[[str, Path], ShardDataset | StreamedSet]) -> ShardDataset | StreamedSet:
+    """For a dry run: what is copied from remote, and an index that local shards lack, lie in a folder that goes."""
+    folder = Path(data)
+    with TemporaryDirectory(prefix="dry_run-") as scratch:
+        place = data
+        if folder.is_dir() and not (folder / MANIFEST).is_file():
+            place = f"{scratch}/shards"
+            Path(place).mkdir()
+            for file in folder.iterdir():
+                (Path(place) / file.name).symlink_to(file.absolute())
+        dataset = opened(place, Path(scratch))
+    dataset.name = data
     return dataset
 
 

@@ -4,7 +4,9 @@ Whatever refuses a run early (data, options, memory, disk, a checkpoint of anoth
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 from data_prep.shard_format.shards import Bucket
 from files.shown import shown, shown_bytes
@@ -22,49 +24,84 @@ from train.process.exit_codes import DONE
 from train.process.free_memory import GIB
 from train.process.node_health import CPU_PARAMETERS
 from train.process.ranks import Ranks
-from train.reporting.expected_time import expected_time
+from train.reporting.expected_time import Expectation, expected_time
 from train.reporting.start_facts import start_facts, trainable_groups
 from train.reporting.story import duration
 from train.saving.checkpoints import Checkpoints
-from train.saving.run_folder import check_room, needed_bytes
 
+MODEL_PARTS, ENCODER_PARTS = ("transformer", "scheduler"), ("text_encoder", "tokenizer", "vae")
 BUCKETS = 16
 FILES = 8
 CARDS = (24, 48, 80)  # GiB, for a machine without a GPU
 
 
-def dry_run(config: TrainConfig, spec: LoraSpec, setup: Setup, data: RunData, ranks: Ranks) -> int:
-    """Tell what the run would do; returns the exit code. A collective. Raises what refuses the run."""
-    steps_done = 0
+class Written(NamedTuple):
+    """What the run folder will hold: a LoRA file each `save_steps`, sample images each `sample_steps` (None: never)."""
+
+    folder: Path
+    file_bytes: int
+    save_steps: int
+    sample_steps: int | None
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, trainable: int) -> "Written":
+        every = config.sample_every if config.sample_prompts else None
+        return cls(config.output_path, trainable * DTYPES[config.save_dtype].itemsize, config.save_steps, every)
+
+    def lines(self, steps: int, needed: int) -> Iterator[str]:
+        """For a run of so many `steps` that saves `needed` bytes."""
+        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        numbered = (steps - 1) // self.save_steps if self.save_steps else 0
+        files = "lora.safetensors" + (f" and {numbered:,} of earlier steps, each" if numbered else "")
+        pictures = ""
+        if self.sample_steps is not None:
+            pictures = f", sample images {max(1, steps // self.sample_steps if self.sample_steps else 1):,} times"
+        size = shown_bytes(self.file_bytes)
+        yield f"files: {files} of {size}, checkpoints{pictures}: {shown_bytes(needed)} without the images"
+        free = shown_bytes(shutil.disk_usage(nearest).free)
+        yield f"run folder: {shown(self.folder)}{'' if self.folder.exists() else ' (new)'}, {free} free"
+
+
+def dry_run(
+    config: TrainConfig, spec: LoraSpec, setup: Setup, data: RunData, ranks: Ranks, check_room: Callable[[], int]
+) -> int:
+    """Tell what the run would do; returns the exit code. A collective. Raises what refuses the run.
+
+    `check_room`: of train/saving/run_folder.py for this run.
+    """
+    accumulation, source, steps_done = config.gradient_accumulation_steps, ModelSource.from_options(config), 0
     if setup.base.here:
         if data.dataset.encoded:
-            check_data(setup.base.source, data.dataset, setup.base.empty.config.joint_attention_dim)
+            check_data(source, data.dataset, setup.base.empty.config.joint_attention_dim)
         identity = setup.base.identity() | spec.identity() | data.identity() | config.identity(**data.decided)
         checkpoints = Checkpoints.from_config(config, ranks.say)
         found = checkpoints.find(config.resume)
         if checkpoints.is_finished(found, data.steps, identity, config.resume_ignore_data):
             return DONE
         steps_done = 0 if found is None else min(found.step, data.steps)
-    ranks.say("dry run: no weights are read, nothing is written")
-    ranks.say(*data_lines(data), *data.lines())
+    ranks.say("dry run: no weights are read, nothing is written", *data_lines(data), *data.lines())
     if steps_done:
         ranks.say(f"goes on from the checkpoint of step {steps_done}: {data.steps - steps_done} steps are left")
     ranks.say(*lora_lines(spec, setup))
     memory = check_memory(setup, ranks)
     ranks.say(*without_gpu(setup, ranks))
-    check_room(config, setup.trainable, data.steps)
+    needed = check_room()
     facts = start_facts(setup, spec, data, memory, ranks)
-    expected = expected_time(config.output_path, facts, setup, config.gradient_accumulation_steps)
-    if expected is None:
-        ranks.say("time: unknown; no earlier run of its like on this hardware lies beside the run folder")
-    else:
-        start = f", after {duration(expected.start)} of start" if expected.start else ""
-        whole = duration(expected.step * (data.steps - steps_done))
-        ranks.say(f"time: about {whole}{start} ({expected.step:.3g} s a step; {expected.source})")
-    ranks.say(*output_lines(config, setup, data))
-    ranks.say(*download_lines(config, data) if ranks.is_main else ())
+    expected = expected_time(config.output_path, facts, setup, accumulation)
+    ranks.say(time_line(expected, data.steps - steps_done))
+    ranks.say(*Written.from_config(config, setup.trainable).lines(data.steps, needed))
+    if ranks.is_main:
+        parts = MODEL_PARTS + (ENCODER_PARTS if config.sample_prompts or not data.dataset.encoded else ())
+        ranks.say(*model_lines(source, parts), *shard_lines(data, config.data_cache_gb))
     ranks.say("done: nothing was written; the same command without --dry_run trains")
     return DONE
+
+
+def time_line(expected: Expectation | None, steps: int) -> str:
+    if expected is None:
+        return "time: unknown; no earlier run of its like on this hardware lies beside the run folder"
+    start = f", after {duration(expected.start)} of start" if expected.start else ""
+    return f"time: about {duration(expected.step * steps)}{start} ({expected.step:.3g} s a step; {expected.source})"
 
 
 def data_lines(data: RunData) -> Iterator[str]:
@@ -122,43 +159,26 @@ def without_gpu(setup: Setup, ranks: Ranks) -> Iterator[str]:
         yield f"  {card:>3} GiB: {verdict}, about {plan.bytes / GIB:.1f} GiB ({told})"
 
 
-def output_lines(config: TrainConfig, setup: Setup, data: RunData) -> Iterator[str]:
-    """What will lie in the run folder, and how much is free for it."""
-    folder = config.output_path
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    needed = needed_bytes(config, setup.trainable, data.steps)
-    one = setup.trainable * DTYPES[config.save_dtype].itemsize
-    numbered = (data.steps - 1) // config.save_steps if config.save_steps else 0
-    files = "lora.safetensors" + (f" and {numbered:,} of earlier steps, each" if numbered else "")
-    pictures = ""
-    if config.sample_prompts:
-        times = data.steps // config.sample_every if config.sample_every else 1
-        pictures = f", sample images {max(1, times):,} times"
-    free = shown_bytes(shutil.disk_usage(nearest).free)
-    yield f"files: {files} of {shown_bytes(one)}, checkpoints{pictures}: {shown_bytes(needed)} without the images"
-    yield f"run folder: {shown(folder)}{'' if folder.exists() else ' (new)'}, {free} free"
+def model_lines(source: ModelSource, parts: tuple[str, ...]) -> Iterator[str]:
+    """What would be fetched of the model."""
+    if is_here(source, parts):
+        yield "download: nothing of the model"
+        return
+    try:
+        files = to_download(source, parts)
+    except FileNotFoundError as error:
+        yield f"download: {error}"
+        return
+    whole = shown_bytes(sum(size for _, size in files))
+    yield f"download: {whole} of {source.model}, in {len(files)} files, into the hub's cache"
+    for name, size in sorted(files, key=lambda file: -file[1])[:FILES]:
+        yield f"  {shown_bytes(size):>8}  {shown(name)}"
 
 
-def download_lines(config: TrainConfig, data: RunData) -> Iterator[str]:
-    """What would be fetched: the model's files that aren't in the cache, and remote shards."""
-    source = ModelSource.from_options(config)
-    parts: tuple[str, ...] = ("transformer", "scheduler")
-    if not data.dataset.encoded or config.sample_prompts:
-        parts += ("text_encoder", "tokenizer", "vae")
-    files: list[tuple[str, int]] = []
-    if not is_here(source, parts):
-        try:
-            files = to_download(source, parts)
-        except FileNotFoundError as error:
-            yield f"download: {error}; memory and parameters above are those of every Qwen-Image"
-        if files:
-            whole = shown_bytes(sum(size for _, size in files))
-            yield f"download: {whole} of {source.model}, in {len(files)} files, into the hub's cache"
-            for name, size in sorted(files, key=lambda file: -file[1])[:FILES]:
-                yield f"  {shown_bytes(size):>8}  {shown(name)}"
-    elif "://" not in config.data:
-        yield "download: nothing"
-    if "://" in config.data:
+def shard_lines(data: RunData, cache_gb: float) -> Iterator[str]:
+    """What would be fetched of a remote data set."""
+    name = data.dataset.name
+    if "://" in name:
         size = sum(shard.bytes for shard in data.dataset.manifest.shards)
-        kept = min(size / 1e9, config.data_cache_gb)
-        yield f"download: shards of {shown_bytes(size)} from {shown(config.data)}, up to {kept:.3g} GB kept in the cache"
+        kept = shown_bytes(min(size, cache_gb * 1e9))
+        yield f"download: shards of {shown_bytes(size)} from {shown(name)}, up to {kept} kept in the cache"

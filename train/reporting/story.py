@@ -191,16 +191,13 @@ def differences(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
 
 def chosen_options(run: RunRecord) -> list[tuple[str, str]]:
     """Options that differ from the trainer's defaults; those that have none always."""
-    from dataclasses import MISSING, fields
+    from train.config.train_config import DEFAULTS
 
-    from train.config.train_config import TrainConfig
-
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
     found = []
     for name, value in run.config.items():
-        default: Any = defaults.get(name, MISSING)
+        default = DEFAULTS.get(name)
         plain = list(default) if isinstance(default, tuple) else default
-        if plain is MISSING or shown_option(plain) != shown_option(value):
+        if name not in DEFAULTS or shown_option(plain) != shown_option(value):
             found.append((name, shown_option(value)))
     return found
 

@@ -18,8 +18,8 @@ from train.config.train_config import TrainConfig
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "pyarrow", "wandb")
 
 
-def check_room(config: TrainConfig, trainable: int, steps: int) -> None:
-    """Can the run folder be written to, and is there room for what the run will save? Leaves nothing behind.
+def check_room(config: TrainConfig, trainable: int, steps: int) -> int:
+    """The bytes that the run will save, if its folder can be written to and has room for them. Leaves nothing behind.
 
     Args:
         trainable: parameters, and `steps`: optimizer steps of the run: what LoRA files and checkpoints will take.
@@ -39,6 +39,7 @@ def check_room(config: TrainConfig, trainable: int, steps: int) -> None:
             f"output_path: {shown(folder)} has {shown_bytes(free)} left, the run needs {shown_bytes(needed)}: "
             "free some, or save less (--keep_checkpoints, --save_steps)"
         )
+    return needed
 
 
 def prepare_run_folder(
