@@ -52,7 +52,8 @@ def fit_step(
     checkpointing = plan_checkpointing(policy, module, data.largest, with_graphs, device, instead)
     start_clock.reached("trial steps")
     batches = (data.steps - steps_done) * accumulation
-    graphs = start_graphs(graphs_policy(config), module, data.largest, data.shapes, batches, device, added)
+    to_come = added + setup.trainable * (setup.lora_dtype.itemsize + 4)  # gradients, and the same in float32
+    graphs = start_graphs(graphs_policy(config), module, data.largest, data.shapes, batches, device, to_come)
     start_clock.reached("graphs")
     return Fit(checkpointing, data.largest, device, [*checkpointing.lines(), *graphs])
 

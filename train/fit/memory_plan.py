@@ -34,7 +34,7 @@ from train.process.ranks import Ranks, ranks_here
 # on one H100 (bf16, 60 blocks, LoRA on q, k and v, four shapes of 4,224 to 9,216 tokens).
 SAVED_PER_BLOCK = 11.12
 WORK = 6  # the same measurement: so many at the peak besides, gradients within a block and the end of the model
-GRAPHS_BYTES = 128 << 20  # CUDA graphs: what their own pool of memory takes more, besides a second LoRA gradient
+GRAPHS_BYTES = 128 << 20  # CUDA graphs: what their own pool of memory takes more than the step does without them
 
 
 class EncoderSizes(NamedTuple):
@@ -240,8 +240,12 @@ def plan_memory(setup: Setup, machine: Machine) -> MemoryPlan:
 
 
 def graphs_bytes(setup: Setup) -> int:
-    """What CUDA graphs hold besides what the step holds without them: the buffer that gradients leave through, and a rest."""
-    return setup.trainable * setup.lora_dtype.itemsize + GRAPHS_BYTES if setup.cuda_graphs else 0
+    """What a step takes more by replaying CUDA graphs.
+
+    The memory of their activations serves nothing else, so what an optimizer step otherwise puts there comes on top: the
+    buffer that gradients leave through, its copy, and the same in float32.
+    """
+    return setup.trainable * (2 * setup.lora_dtype.itemsize + 4) + GRAPHS_BYTES if setup.cuda_graphs else 0
 
 
 def place_encoders(setup: Setup, machine: Machine, on_device: dict[str, int], on_host: dict[str, int]) -> EncoderPlace:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwen_image.model.conditioning import Prompt
-from qwen_image.model.modulation import replace_by_table
+from qwen_image.model.modulation import RecordedModulation, modulation_of, replace_by_table
 from qwen_image.model.modulation_table import time_inputs
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
 from train.lora.inject import inject_lora
@@ -82,3 +82,14 @@ def test_refused_when_lora_reaches_the_modulation(tiny_model, target):
     inject_lora(transformer, LoraSpec((target,), 2, 2))
     with pytest.raises(ValueError, match="needs frozen modulation"):
         replace_by_table(transformer, GRID)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_recorded_is_bit_equal_to_launched(tiny_model):
+    transformer = load(tiny_model, torch.bfloat16).transformer.cuda()
+    with torch.no_grad():
+        embedded = [transformer.embed_time(time) for time in torch.tensor([0.1, 0.5, 0.9]).cuda().bfloat16().split(1)]
+        blocks = list(transformer.transformer_blocks)
+        recorded = RecordedModulation(blocks[0], embedded)
+        for block in [*blocks, blocks[0]]:
+            assert torch.equal(recorded(block), modulation_of(block, embedded))

@@ -104,3 +104,12 @@ def test_what_the_engine_will_add() -> None:
     assert added(resumed=True, steps=4) == 4 * LORA + 2 * 50_000_000
     assert added(zero=replace(zero, offload_optimizer=True)) == 2 * 50_000_000
     assert added(zero=replace(zero, overlap_comm=True), resumed=True) == 4 * 50_000_000
+
+
+def test_cuda_graphs_take_a_second_gradient_and_float32_ones() -> None:
+    """Measured on a card capped at 8 GiB: 5.4 GiB after capturing, 6.4 in the optimizer's first step."""
+    with_graphs = plan("zero2", 1, tabulated=True, cuda_graphs=True)
+    without = plan("zero2", 1, tabulated=True)
+    assert without.device["CUDA graphs"] == 0
+    assert with_graphs.device["CUDA graphs"] == LORA * (2 * 2 + 4) + (128 << 20)
+    assert with_graphs.bytes - without.bytes == with_graphs.device["CUDA graphs"]
