@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from train.process.preemption import Preemption
     from train.process.ranks import Ranks
     from train.saving.checkpoints import Checkpoints, Resumed
+    from train.saving.keep_best import Best
     from train.saving.lora_export import LoraExport
     from train.watching.metrics import Metrics
     from train.watching.sample_images import Preview
@@ -156,6 +157,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     from train.reporting.dry_run import dry_run
     from train.reporting.start_facts import start_facts
     from train.saving.checkpoints import Checkpoints
+    from train.saving.keep_best import Best
     from train.saving.lora_export import LoraExport
     from train.saving.run_folder import check_room, prepare_run_folder
     from train.saving.run_folder_lock import lock_run_folder
@@ -187,14 +189,15 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     options = StepOptions.from_config(config, setup.base.float8, ranks.device, setup.checkpointed_blocks)
     assert pipeline.transformer is not None
     step = build_step(pipeline.transformer, spec, options, ranks.say)
-    engine = initialize(step.module, AdamW.from_config(config), zero)
+    engine = initialize(step.module, AdamW.from_config(config), zero, config.ema_decay)
     export = LoraExport.from_config(config, spec, pipeline.files, data.dataset.fingerprint, ranks)
-    validation = Validation(data.dataset, encoder, ranks.rank, ranks.world, ranks.device)
+    validation = Validation.from_config(config, data.dataset, encoder, ranks)
 
     # ── Going on where an earlier run stopped; then numbers, and what is fastest that fits ────────────────────────────
     resumed = checkpoints.resume(engine, found, identity, config.resume_ignore_data)
     facts = prepare_run_folder(config, zero.settings, data.decided, ranks.is_main) | {"trainable": setup.trainable}
     export.write_again(engine, resumed.step, data.steps)
+    best = Best.resumed(config.keep_best, resumed.best, config.output_path, ranks.say)
     ranks.say(*data.lines(), spec.line(len(step.adapted), setup.trainable))
     fit = fit_step(config, setup, step.module, data, resumed.step, ranks.device)
     ranks.say(*step.lines, *fit.lines)
@@ -206,7 +209,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.warn)
     guards = fit.peak_watch(metrics.say), preemption, watchdog
     loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, *guards)
-    return loop.run(Outputs(validation, preview, export, checkpoints, identity))
+    return loop.run(Outputs(validation, preview, export, best, checkpoints, identity))
 
 
 class Outputs(NamedTuple):
@@ -215,6 +218,7 @@ class Outputs(NamedTuple):
     validation: Validation
     preview: Preview
     export: LoraExport
+    best: Best
     checkpoints: Checkpoints
     identity: dict[str, Any]
 
@@ -242,12 +246,14 @@ class Loop:
         watchdog: Watchdog,
     ) -> None:
         from train.engine.lr_scheduler import LearningRate
+        from train.engine.optimizer_state import ema_of
         from train.saving.checkpoint_clock import CheckpointClock
         from train.watching.loss_watch import LossWatch
 
         self.config, self.total_steps, self.step, self.saved = config, total_steps, resumed.step, resumed.step
         self.engine, self.encoder, self.loader, self.metrics = engine, encoder, loader, metrics
         self.peak, self.preemption, self.watchdog = peak, preemption, watchdog
+        self.ema = ema_of(engine)
         self.checkpoint_clock = CheckpointClock(config.checkpoint_minutes)
         self.learning_rate = LearningRate.from_config(config, total_steps)
         self.watch = LossWatch(partial(metrics.say, kind="skip"), engine.device, resumed.loss)
@@ -268,7 +274,7 @@ class Loop:
         written_every = config.validate_every, config.sample_every, config.save_steps, config.checkpoint_every
         batches, code = iter(self.loader), DONE
         if self.step == 0:
-            self.validate(outputs.validation)
+            self.validate(outputs)
         start_clock.reached("validation")
         self.engine.train()
         self.preemption.begin()
@@ -280,7 +286,7 @@ class Loop:
                     raise
                 if self.step > self.saved:
                     self.write(outputs, checkpoint=True)
-                return self.end(outputs.export, asked.agreed.exit_code)
+                return self.end(outputs, asked.agreed.exit_code)
             self.watchdog.stepped()
             if self.step == self.first_step + 1:
                 metrics.started(self.step)
@@ -301,7 +307,7 @@ class Loop:
                     self.write(outputs, checkpoint)
             if agreed >= Agreed.LEAVE and self.step < self.total_steps:
                 code = agreed.exit_code
-        return self.end(outputs.export, code)
+        return self.end(outputs, code)
 
     def optimizer_step(self, batches: Iterator[Batch]) -> None:
         """Forward and backward pass of each micro-batch, then AdamW. Waits for nothing."""
@@ -320,7 +326,9 @@ class Loop:
             self.learning_rate.set(self.engine, self.step)
             self.engine.step()
         self.step += 1
-        self.watch.stepped(self.step, self.engine)
+        applied = self.watch.stepped(self.step, self.engine)
+        if self.ema is not None:
+            self.ema.update(self.step, applied)
 
     def is_alone(self) -> bool:
         """Whether no other rank has to take part in saving: then it may be done in the midst of a step."""
@@ -335,7 +343,7 @@ class Loop:
     def write(self, outputs: Outputs, checkpoint: bool) -> None:
         """What is due at this step, in this order; a checkpoint also when `checkpoint` (the run leaves, or time is up)."""
         if self.due(self.config.validate_every):
-            self.validate(outputs.validation)
+            self.validate(outputs)
         if self.due(self.config.sample_every):
             with self.metrics.paused():
                 grid = outputs.preview.write(self.step)
@@ -348,7 +356,7 @@ class Loop:
         if checkpoint or self.due(self.config.checkpoint_every):
             with self.metrics.paused():
                 progress = {"consumed": self.loader.consumed, "loss": self.watch.state()}
-                state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id}
+                state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id, "best": outputs.best.state()}
                 written = outputs.checkpoints.save(self.engine, self.step, state)
             if written is not None:
                 self.saved = self.step
@@ -362,16 +370,30 @@ class Loop:
         if self.config.report == "auto" and self.metrics.active:
             self.metrics.say(report_at_the_end(self.config.output_path))
 
-    def validate(self, validation: Validation) -> None:
-        if len(validation):
-            with self.metrics.paused():
-                self.metrics.record(self.step, validation_loss=validation.loss(self.engine.module))
+    def validate(self, outputs: Outputs) -> None:
+        """Measure, and keep the LoRA if it is the best so far."""
+        from train.engine.averaged_weights import averaged_weights
 
-    def end(self, export: LoraExport, code: int) -> int:
+        validation, best, module = outputs.validation, outputs.best, self.engine.module
+        if not len(validation):
+            return
+        with self.metrics.paused():
+            found = validation.measure(module)
+            if self.ema is not None and self.step > 0:  # before the first step it is the weights
+                with averaged_weights(self.engine):
+                    found |= validation.measure(module, "ema_")
+            self.metrics.record(self.step, **found)
+            if "validation_loss" in found and best.improves(
+                self.step, found["validation_loss"], found.get("ema_validation_loss")
+            ):
+                outputs.export.write_best(self.engine, best)
+
+    def end(self, outputs: Outputs, code: int) -> int:
         """The one ending: the LoRA if the run is done, files that are being written, a last line, then all is closed."""
         from train.process.free_memory import peak_bytes
         from train.step.speedups import shapes_met
 
+        export = outputs.export
         self.watchdog.begin("the last files", LONG_SECONDS)
         self.preemption.end()
         if code in (PREEMPTED, INTERRUPTED):
@@ -383,6 +405,8 @@ class Loop:
             path = export.write_final(self.engine, self.step)
             notes = [f"LoRA of step {self.step}: {path}", *shapes_met(self.engine.module), *export.notes(path)]
             self.metrics.say("; ".join(notes), "saved")
+            if best := outputs.best.line():
+                self.metrics.say(best, "saved")
             steps = self.step - self.first_step
             line = last_lines.done(time.monotonic() - self.began, steps, path, self.config.model, self.loader.broken)
         export.finish()

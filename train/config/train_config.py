@@ -161,6 +161,11 @@ class TrainConfig:
         "constant"
     )
     lr_warmup_steps: Annotated[Whole, "optimizer steps of linear warm-up from 0"] = 0
+    ema_decay: Annotated[
+        Annotated[float, Interval(ge=0.0, le=0.9999999)] | None,
+        "keep an exponential moving average of the LoRA's float32 weights too (0.99 spans some 100 steps), with validation, "
+        "sample images and files of its own; not given: none",
+    ] = None
     seed: Annotated[Whole, "of the order, the noise, sigma, caption dropout and the initial LoRA weights"] = 0
 
     # ---- memory
@@ -257,6 +262,15 @@ class TrainConfig:
     validation_steps: Annotated[
         Whole | None, "steps between validations; 0 = at the end only; not given: save_steps"
     ] = None
+    validation_training_samples: Annotated[
+        Whole | None,
+        "training samples that are measured in the same way, so that the gap between the two losses shows over-training; 0 = "
+        "none; not given: as many as validation_samples",
+    ] = None
+    keep_best: Annotated[
+        bool,
+        "keep the LoRA with the lowest validation loss as lora-best.safetensors (with ema_decay the better of both)",
+    ] = False
 
     # ---- sampling
     sample_prompts: Annotated[tuple[str, ...], "prompts of the sample images (repeat the flag; a list in YAML)"] = ()
@@ -282,7 +296,7 @@ class TrainConfig:
             raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must not be above max_steps ({self.max_steps})")
         if self.lora_dtype == "bfloat16" and self.dtype == "float32":
             raise ValueError("lora_dtype bfloat16 needs dtype bfloat16, got dtype float32")
-        if self.loader == "webdataset" and (self.max_steps is None or self.validation_samples):
+        if self.loader == "webdataset" and (self.max_steps is None or self.validation_samples or self.watched_samples):
             raise ValueError(
                 "loader webdataset knows no epochs and can't hold samples out: give max_steps, and no validation_samples"
             )
@@ -292,6 +306,8 @@ class TrainConfig:
                 f"lora_alpha ({self.alpha:g}) with lora_rank {self.lora_rank} scales the update by {scale:g}; it must be "
                 "between 1e-06 and 1e+06"
             )
+        if self.keep_best and not self.validation_samples:
+            raise ValueError("keep_best chooses by the validation loss: give validation_samples, 4 for instance")
         if self.lora_dora and self.lora_format in ("diffsynth", "kohya"):
             raise ValueError(
                 f"lora_format {self.lora_format} has no name for the magnitudes of lora_dora: use diffusers or comfyui"
@@ -319,6 +335,12 @@ class TrainConfig:
     def validate_every(self) -> int:
         """Optimizer steps between two validations; 0 = at the end only."""
         return self.save_steps if self.validation_steps is None else self.validation_steps
+
+    @property
+    def watched_samples(self) -> int:
+        """Training samples that are validated beside those held out."""
+        given = self.validation_training_samples
+        return self.validation_samples if given is None else given
 
     @property
     def sample_every(self) -> int:
@@ -353,6 +375,11 @@ class TrainConfig:
 
 
 HINTS: dict[str, Any] = typing.get_type_hints(TrainConfig, include_extras=True)
+DEFAULTS: dict[str, Any] = {  # as `to_dict` gives them
+    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for field in dataclasses.fields(TrainConfig)
+    if field.default is not dataclasses.MISSING and not isinstance(field.default, Path)
+}
 REQUIRED = [field.name for field in dataclasses.fields(TrainConfig) if field.default is dataclasses.MISSING]
 DEFAULTS: dict[str, Any] = {  # of the options that have one
     field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default is not dataclasses.MISSING

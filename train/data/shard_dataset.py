@@ -110,6 +110,11 @@ class ShardDataset:
         """The order of training over everything that isn't held out."""
         return Order(self.index.bucket, self.index.shard, batch_size, seed, window, tail, repeat, self.training)
 
+    def training_subset(self, count: int) -> np.ndarray:
+        """Sorted indices of `count` training samples (all, where there are fewer), chosen as those held out are: the next."""
+        chosen = held_out(self.folder, len(self.validation) + count)
+        return np.setdiff1d(chosen, self.validation)
+
     def read(self, index: int) -> Sample:
         """One sample. Raises BrokenSample when it can't be read or isn't what the index says, Unreachable for a dead remote."""
         key = f"sample {index}"

@@ -7,19 +7,21 @@ import torch
 from torch import nn
 
 from train.config.zero_plan import ZeroPlan
+from train.engine.ema import Ema
 from train.engine.optimizer import AdamW
-from train.engine.optimizer_state import WEIGHT, gather, trainable_shapes
+from train.engine.optimizer_state import WEIGHT, flat_masters, gather, trainable_shapes
 from train.engine.zero2_step import can_judge_on_device, judge_on_device, lighten
 from train.process import start_clock
 from train.step.flat_parameter import link
 from train.step.flow_matching_module import FlowMatchingModule
 
 
-def initialize(module: nn.Module, adamw: AdamW, zero: ZeroPlan) -> Any:
+def initialize(module: nn.Module, adamw: AdamW, zero: ZeroPlan, ema_decay: float | None = None) -> Any:
     """Wrap `module` into a DeepSpeed engine that trains its parameters with requires_grad; returns the engine.
 
     The engine runs stage 2: what is trained is small, and where the frozen weights lie is not its matter. Its optimizer gets
-    the trained weights of a FlowMatchingModule as one flat parameter.
+    the trained weights of a FlowMatchingModule as one flat parameter. With `ema_decay` it gets an attribute `ema` (an Ema),
+    which whoever steps updates.
     """
     import deepspeed
 
@@ -40,16 +42,18 @@ def initialize(module: nn.Module, adamw: AdamW, zero: ZeroPlan) -> Any:
         lighten(engine.optimizer)
         if can_judge_on_device(engine.optimizer):
             judge_on_device(engine.optimizer)
+    if ema_decay is not None:
+        engine.ema = Ema(flat_masters(engine), ema_decay)
     start_clock.reached("engine")
     return engine
 
 
-def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
+def whole_weights(engine: Any, kind: str = WEIGHT) -> dict[str, torch.Tensor]:
     """float32 master weights of the trainable parameters by their name in the module: on the CPU of rank 0, {} elsewhere.
 
-    A collective over these parameters alone; nothing frozen moves.
+    With the kind EMA their moving averages. A collective over these parameters alone; nothing frozen moves.
     """
-    (flat,) = gather(engine, [WEIGHT])
+    (flat,) = gather(engine, [kind])
     if flat is None:
         return {}
     shapes = trainable_shapes(engine)

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-WEIGHT = "weight"  # the kind of tensor that is the master weight; the other kinds are the optimizer's (exp_avg, …)
+from train.engine.ema import EMA, Ema
+
+WEIGHT = "weight"  # the kind of tensor that is the master weight; others are EMA and the optimizer's (exp_avg, …)
 CHUNK_BYTES = 16 << 20  # of all ranks together, in one gather
 
 
@@ -104,12 +106,29 @@ def read_counters(engine: Any) -> dict[str, float]:
 
 def read_kinds(engine: Any) -> list[str]:
     """WEIGHT and the optimizer's kinds of tensor, the same list on all ranks."""
-    here = {WEIGHT}
+    here = {WEIGHT} if ema_of(engine) is None else {WEIGHT, EMA}
     for flat, state in engine.optimizer.optimizer.state.items():
         here |= {key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape}
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
     return [WEIGHT, *sorted(set().union(*everywhere) - {WEIGHT})]
+
+
+def ema_of(engine: Any) -> Ema | None:
+    """The moving average that `initialize` gave the engine, if the run keeps one."""
+    return vars(engine).get("ema")
+
+
+def held(engine: Any, flat: torch.Tensor, kind: str) -> torch.Tensor:
+    """The tensor of a kind that is laid out as this rank's master buffer `flat` is."""
+    if kind == WEIGHT:
+        return flat
+    if kind == EMA:
+        ema = ema_of(engine)
+        assert ema is not None, "this engine keeps no moving average"
+        return ema.averages[flat]
+    found: torch.Tensor = engine.optimizer.optimizer.state[flat][kind]
+    return found
 
 
 def gather(engine: Any, kinds: list[str]) -> Iterator[torch.Tensor | None]:
@@ -127,9 +146,8 @@ def gather(engine: Any, kinds: list[str]) -> Iterator[torch.Tensor | None]:
     places = [runs([(first[name] + start, numel) for name, start, numel in rank]) for rank in layout]
     covered = sum(numel for rank in places for _, numel in rank)
     assert covered == total, f"the ranks hold {covered} of {total} elements"
-    state = engine.optimizer.optimizer.state
     for kind in kinds:
-        pieces = [f.of(f.flat if kind == WEIGHT else state[f.flat][kind]) for f in mine]
+        pieces = [f.of(held(engine, f.flat, kind)) for f in mine]
         local = torch.cat(pieces) if pieces else torch.empty(0)
         assert local.dtype == torch.float32, f"{kind} is {local.dtype}: master weights and moments must be float32"
         whole = torch.empty(total if dist.get_rank() == 0 else 0)
@@ -174,19 +192,23 @@ def restore(
 ) -> None:
     """Put a whole state back, at any number of ranks: masters, moments, counters, and the model's own weights.
 
-    `read(kind, name)` gives the whole float32 tensor of a parameter. No collectives.
+    `read(kind, name)` gives the whole float32 tensor of a parameter. No collectives. A moving average that the engine keeps
+    and `kinds` lacks begins anew, at the weights.
     """
-    optimizer = engine.optimizer.optimizer
+    optimizer, ema = engine.optimizer.optimizer, ema_of(engine)
+    if ema is None:
+        kinds = [kind for kind in kinds if kind != EMA]
     for flat in flat_masters(engine):
         for kind in kinds:
-            if kind != WEIGHT and kind not in optimizer.state[flat]:  # AdamW creates them in its first step
+            if kind not in (WEIGHT, EMA) and kind not in optimizer.state[flat]:  # AdamW creates them in its first step
                 optimizer.state[flat][kind] = torch.zeros_like(flat).requires_grad_(False)
         restore_counters(optimizer, flat, counters)
     for fragment in fragments(engine):
         for kind in kinds:
             values = read(kind, fragment.name).reshape(-1)[fragment.start : fragment.start + fragment.numel]
-            flat = fragment.flat if kind == WEIGHT else optimizer.state[fragment.flat][kind]
-            fragment.of(flat).copy_(values)
+            fragment.of(held(engine, fragment.flat, kind)).copy_(values)
+    if ema is not None and EMA not in kinds:
+        ema.begin()
     for name, parameter in trainable_parameters(engine).items():
         restore_model_weight(parameter, read(WEIGHT, name))
     if engine.zero_optimization_stage() == 3:

@@ -118,6 +118,7 @@ class Setup:
         checkpointed_blocks: blocks that recompute their activations in the backward pass.
         world, local_world: ranks in all, and on this host.
         encoders: those that encode during training; None: the shards are encoded.
+        averaged: a moving average of the LoRA's weights is kept.
     """
 
     base: BasePlan
@@ -134,6 +135,7 @@ class Setup:
     encoders: EncoderSizes | None = None
     encoder_device: Literal["auto", "device", "swap", "cpu"] = "auto"
     cuda_graphs: bool = False
+    averaged: bool = False
 
     @classmethod
     def from_config(cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec, data: RunData, ranks: Ranks) -> "Setup":
@@ -160,6 +162,7 @@ class Setup:
             encoders,
             config.encoder_device,
             config.cuda_graphs != "off" and ranks.device.type == "cuda",
+            config.ema_decay is not None,
         )
 
 
@@ -223,6 +226,12 @@ def plan_memory(setup: Setup, machine: Machine) -> MemoryPlan:
         on_host["AdamW"] = (state + 4 * -(-setup.trainable // world)) * setup.local_world  # and the gradients
     else:
         on_device["AdamW"] = state
+    if setup.averaged:
+        average = 4 * -(-setup.trainable // world)
+        if zero.offload_optimizer:
+            on_host["EMA"] = average * setup.local_world
+        else:
+            on_device["EMA"] = average
 
     width = setup.tokens * setup.base.empty.config.inner_dim * itemsize
     on_device["activations"] = int((max(kept, 1) * SAVED_PER_BLOCK + WORK) * width)  # one block at a time at least
@@ -235,7 +244,7 @@ def plan_memory(setup: Setup, machine: Machine) -> MemoryPlan:
     if machine.device_total is not None:
         on_device["CUDA graphs"] = graphs_bytes(setup)
         on_device["context"] = CONTEXT_BYTES
-    certain = ("base", "arriving blocks", "LoRA and gradients", "AdamW")
+    certain = ("base", "arriving blocks", "LoRA and gradients", "AdamW", "EMA")
     return MemoryPlan(on_device, on_host, certain, machine.device_total, machine.host_free, where)
 
 

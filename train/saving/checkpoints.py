@@ -21,8 +21,9 @@ import torch.distributed as dist
 
 from files.folder_lock import FolderLost
 from files.shown import shown
-from train.config.train_config import TrainConfig
-from train.engine.optimizer_state import gather, read_counters, read_kinds, restore, trainable_shapes
+from train.config.train_config import DEFAULTS, TrainConfig
+from train.engine.ema import EMA
+from train.engine.optimizer_state import ema_of, gather, read_counters, read_kinds, restore, trainable_shapes
 from train.saving.checkpoint_folder import (
     FORMAT_VERSION,
     TENSORS,
@@ -44,6 +45,7 @@ class Resumed:
         consumed: micro-batches that all ranks together had consumed.
         loss: `LossWatch.state()`, so that the next row averages over the same steps as if nothing had happened.
         wandb_id: of the W&B run to go on in; None for another run's checkpoint.
+        best: `Best.state()` of the run that goes on; None for another run's checkpoint.
         path: of the checkpoint; None at the beginning.
         client: all that the checkpoint remembers of its run.
     """
@@ -52,6 +54,7 @@ class Resumed:
     consumed: int = 0
     loss: dict[str, Any] | None = None
     wandb_id: str | None = None
+    best: dict[str, Any] | None = None
     path: Path | None = None
     client: dict[str, Any] = field(default_factory=dict)
 
@@ -175,6 +178,7 @@ class Checkpoints:
             consumed=found.client["consumed"] if same_data else 0,
             loss=found.client.get("loss"),
             wandb_id=found.client.get("wandb_id") if own else None,
+            best=found.client.get("best") if own else None,
             path=found.path,
             client=found.client,
         )
@@ -193,6 +197,12 @@ class Checkpoints:
                     f"checkpoint {checkpoint.path} is of another LoRA: {name} is {there.get(name, 'missing')} in it and "
                     f"{here.get(name, 'missing')} in this run"
                 )
+        if (ema_of(engine) is None) != (EMA not in checkpoint.kinds):
+            self.say(
+                f"checkpoint {checkpoint.path} holds no moving average: it begins at the weights of step {checkpoint.step}"
+                if ema_of(engine) is not None
+                else f"the moving average in checkpoint {checkpoint.path} is left out: this run has no --ema_decay"
+            )
         with safe_open(checkpoint.path / TENSORS, framework="pt") as file:
             restore(engine, lambda kind, name: file.get_tensor(f"{kind}/{name}"), checkpoint.kinds, checkpoint.counters)
         engine.global_steps = checkpoint.step
@@ -226,7 +236,10 @@ def check_same(checkpoint: Checkpoint, current: dict[str, Any], ignore_data: boo
             "(--resume_ignore_data goes on with this run's data, from its beginning)"
         )
     for part in ("global_batch", "config"):
-        for line in differences(checkpoint.client.get(part), current.get(part), part):
+        before = checkpoint.client.get(part)
+        if part == "config" and isinstance(before, dict):  # options that did not exist yet were as they are by default
+            before = DEFAULTS | before
+        for line in differences(before, current.get(part), part):
             if part in checkpoint.client and line.split()[0] not in NO_MATTER:
                 say(f"resuming with another option: {line}")
     if data:

@@ -13,6 +13,8 @@ from qwen_image.loading.model_files import ModelFiles
 from qwen_image.model.dtypes import DTYPES
 from train.config.train_config import TrainConfig
 from train.engine.deepspeed_engine import whole_weights
+from train.engine.ema import EMA
+from train.engine.optimizer_state import WEIGHT, ema_of
 from train.lora.dora import dora_scale
 from train.lora.inject import short_name
 from train.lora.lora_file import save_lora
@@ -21,11 +23,16 @@ from train.lora.targets import base_layer
 from train.process.ranks import Ranks
 from train.saving.checkpoints import settle
 from train.saving.final_file import FINAL
+from train.saving.keep_best import BEST, Best
 from train.saving.run_folder import PACKAGES, collect_versions
+
+EMA_FINAL = "lora-ema.safetensors"  # beside FINAL
 
 
 class LoraExport:
     """Writes `lora-<step>.safetensors` and, at the end, `lora.safetensors` into the run folder.
+
+    Of the moving average too, if the engine keeps one: `lora-ema-<step>.safetensors`, `lora-ema.safetensors`.
 
     A file that can't be written ends the run with an OSError on all ranks (`on_save_error` stop), or is reported and
     left out (continue); the final one, which is what the run was for, always ends it. The error comes up at the next
@@ -93,7 +100,16 @@ class LoraExport:
 
     def write(self, engine: Any, step: int) -> Path:
         """Start to write the LoRA of optimizer step `step`; a collective. Returns the file's path on every rank."""
+        if ema_of(engine) is not None:
+            self._start(engine, step, f"lora-ema-{step}.safetensors", EMA)
         return self._start(engine, step, f"lora-{step}.safetensors")
+
+    def write_best(self, engine: Any, best: Best) -> Path:
+        """Start to write what `best` has just found, as `lora-best.safetensors`; a collective."""
+        assert best.step is not None
+        return self._start(
+            engine, best.step, BEST, EMA if best.averaged else WEIGHT, {"validation_loss": repr(best.loss)}
+        )
 
     def write_again(self, engine: Any, step: int, steps: int) -> None:
         """For a run that goes on from `step`: its file, if one was due. A kill may have come between checkpoint and file."""
@@ -102,6 +118,9 @@ class LoraExport:
 
     def write_final(self, engine: Any, step: int) -> Path:
         """Write `lora.safetensors`, and wait until it is there; a collective."""
+        if ema_of(engine) is not None:  # first: the run is over when the other file is there
+            self._start(engine, step, EMA_FINAL, EMA)
+            self.finish("stop")
         path = self._start(engine, step, FINAL)
         self.finish("stop")
         return path
@@ -115,22 +134,27 @@ class LoraExport:
         problem, self._writer, self._problem, self._pending = self._problem, None, None, False
         settle(problem, f"LoRA file {self._path} not written", on_error or self.on_save_error, self.ranks.say)
 
-    def _start(self, engine: Any, step: int, name: str) -> Path:
+    def _start(
+        self, engine: Any, step: int, name: str, kind: str = WEIGHT, facts: dict[str, str] | None = None
+    ) -> Path:
         self.finish()
         path = self._path = self.output_path / name
-        weights = whole_weights(engine)
+        header = {**self.metadata, **(facts or {}), "step": str(step)}
+        ema = ema_of(engine)
+        if kind == EMA and ema is not None:
+            header |= {"ema_decay": repr(ema.decay)}
+        weights = whole_weights(engine, kind)
         if self.ranks.is_main:
             tensors = {short_name(name).removeprefix("transformer."): weight for name, weight in weights.items()}
             if self.spec.dora and self.lora_format == "comfyui":
                 tensors = with_dora_scales(tensors, engine.module.transformer, self.spec.scale, self.dtype)
-            self._writer = threading.Thread(target=self._save, args=(path, tensors, step), name="lora-export")
+            self._writer = threading.Thread(target=self._save, args=(path, tensors, header), name="lora-export")
             self._writer.start()
         self._pending = True
         return path
 
-    def _save(self, path: Path, tensors: dict[str, torch.Tensor], step: int) -> None:
+    def _save(self, path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
         try:
-            header = {**self.metadata, "step": str(step)}
             save_lora(path, tensors, self.spec, header, self.dtype, self.lora_format)
         except Exception as error:  # whatever it is, the training thread has to learn of it
             self._problem = error if isinstance(error, OSError) else OSError(None, f"{type(error).__name__}: {error}")

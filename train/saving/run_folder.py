@@ -92,9 +92,10 @@ def git_commit(folder: Path) -> str | None:
 
 
 def needed_bytes(config: TrainConfig, weights: int, steps: int) -> int:
-    """What the run's LoRA files and checkpoints (weights and two moments in float32) will take on the disk."""
-    files = 1 + (steps // config.save_steps if config.save_steps else 0)
+    """What the run's LoRA files and checkpoints (weights, their average and two moments in float32) will take on the disk."""
+    averages = config.ema_decay is not None
+    files = (1 + (steps // config.save_steps if config.save_steps else 0)) * (1 + averages) + config.keep_best
     saved = steps // config.checkpoint_every if config.checkpoint_every else 1
     kept = config.keep_checkpoints + 1 + (steps // config.keep_every if config.keep_every else 0)
     checkpoints = min(saved, kept) if config.keep_checkpoints else saved
-    return weights * (files * DTYPES[config.save_dtype].itemsize + max(1, checkpoints) * 3 * 4)
+    return weights * (files * DTYPES[config.save_dtype].itemsize + max(1, checkpoints) * (3 + averages) * 4)

@@ -66,14 +66,17 @@ class LossWatch:
         """Keep a micro-batch's names with its losses [B], on the device."""
         self._seen.append(Seen(batch.keys, batch.sigma, losses.detach()))
 
-    def stepped(self, step: int, engine: Any) -> None:
-        """Optimizer step `step` was launched with what was seen since the last one. Waits for nothing."""
+    def stepped(self, step: int, engine: Any) -> torch.Tensor:
+        """Optimizer step `step` was launched with what was seen since the last one. Waits for nothing.
+
+        Returns whether it was taken, a bool on the device.
+        """
         seen, self._seen = self._seen, []
         applied = torch.as_tensor(step_applied(engine), device=self._sum.device)
         mean = torch.stack([each.losses.mean() for each in seen]).sum() / len(seen)
         self._sum += torch.where(applied, mean, 0.0)  # not a product: the mean of a step left out may be NaN
         self._steps += applied
-        arrived = None
+        arrived, on_device = None, applied
         if applied.is_cuda:
             applied = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(applied, non_blocking=True)
             arrived = torch.cuda.Event(blocking=True)
@@ -81,6 +84,7 @@ class LossWatch:
         norm = engine.get_global_grad_norm()
         norm = norm.detach().clone() if isinstance(norm, torch.Tensor) else norm
         self._verdicts.append(Verdict(step, seen, engine.optimizer.param_groups[0]["lr"], norm, applied, arrived))
+        return on_device
 
     def took(self, all_steps: bool) -> bool:
         """Judge the steps launched, but for the last one unless `all_steps`; if one was left out, say which samples spoiled it.

@@ -192,7 +192,7 @@ class Metrics:
         if self.active:
             self.flush()
             self._write({"step": step, **values})
-            self._print(f"step {step}/{self.total_steps}  {shown(values)}")
+            self._print("  ".join([f"step {step}/{self.total_steps}", shown(values), *shown_parts(values)]))
 
     def started(self, step: int) -> None:
         """The first step of this start was launched: wait for it, and tell what the time until here was spent on."""
@@ -342,8 +342,18 @@ def remove_rows_after(step: int, path: Path) -> None:
 
 
 def shown(values: dict[str, float]) -> str:
-    """Numbers for people: 'loss 0.1234  lr 0.0001'."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    """Numbers for people: 'loss 0.1234  lr 0.0001'; not their parts, which are called name/part."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
+
+
+def shown_parts(values: dict[str, float]) -> list[str]:
+    """The parts of numbers, for people: 'loss by σ 0.1: 1.2, 0.3: 1.1' of loss/sigma_0.1 and loss/sigma_0.3."""
+    families: dict[str, list[str]] = {}
+    for name, value in values.items():
+        family, _, part = name.partition("/sigma_")
+        if part:
+            families.setdefault(family, []).append(f"{part}: {value:.4g}")
+    return [f"{family} by σ {', '.join(parts)}" for family, parts in families.items()]
 
 
 def compiler_caches() -> dict[str, int]:
