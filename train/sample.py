@@ -3,21 +3,34 @@
     python train/sample.py --model Qwen/Qwen-Image --lora RUN/lora.safetensors --prompt "a lighthouse at dusk" --output_path OUT
     python train/sample.py --model MODEL --lora RUN --prompt "a lighthouse" --num_images 4 --compare --output_path OUT
     python train/sample.py --model MODEL --lora a.safetensors:0.8 --lora b.safetensors:0.5 --prompt "…" --output_path OUT
+    python train/sample.py --model MODEL --lora RUN --prompt prompts.yaml --output_path OUT
+    python train/sample.py --model MODEL --checkpoints RUN --strengths 0 0.5 1 --prompt prompts.yaml --output_path OUT
 
 Every image is a PNG with its parameters inside; grid.png shows them side by side, with --compare also without the LoRA.
+A file of prompts may say size, guidance, steps, seed, negative prompt and strength for each: train/config/sample_prompts.py.
+With --checkpoints or --strengths there is a sheet for each image, a row a LoRA, a column a strength; the base is loaded once.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files.shown import one_line, shown, tolerant_output
 from qwen_image.loading.model_flags import add_model_flags
 from train.config.check_paths import check_apart, split_weight
+from train.config.sample_prompts import HIGHEST_SEED, SamplePrompt, read_prompts
+from train.process.out_of_memory import memory_ran_out
 
-SEEDS = 2**63  # torch.Generator takes no more
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qwen_image.pipeline import QwenImagePipeline
+    from train.lora.lora_file import LoraFile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,138 +47,329 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_model_flags(parser, "transformer", "text_encoder", "vae", "tokenizer")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--lora",
         action="append",
         default=[],
         metavar="FILE[:WEIGHT]",
         help="LoRA file (ours, diffusers', DiffSynth's, ComfyUI's or kohya's) or run folder; repeat for several, which add up",
     )
-    parser.add_argument("--lora_strength", type=float, default=1.0, help="what all their updates are multiplied with")
-    parser.add_argument("--prompt", action="append", required=True, help="repeat the flag for several prompts")
-    parser.add_argument("--negative_prompt", default=" ", help='what guidance leads away from (default " ")')
-    parser.add_argument("--output_path", required=True, type=Path, help="folder for the images")
-    parser.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
-    parser.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
-    parser.add_argument("--true_cfg_scale", type=float, default=4.0, help="guidance; 1 = none (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first image (default 0)")
-    parser.add_argument("--num_images", type=int, default=1, help="images a prompt, seeds counting up (default 1)")
-    parser.add_argument("--compare", action="store_true", help="make each image without the LoRA too")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    add("--lora_strength", type=float, default=1.0, help="what all their updates are multiplied with")
+    add(
+        "--checkpoints",
+        nargs="+",
+        default=[],
+        metavar="FILE|RUN",
+        help="LoRA files, each by itself a row of the sheets; a run folder stands for all of its files",
+    )
+    add(
+        "--strengths",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="X",
+        help="each a column of the sheets; 0 is the base",
+    )
+    add("--prompt", action="append", required=True, help="repeat the flag for several; or a file, .yaml or .jsonl")
+    add("--negative_prompt", default=" ", help='what guidance leads away from (default " ")')
+    add("--output_path", required=True, type=Path, help="folder for the images")
+    add("--height", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
+    add("--width", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
+    add("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
+    add("--true_cfg_scale", type=float, default=4.0, help="guidance; 1 = none (default 4)")
+    add("--seed", type=int, default=0, help="seed of a prompt's first image (default 0)")
+    add("--num_images", type=int, default=1, help="images a prompt, seeds counting up (default 1)")
+    add("--batch_size", type=int, default=4, help="so many images of one size are made together (default 4)")
+    add("--compare", action="store_true", help="make each image without the LoRA too")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
+    add("--device", help="default: cuda if there is one, else cpu")
     return parser
+
+
+class Shot(NamedTuple):
+    """A LoRA at a strength: `lora` is its place among those given, or None for the base."""
+
+    lora: int | None
+    strength: float
 
 
 def sample(arguments: argparse.Namespace) -> int:
     """Generate the images that the arguments describe and write them with a grid."""
+    jobs = images_asked(arguments)
+    sets = lora_sets(arguments)
+    shots = shots_asked(arguments, len(sets))
+    check_apart(arguments.output_path, model=arguments.model)
+    arguments.output_path.mkdir(parents=True, exist_ok=True)
+
+    from tqdm import tqdm
+
+    from train.watching.image_grid import save_png
+
+    pipeline, read = load(arguments, sets)
+    found: dict[Shot, list[Image.Image]] = {}
+    total = len(shots) * sum(job.num_inference_steps for job in jobs)
+    with tqdm(total=total, unit="step", disable=None) as progress:
+        for place in dict.fromkeys(shot.lora for shot in shots):
+            with_lora = None if place is None else read(place)
+            for shot in (shot for shot in shots if shot.lora == place):
+                attach = [replace(job, lora_strength=job.lora_strength * shot.strength) for job in jobs]
+                with worn(pipeline, with_lora):
+                    found[shot] = draw(pipeline, attach, arguments.batch_size, progress.update)
+                for number, (job, image) in enumerate(zip(attach, found[shot], strict=True)):
+                    parameters = image_parameters(arguments, job, None if place is None else sets[place])
+                    save_png(arguments.output_path / file_name(arguments, number, job, shot, sets), image, parameters)
+    sheets = write_sheets(arguments, jobs, sets, shots, found)
+    print(f"{sum(map(len, found.values()))} images and {sheets}: {arguments.output_path}")
+    return 0
+
+
+def images_asked(arguments: argparse.Namespace) -> list[SamplePrompt]:
+    """Every image, prompt by prompt, the seeds of one prompt counting up. Raises ValueError, FileNotFoundError."""
     from qwen_image.model.sizes import check_image_size
 
     check_image_size(arguments.height, arguments.width)
     check_numbers(arguments)
-    if arguments.compare and not arguments.lora:
-        raise ValueError("--compare shows images with and without a LoRA: give one with --lora")
-    for path, _ in map(split_weight, arguments.lora):
-        if not path.is_file():
-            raise FileNotFoundError(f"--lora: no file at {shown(path)}")
-    check_apart(arguments.output_path, model=arguments.model)
-    arguments.output_path.mkdir(parents=True, exist_ok=True)
-
-    import torch
-    from PIL import Image
-    from tqdm import tqdm
-
-    from qwen_image.kernel_check import distrust_kernels
-    from qwen_image.loading.model_files import ModelSource, resolve_model
-    from qwen_image.loading.weights import empty_transformer, float8_warning
-    from qwen_image.pipeline import QwenImagePipeline
-    from train.lora.inject import attach_lora, set_lora_enabled
-    from train.lora.preset_loras import Preset
-    from train.lora.several_loras import as_one
-    from train.watching.image_grid import make_grid, save_png
-
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source, lora = ModelSource.from_options(arguments), None
-    files = resolve_model(source, ("transformer",))
-    notes = float8_warning(files)
-    if arguments.lora:  # before the model is read
-        empty = empty_transformer(files)
-        lora = as_one([Preset.read(text, empty) for text in arguments.lora])
-        notes += lora.notes
-    for note in notes:
-        print(one_line(note), file=sys.stderr)
-    pipeline = QwenImagePipeline.from_pretrained(
-        source,
-        dtype=getattr(torch, arguments.dtype),
-        device=device,
-        progress=True,
+    names = ("negative_prompt", "height", "width", "num_inference_steps", "true_cfg_scale", "seed")
+    prompts = read_prompts(
+        arguments.prompt, SamplePrompt(prompt="", **{name: getattr(arguments, name) for name in names})
     )
-    assert pipeline.transformer is not None
-    config, dtype = pipeline.transformer.config, getattr(torch, arguments.dtype)
-    for line in distrust_kernels(config, dtype, torch.device(device), float8=False, trains=False):
-        print(line, file=sys.stderr)
-    if lora is not None:
-        attach_lora(pipeline.transformer, lora, arguments.lora_strength)
-
-    with_lora = [False, True] if arguments.compare else [lora is not None]
-    jobs = [(prompt, arguments.seed + i) for prompt in arguments.prompt for i in range(arguments.num_images)]
-    rows: list[list[Image.Image]] = []
-    with tqdm(total=len(with_lora) * len(jobs) * arguments.num_inference_steps, unit="step", disable=None) as progress:
-        for use_lora in with_lora:
-            if lora is not None:
-                set_lora_enabled(pipeline.transformer, use_lora)
-            rows.append([])
-            for number, (prompt, seed) in enumerate(jobs):
-                pixels = pipeline.generate(
-                    [prompt],
-                    negative_prompt=arguments.negative_prompt,
-                    height=arguments.height,
-                    width=arguments.width,
-                    num_inference_steps=arguments.num_inference_steps,
-                    true_cfg_scale=arguments.true_cfg_scale,
-                    seeds=[seed],
-                    on_step=lambda step, steps: progress.update(),
-                )
-                image = Image.fromarray(pixels[0].numpy())
-                name = f"{number:03d}-seed{seed}{'' if use_lora or not arguments.compare else '-base'}.png"
-                save_png(arguments.output_path / name, image, image_parameters(arguments, prompt, seed, use_lora))
-                rows[-1].append(image)
-    names = ", ".join(Path(text).name for text in arguments.lora)
-    labels = [f"with {names}, strength {arguments.lora_strength:g}" if use else "base" for use in with_lora]
-    make_grid(rows, labels, [f"{prompt} (seed {seed})" for prompt, seed in jobs]).save(
-        arguments.output_path / "grid.png"
-    )
-    print(f"{sum(map(len, rows))} images and grid.png: {arguments.output_path}")
-    return 0
+    return [
+        replace(prompt, seed=(prompt.seed + number) % (HIGHEST_SEED + 1))
+        for prompt in prompts
+        for number in range(arguments.num_images)
+    ]
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises ValueError for a number that no image can be made with, naming the flag and the limits."""
-    if arguments.num_images < 1 or arguments.num_inference_steps < 1:
-        raise ValueError("--num_images and --num_inference_steps start at 1")
-    for flag in ("lora_strength", "true_cfg_scale"):
-        if not math.isfinite(getattr(arguments, flag)):
-            raise ValueError(f"--{flag} must be a finite number, got {getattr(arguments, flag)}")
-    highest = SEEDS - arguments.num_images
+    if arguments.num_images < 1 or arguments.num_inference_steps < 1 or arguments.batch_size < 1:
+        raise ValueError("--num_images, --num_inference_steps and --batch_size start at 1")
+    for flag in ("lora_strength", "true_cfg_scale", "strengths"):
+        for number in getattr(arguments, flag) if flag == "strengths" else [getattr(arguments, flag)]:
+            if not math.isfinite(number):
+                raise ValueError(f"--{flag} must be a finite number, got {number}")
+    highest = HIGHEST_SEED + 1 - arguments.num_images
     if not 0 <= arguments.seed <= highest:
         raise ValueError(
             f"--seed must lie in 0 … {highest} (seeds count up to 2^63 - 1), got {shown(arguments.seed, 40)}"
         )
 
 
-def image_parameters(arguments: argparse.Namespace, prompt: str, seed: int, use_lora: bool) -> dict[str, Any]:
+def lora_sets(arguments: argparse.Namespace) -> list[list[str]]:
+    """The LoRAs that are tried one after the other, each as the files that add up to it. Raises ValueError, OSError."""
+    if arguments.checkpoints and arguments.lora:
+        raise ValueError("--checkpoints are LoRAs each by itself, --lora adds up: give one of the two")
+    if not arguments.lora and not arguments.checkpoints and (arguments.compare or arguments.strengths):
+        flag = "--compare shows images with and without a LoRA" if arguments.compare else "--strengths are a LoRA's"
+        raise ValueError(f"{flag}: give one with --lora")
+    sets = [[str(path)] for text in arguments.checkpoints for path in files_of(Path(text).expanduser())]
+    if arguments.lora:
+        sets = [arguments.lora]
+    for text in (text for each in sets for text in each):
+        if not split_weight(text)[0].is_file():
+            flag = "--lora" if arguments.lora else "--checkpoints"
+            raise FileNotFoundError(f"{flag}: no file at {shown(split_weight(text)[0])}")
+    return sets
+
+
+def files_of(path: Path) -> list[Path]:
+    """A LoRA file; or all of a run folder's, in the order in which they were written. Raises FileNotFoundError for none."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("lora*.safetensors"), key=lambda file: (file.stat().st_mtime, file.name))
+    if not found:
+        raise FileNotFoundError(f"--checkpoints: {shown(path)} is a folder without LoRA files")
+    return found
+
+
+def shots_asked(arguments: argparse.Namespace, sets: int) -> list[Shot]:
+    """What each image is made with: the base at most once, first."""
+    strengths = arguments.strengths or [arguments.lora_strength]
+    asked = [Shot(place, strength) for place in range(sets) for strength in strengths]
+    base = Shot(None, 0.0)
+    if not sets or arguments.compare:
+        asked.insert(0, base)
+    if arguments.strengths:  # each LoRA at 0 is the same picture
+        asked = [base if shot.strength == 0 else shot for shot in asked]
+    return sorted(dict.fromkeys(asked), key=lambda shot: shot.lora is not None)
+
+
+def load(
+    arguments: argparse.Namespace, sets: Sequence[Sequence[str]]
+) -> tuple["QwenImagePipeline", Callable[[int], "LoraFile"]]:
+    """The pipeline, and a function that reads the LoRA of a place in `sets`; all are looked at before the model is read."""
+    import torch
+
+    from qwen_image.kernel_check import distrust_kernels
+    from qwen_image.loading.model_files import ModelSource, resolve_model
+    from qwen_image.loading.weights import empty_transformer, float8_warning
+    from qwen_image.pipeline import QwenImagePipeline
+    from train.lora.preset_loras import Preset
+    from train.lora.several_loras import as_one
+
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source, dtype = ModelSource.from_options(arguments), getattr(torch, arguments.dtype)
+    files = resolve_model(source, ("transformer",))
+    empty = empty_transformer(files) if sets else None
+
+    def read(place: int) -> "LoraFile":
+        assert empty is not None
+        return as_one([Preset.read(text, empty) for text in sets[place]])
+
+    notes = [*float8_warning(files), *(note for place in range(len(sets)) for note in read(place).notes)]
+    for note in notes:
+        print(one_line(note), file=sys.stderr)
+    pipeline = QwenImagePipeline.from_pretrained(source, dtype=dtype, device=device, progress=True)
+    assert pipeline.transformer is not None
+    for line in distrust_kernels(pipeline.transformer.config, dtype, device, float8=False, trains=False):
+        print(line, file=sys.stderr)
+    return pipeline, read
+
+
+@contextmanager
+def worn(pipeline: "QwenImagePipeline", lora: "LoraFile | None") -> Iterator[None]:
+    """Inside, the transformer carries `lora`; then it is the base again."""
+    from train.lora.inject import attach_lora, detach_lora
+
+    assert pipeline.transformer is not None
+    if lora is not None:
+        attach_lora(pipeline.transformer, lora)
+    try:
+        yield
+    finally:
+        if lora is not None:
+            detach_lora(pipeline.transformer)
+
+
+def draw(
+    pipeline: "QwenImagePipeline", jobs: Sequence[SamplePrompt], batch_size: int, stepped: Callable[[int], object]
+) -> list["Image.Image"]:
+    """The images of `jobs`, those of one size, schedule, guidance and strength together, so many at once.
+
+    Halves a batch that runs out of memory, which is said. `stepped` is told denoising steps, each image's by itself.
+    """
+    from PIL import Image
+
+    from train.lora.inject import set_lora_strength
+
+    assert pipeline.transformer is not None
+    alike: dict[SamplePrompt, list[int]] = {}
+    for place, job in enumerate(jobs):
+        alike.setdefault(replace(job, prompt="", seed=0), []).append(place)
+    found: dict[int, Image.Image] = {}
+    for settings, places in alike.items():
+        set_lora_strength(pipeline.transformer, settings.lora_strength)
+        waiting = [places[first : first + batch_size] for first in range(0, len(places), batch_size)]
+        while waiting:
+            batch = waiting.pop(0)
+            pixels = generate(pipeline, settings, [jobs[place] for place in batch], stepped)
+            if pixels is None:
+                half = len(batch) // 2
+                print(f"{len(batch)} images at once don't fit into memory: {half} at a time", file=sys.stderr)
+                waiting = [batch[:half], batch[half:], *waiting]
+                continue
+            found |= {place: Image.fromarray(image.numpy()) for place, image in zip(batch, pixels, strict=True)}
+    return [found[place] for place in range(len(jobs))]
+
+
+def generate(
+    pipeline: "QwenImagePipeline",
+    settings: SamplePrompt,
+    batch: Sequence[SamplePrompt],
+    stepped: Callable[[int], object],
+) -> Any:
+    """uint8 [B, H, W, 3]; None where several images ran out of memory. A single one that does raises."""
+    done = 0
+
+    def count(step: int, steps: int) -> None:
+        nonlocal done
+        done += 1
+        stepped(len(batch))
+
+    try:
+        return pipeline.generate(
+            [job.prompt for job in batch],
+            negative_prompt=settings.negative_prompt,
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.num_inference_steps,
+            true_cfg_scale=settings.true_cfg_scale,
+            seeds=[job.seed for job in batch],
+            on_step=count,
+        )
+    except RuntimeError as error:
+        if len(batch) == 1 or not memory_ran_out(error):
+            raise
+    stepped(-done * len(batch))
+    return None
+
+
+# ── names and sheets ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def file_name(
+    arguments: argparse.Namespace, number: int, job: SamplePrompt, shot: Shot, sets: Sequence[Sequence[str]]
+) -> str:
+    """`003-seed7.png`, `003-seed7-base.png`; of sheets `003-seed7-lora-500-0.5.png`."""
+    ending = ""
+    if shot.lora is None:
+        ending = "-base" if sets else ""
+    elif is_sheet(arguments):
+        ending = f"-{lora_names(sets)[shot.lora]}-{shot.strength:g}"
+    return f"{number:03d}-seed{job.seed}{ending}.png"
+
+
+def is_sheet(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.checkpoints or arguments.strengths)
+
+
+def lora_names(sets: Sequence[Sequence[str]]) -> list[str]:
+    """Short names of the LoRAs, each once: the files', with their folders' where two are called alike."""
+    paths = [[split_weight(text)[0] for text in each] for each in sets]
+    names = ["+".join(path.stem for path in each) for each in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [
+        f"{place}-{each[0].parent.name}-{name}" for place, (each, name) in enumerate(zip(paths, names, strict=True))
+    ]
+
+
+def write_sheets(
+    arguments: argparse.Namespace,
+    jobs: Sequence[SamplePrompt],
+    sets: Sequence[Sequence[str]],
+    shots: Sequence[Shot],
+    found: dict[Shot, list["Image.Image"]],
+) -> str:
+    """Write grid.png of all images; or for --checkpoints and --strengths a sheet for each image. Returns what was written."""
+    from train.watching.image_grid import make_grid
+
+    titles = [f"{shown(job.prompt)} (seed {job.seed})" for job in jobs]
+    if not is_sheet(arguments):
+        names = ", ".join(Path(text).name for each in sets for text in each)
+        labels = ["base" if shot.lora is None else f"with {names}, strength {shot.strength:g}" for shot in shots]
+        make_grid([found[shot] for shot in shots], labels, titles).save(arguments.output_path / "grid.png")
+        return "grid.png"
+    strengths = sorted({shot.strength for shot in shots})
+    columns = [f"strength {strength:g}" if strength else "base" for strength in strengths]
+    for number, title in enumerate(titles):
+        rows = []
+        for place in range(len(sets)):
+            row = [found.get(Shot(place, s) if s else Shot(None, 0.0)) for s in strengths]
+            rows.append([None if images is None else images[number] for images in row])
+        name = "grid.png" if len(titles) == 1 else f"grid-{number:03d}.png"
+        labels = [f"{label}: {title}" if not place else label for place, label in enumerate(lora_names(sets))]
+        make_grid(rows, labels, columns).save(arguments.output_path / name)
+    return "grid.png" if len(titles) == 1 else f"{len(titles)} sheets"
+
+
+def image_parameters(arguments: argparse.Namespace, job: SamplePrompt, lora: Sequence[str] | None) -> dict[str, Any]:
     """What is needed to make the image again."""
-    return {
-        "prompt": prompt,
-        "negative_prompt": arguments.negative_prompt,
-        "seed": seed,
-        "height": arguments.height,
-        "width": arguments.width,
-        "num_inference_steps": arguments.num_inference_steps,
-        "true_cfg_scale": arguments.true_cfg_scale,
+    return asdict(job) | {
         "model": arguments.model,
-        "lora": ", ".join(arguments.lora) if use_lora else None,
-        "lora_strength": arguments.lora_strength if use_lora else None,
+        "lora": None if lora is None else ", ".join(lora),
+        "lora_strength": None if lora is None else job.lora_strength,
         "dtype": arguments.dtype,
     }
 

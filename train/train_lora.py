@@ -275,6 +275,8 @@ class Loop:
         batches, code = iter(self.loader), DONE
         if self.step == 0:
             self.validate(outputs)
+            with metrics.paused(), self.peak.apart():
+                outputs.preview.write_base()
         start_clock.reached("validation")
         self.engine.train()
         self.preemption.begin()
@@ -342,13 +344,16 @@ class Loop:
 
     def write(self, outputs: Outputs, checkpoint: bool) -> None:
         """What is due at this step, in this order; a checkpoint also when `checkpoint` (the run leaves, or time is up)."""
+        from train.engine.averaged_weights import averaged_weights
+
         if self.due(self.config.validate_every):
             self.validate(outputs)
         if self.due(self.config.sample_every):
-            with self.metrics.paused():
-                grid = outputs.preview.write(self.step)
-                if grid is not None:
-                    self.metrics.image(self.step, "samples", grid)
+            averaged = None if self.ema is None else partial(averaged_weights, self.engine)
+            with self.metrics.paused(), self.peak.apart():
+                sheet = outputs.preview.write(self.step, averaged)
+                if sheet is not None:
+                    self.metrics.images(self.step, sheet.grid, sheet.images)
         if self.due(self.config.save_steps) and self.step < self.total_steps:
             with self.metrics.paused():
                 path = outputs.export.write(self.engine, self.step)

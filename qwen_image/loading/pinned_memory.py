@@ -76,9 +76,9 @@ def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
     """The module's weights and buffers on `device` for a while. They are frozen: nothing is copied back."""
     tensors = [*module.parameters(), *module.buffers()]
     home = [tensor.data for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.to(device, non_blocking=True)
     try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device, non_blocking=True)
         yield
     finally:
         for tensor, data in zip(tensors, home, strict=True):

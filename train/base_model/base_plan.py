@@ -43,7 +43,7 @@ class BasePlan:
         can_tabulate: no LoRA trains the modulation layers, so that a table could stand in for them.
         tabulated: it does: a table over σ stands in for the modulation layers (qwen_image/model/modulation.py).
         presets: LoRAs that are merged into it.
-        sampled: steps and image tokens of the sample images, whose noise levels the table must know too; None: no images.
+        sampled: steps and image tokens of the sample images, whose noise levels the table must know too.
         notes: for people, about the files.
         here: its files are on this machine; else (in a dry run) `empty` is what every Qwen-Image is.
     """
@@ -59,7 +59,7 @@ class BasePlan:
     can_tabulate: bool = False
     tabulated: bool = False
     presets: tuple[Preset, ...] = ()
-    sampled: tuple[int, int] | None = None
+    sampled: frozenset[tuple[int, int]] = frozenset()
     notes: tuple[str, ...] = ()
     here: bool = True
 
@@ -87,10 +87,10 @@ class BasePlan:
         presets = tuple(Preset.read(text, empty) for text in config.preset_lora_path)
         if files is not None:
             match_weights(empty, files["transformer"].weights)
-        sampled = None
-        if config.sample_prompts:
-            tokens = (config.sample_height // PIXEL_MULTIPLE) * (config.sample_width // PIXEL_MULTIPLE)
-            sampled = config.sample_num_inference_steps, tokens
+        sampled = frozenset(
+            (sample.num_inference_steps, (sample.height // PIXEL_MULTIPLE) * (sample.width // PIXEL_MULTIPLE))
+            for sample in config.samples()
+        )
         notes = (
             *(() if files is None else float8_warning(files)),
             *(note for preset in presets for note in preset.lora.notes),
@@ -151,8 +151,8 @@ class BasePlan:
     def noise_levels(self, schedule: SigmaSchedule) -> list[float]:
         """Every σ that can occur: training's and validation's grid, and the schedule of the sample images."""
         sigmas = [k / SIGMA_STEPS for k in range(1, SIGMA_STEPS + 1)]
-        if self.sampled is not None:
-            sigmas += schedule.sigmas(*self.sampled).tolist()
+        for steps, tokens in sorted(self.sampled):
+            sigmas += schedule.sigmas(steps, tokens).tolist()
         return sigmas
 
     def identity(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def check_paths(config: TrainConfig) -> None:
     for text in config.preset_lora_path:
         if not split_weight(text)[0].is_file():
             raise FileNotFoundError(f"preset_lora_path: no file at {split_weight(text)[0]}")
+    config.samples()
     check_data(config)
     check_writable(config.output_path)
     check_apart(config.output_path, data=config.data, model=config.model)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Interval
 
 from qwen_image.loading.model_flags import MODEL_HELP
+from train.config.sample_prompts import SamplePrompt, read_prompts
 from train.config.typed_fields import (
     Count,
     NotNegative,
@@ -273,7 +274,11 @@ class TrainConfig:
     ] = False
 
     # ---- sampling
-    sample_prompts: Annotated[tuple[str, ...], "prompts of the sample images (repeat the flag; a list in YAML)"] = ()
+    sample_prompts: Annotated[
+        tuple[str, ...],
+        "prompts of the sample images (repeat the flag; a list in YAML), or a file of them, .yaml or .jsonl, with a size, "
+        "guidance, steps, seed, negative prompt and strength for each (train/config/sample_prompts.py)",
+    ] = ()
     sample_steps: Annotated[Whole | None, "steps between sample images; 0 = at the end only; not given: save_steps"] = (
         None
     )
@@ -346,6 +351,18 @@ class TrainConfig:
     def sample_every(self) -> int:
         """Optimizer steps between two sets of sample images; 0 = at the end only."""
         return self.save_steps if self.sample_steps is None else self.sample_steps
+
+    def samples(self) -> tuple[SamplePrompt, ...]:
+        """The sample images, files of `sample_prompts` read. Raises what `read_prompts` does."""
+        defaults = SamplePrompt(
+            prompt="",
+            seed=self.seed,
+            height=self.sample_height,
+            width=self.sample_width,
+            num_inference_steps=self.sample_num_inference_steps,
+            true_cfg_scale=self.sample_true_cfg_scale,
+        )
+        return read_prompts(self.sample_prompts, defaults, count_seeds=True)
 
     def to_dict(self, **decided: Any) -> dict[str, Any]:
         """The fields as plain values (str, int, float, bool, list, None), for YAML, JSON and W&B.

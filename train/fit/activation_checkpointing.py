@@ -11,7 +11,8 @@ out of memory does so here, where recomputing more blocks is still possible and 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -25,7 +26,7 @@ from qwen_image.model.transformer import QwenImageTransformer
 from train.data.batch_shapes import BatchShape, random_arguments
 from train.fit.trial_step import Trial, try_step
 from train.process import start_clock
-from train.process.free_memory import GIB, allocator_bytes, device_bytes, host_bytes
+from train.process.free_memory import GIB, allocator_bytes, device_bytes, host_bytes, restart_peak
 from train.process.ranks import ranks_here
 from train.step.flow_matching_module import FlowMatchingModule
 
@@ -253,6 +254,7 @@ class PeakWatch:
         self.plan, self.tokens, self.device, self.say = plan, shape.tokens, device, say
         self.seen = self.largest = 0
         self.told = plan.predicted is None or device.type != "cuda"
+        self.before = 0
 
     def saw(self, latents: torch.Tensor, prompt: Prompt) -> None:
         """Call it after a micro-batch of latents [B, 16, 1, H/8, W/8]. Waits for nothing."""
@@ -263,13 +265,23 @@ class PeakWatch:
         if self.seen == REPORTED_AFTER:
             self.tell()
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What happens inside is no training: the memory that it takes doesn't count."""
+        if self.device.type == "cuda":
+            self.before = max(self.before, torch.cuda.max_memory_allocated(self.device))
+        try:
+            yield
+        finally:
+            restart_peak(self.device)
+
     def tell(self) -> None:
         """The comparison, if it was not told yet: for the end of a run that met few of the largest batches."""
         if self.told or not self.largest:
             return
         self.told = True
         assert self.plan.predicted is not None
-        peak = torch.cuda.max_memory_allocated(self.device)
+        peak = max(self.before, torch.cuda.max_memory_allocated(self.device))
         batches = "" if self.seen else f", its largest batch had {self.largest} of {self.tokens} tokens"
         self.say(
             f"peak memory {peak / GIB:.2f} GiB, predicted {self.plan.predicted / GIB:.2f} "

@@ -179,6 +179,29 @@ def attach_lora(transformer: QwenImageTransformer, lora: "LoraFile", strength: f
     transformer.requires_grad_(False)
 
 
+def set_lora_strength(transformer: nn.Module, strength: float) -> None:
+    """Multiply the update of an attached LoRA with `strength`; 0 switches it off (the base model's output, bit for bit)."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(strength != 0)
+            if strength != 0:
+                module.set_scale(ADAPTER, strength)
+
+
+def detach_lora(transformer: nn.Module) -> None:
+    """Take an attached LoRA off again: the transformer is as if it had never been there, and can take another."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in [*transformer.named_modules()]:
+        if isinstance(module, LoraLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(transformer, "peft_config"):
+        del transformer.peft_config
+
+
 def set_lora_enabled(transformer: nn.Module, enabled: bool) -> None:
     """Switch an attached LoRA on or off (off: the base model's output, bit for bit)."""
     from peft.tuners.lora import LoraLayer

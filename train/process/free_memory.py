@@ -45,10 +45,20 @@ def allocator_bytes(device: torch.device) -> int:
     return int(total * torch.cuda.get_per_process_memory_fraction(index))
 
 
+_earlier: dict[int, int] = {}  # the highest peak before `restart_peak`, by device
+
+
+def restart_peak(device: torch.device) -> None:
+    """Let torch count its peak anew, of what comes from now on; `peak_bytes` remembers what was before."""
+    if device.type == "cuda":
+        _earlier[_index(device)] = peak_bytes(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most that this process has held so far: of its GPU, by torch's allocator; without one, of the host's memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(_earlier.get(_index(device), 0), torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -2,6 +2,7 @@
 
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,35 @@ def read_parameters(path: Path) -> dict[str, Any]:
         return json.loads(image.info["parameters"])
 
 
-def make_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
-    """Images of one size in rows and columns on white, rows labelled on their left edge above, columns on top."""
-    width, height = rows[0][0].size
-    font = ImageFont.load_default(size=max(11, min(28, width // 24)))
+def make_grid(
+    rows: Sequence[Sequence[Image.Image | None]], row_labels: Sequence[str], column_labels: Sequence[str]
+) -> Image.Image:
+    """Images in rows and columns on white, rows labelled on their left edge above, columns on top.
+
+    Sizes may differ: a column is as wide as its widest image, a row as high as its highest. None leaves a place empty.
+    """
+    count = max(len(row) for row in rows)
+    images = [[(place, image) for place, image in enumerate(row) if image is not None] for row in rows]
+    widths = [
+        max([image.width for row in images for at, image in row if at == place] or [64]) for place in range(count)
+    ]
+    heights = [max([image.height for _, image in row] or [0]) for row in images]
+    font = ImageFont.load_default(size=max(11, min(28, min(widths) // 24)))
     line = int(font.getbbox("Ag")[3]) + 3
     header = LABEL_LINES * line + MARGIN
-    columns = max(len(row) for row in rows)
-    size = (MARGIN + columns * (width + MARGIN), header + len(rows) * (line + height + MARGIN) + MARGIN)
+    lefts = [MARGIN + sum(widths[:place]) + place * MARGIN for place in range(count)]
+    size = (lefts[-1] + widths[-1] + MARGIN, header + sum(line + height + MARGIN for height in heights) + MARGIN)
     grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
-    for column, label in enumerate(column_labels):
+    for left, width, label in zip(lefts, widths, column_labels, strict=False):
         text = wrap(label, font, width, LABEL_LINES)
-        draw.multiline_text((MARGIN + column * (width + MARGIN), MARGIN // 2), text, fill="black", font=font, spacing=3)
-    for number, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
-        top = header + number * (line + height + MARGIN)
+        draw.multiline_text((left, MARGIN // 2), text, fill="black", font=font, spacing=3)
+    top = header
+    for row, height, label in zip(images, heights, row_labels, strict=True):
         draw.text((MARGIN, top), wrap(label, font, size[0] - 2 * MARGIN, 1), fill="#555555", font=font)
-        for column, image in enumerate(row):
-            grid.paste(image, (MARGIN + column * (width + MARGIN), top + line))
+        for place, image in row:
+            grid.paste(image, (lefts[place], top + line))
+        top += line + height + MARGIN
     return grid
 
 

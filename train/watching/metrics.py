@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,13 +208,16 @@ class Metrics:
             self._try(lambda: self._run.log({f"start/{part}": s for part, s in start_clock.parts().items()}))
         self.say(start_clock.line())
 
-    def image(self, step: int, name: str, path: Path) -> None:
-        """Show the image file `path` in W&B under `name`."""
+    def images(self, step: int, sheet: Path, images: Sequence[tuple[Path, str]] = ()) -> None:
+        """Show the image file `sheet` in W&B as `samples`, and single ones with what they show as `samples/images`."""
         self.flush()
         if self.active and self._run is not None:
             import wandb
 
-            self._try(lambda: self._run.log({"step": step, name: wandb.Image(str(path))}))
+            shown_there = {"samples": wandb.Image(str(sheet))}
+            if images:
+                shown_there["samples/images"] = [wandb.Image(str(path), caption=caption) for path, caption in images]
+            self._try(lambda: self._run.log({"step": step, **shown_there}))
 
     def say(self, text: str, kind: Kind | None = "note") -> None:
         """A line for people on stderr, and an event of the run unless `kind` is None; a note "warning: …" is a warning."""

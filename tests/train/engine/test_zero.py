@@ -191,7 +191,7 @@ def test_variants_of_stage_3(
     def outcome(name: str) -> tuple[list[float], list[float], np.ndarray]:
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
-        images = [np.array(Image.open(p)) for p in sorted((tmp_path / name / "samples").rglob("0*.png"))]
+        images = [np.array(Image.open(p)) for p in sorted((tmp_path / name / "samples").glob("step-*/0*.png"))]
         return [row["loss"] for row in rows if "loss" in row], validation, np.stack(images).astype(int)
 
     losses, validation, images = outcome("zero2")

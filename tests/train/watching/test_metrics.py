@@ -128,7 +128,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, wandb: FakeWandb, capsys: pyt
     metrics.advance()
     metrics.log(1, loss=1.0)
     metrics.record(1, validation_loss=1.0)
-    metrics.image(1, "sample", tmp_path / "a.png")
+    metrics.images(1, tmp_path / "a.png")
     metrics.say("hello")
     with metrics.paused():
         pass
@@ -200,14 +200,14 @@ def test_wandb_gets_the_configuration_and_keeps_its_run(tmp_path: Path, wandb: F
         )
         wandb_id = metrics.wandb_id
         metrics.log(start + 1, loss=0.5)
-        metrics.image(start + 1, "sample", tmp_path / "a.png")
+        metrics.images(start + 1, tmp_path / "a.png")
         metrics.close()
     first, resumed, fresh = wandb.runs
     assert first.options["id"] == resumed.options["id"] != fresh.options["id"]
     assert [run.options["resume"] for run in wandb.runs] == [None, "allow", None]
     assert first.options["config"]["lora_rank"] == 8 and first.options["config"]["trainable"] == 12
     assert (first.options["project"], first.options["name"]) == ("p", "cats")
-    assert fresh.logged == [rows(tmp_path / "cats")[-1], {"step": 1, "sample": f"{tmp_path}/a.png"}]
+    assert fresh.logged == [rows(tmp_path / "cats")[-1], {"step": 1, "samples": f"{tmp_path}/a.png"}]
 
 
 def test_a_wandb_that_fails_is_told_once_and_ends_nothing(
