@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from train.process.preemption import Preemption
     from train.process.ranks import Ranks
     from train.saving.checkpoints import Checkpoints, Resumed
-    from train.saving.keep_best import Best
     from train.saving.lora_export import LoraExport
+    from train.watching.late_row import Part
     from train.watching.metrics import Metrics
     from train.watching.sample_images import Preview
     from train.watching.validation import Validation
@@ -157,7 +157,6 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     from train.reporting.dry_run import dry_run
     from train.reporting.start_facts import start_facts
     from train.saving.checkpoints import Checkpoints
-    from train.saving.keep_best import Best
     from train.saving.lora_export import LoraExport
     from train.saving.run_folder import check_room, prepare_run_folder
     from train.saving.run_folder_lock import lock_run_folder
@@ -197,7 +196,6 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     resumed = checkpoints.resume(engine, found, identity, config.resume_ignore_data)
     facts = prepare_run_folder(config, zero.settings, data.decided, ranks.is_main) | {"trainable": setup.trainable}
     export.write_again(engine, resumed.step, data.steps)
-    best = Best.resumed(config.keep_best, resumed.best, config.output_path, ranks.say)
     ranks.say(*data.lines(), spec.line(len(step.adapted), setup.trainable))
     fit = fit_step(config, setup, step.module, data, resumed.step, ranks.device)
     ranks.say(*step.lines, *fit.lines)
@@ -209,7 +207,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.warn)
     guards = fit.peak_watch(metrics.say), preemption, watchdog
     loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, *guards)
-    return loop.run(Outputs(validation, preview, export, best, checkpoints, identity))
+    return loop.run(Outputs(validation, preview, export, checkpoints, identity))
 
 
 class Outputs(NamedTuple):
@@ -218,7 +216,6 @@ class Outputs(NamedTuple):
     validation: Validation
     preview: Preview
     export: LoraExport
-    best: Best
     checkpoints: Checkpoints
     identity: dict[str, Any]
 
@@ -247,16 +244,23 @@ class Loop:
     ) -> None:
         from train.engine.lr_scheduler import LearningRate
         from train.engine.optimizer_state import ema_of
+        from train.lora.spec import LoraSpec
         from train.saving.checkpoint_clock import CheckpointClock
+        from train.saving.keep_best import Best
+        from train.watching.lora_norms import LoraNorms
         from train.watching.loss_watch import LossWatch
+        from train.watching.step_statistics import StepStatistics
 
         self.config, self.total_steps, self.step, self.saved = config, total_steps, resumed.step, resumed.step
         self.engine, self.encoder, self.loader, self.metrics = engine, encoder, loader, metrics
         self.peak, self.preemption, self.watchdog = peak, preemption, watchdog
         self.ema = ema_of(engine)
+        self.best = Best.resumed(config.keep_best, resumed.best, config.output_path, metrics.say)
         self.checkpoint_clock = CheckpointClock(config.checkpoint_minutes)
         self.learning_rate = LearningRate.from_config(config, total_steps)
         self.watch = LossWatch(partial(metrics.say, kind="skip"), engine.device, resumed.loss)
+        self.statistics = StepStatistics(engine.module.transformer.config, engine.device)
+        self.norms = LoraNorms(engine.module.transformer, LoraSpec.from_config(config).scale)
         self.began, self.first_step = time.monotonic(), self.step
         for line in [*self.learning_rate.warnings(), *self.learning_rate.lines_on_resuming(self.step, resumed.client)]:
             metrics.say(line)
@@ -302,7 +306,8 @@ class Loop:
             metrics.advance()
             if self.due(config.log_steps):
                 rate, norm = self.learning_rate.at(self.step - 1), self.engine.get_global_grad_norm()
-                metrics.log(self.step, loss=watch.mean(), lr=rate, grad_norm=norm, epoch=self.loader.epoch)
+                parts = self.parts()
+                metrics.log(self.step, parts, loss=watch.mean(), lr=rate, grad_norm=norm, epoch=self.loader.epoch)
             if writes:
                 metrics.flush()
                 with self.watchdog.longer("validation, sample images or saving"):
@@ -315,22 +320,40 @@ class Loop:
         """Forward and backward pass of each micro-batch, then AdamW. Waits for nothing."""
         import torch
 
+        split = self.metrics.split
+        split.begin()
         for _ in range(self.config.gradient_accumulation_steps):
             with self.preemption.waiting():
                 batch = next(batches)
             latents, prompt = self.encoder(batch)
+            split.reached("data")
             if self.config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
                 torch.manual_seed(self.config.seed * 1_000_003 + batch.place)
             losses = self.engine(latents, batch.noise, batch.sigma, prompt)
+            split.reached("forward")
             self.engine.backward(losses.mean())
+            split.reached("backward")
+            self.statistics.saw(batch, losses, latents, prompt)
             self.watch.saw(batch, losses)
             self.peak.saw(latents, prompt)
             self.learning_rate.set(self.engine, self.step)
             self.engine.step()
+            split.reached("optimizer")
         self.step += 1
         applied = self.watch.stepped(self.step, self.engine)
         if self.ema is not None:
             self.ema.update(self.step, applied)
+
+    def parts(self) -> list[Part]:
+        """What a row tells besides: statistics of the steps' samples, a collective, and on the main rank norms of the LoRA."""
+        found = [self.statistics.row(self.watch.skipped, self.loader.broken)]
+        if self.metrics.active:
+            was_off, norms = self.norms.off, self.norms.row()
+            if norms is not None:
+                found.append(norms)
+            elif not was_off:
+                self.metrics.say(f"warning: {self.norms.off}")
+        return found
 
     def is_alone(self) -> bool:
         """Whether no other rank has to take part in saving: then it may be done in the midst of a step."""
@@ -361,7 +384,7 @@ class Loop:
         if checkpoint or self.due(self.config.checkpoint_every):
             with self.metrics.paused():
                 progress = {"consumed": self.loader.consumed, "loss": self.watch.state()}
-                state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id, "best": outputs.best.state()}
+                state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id, "best": self.best.state()}
                 written = outputs.checkpoints.save(self.engine, self.step, state)
             if written is not None:
                 self.saved = self.step
@@ -379,7 +402,7 @@ class Loop:
         """Measure, and keep the LoRA if it is the best so far."""
         from train.engine.averaged_weights import averaged_weights
 
-        validation, best, module = outputs.validation, outputs.best, self.engine.module
+        validation, module = outputs.validation, self.engine.module
         if not len(validation):
             return
         with self.metrics.paused():
@@ -388,10 +411,10 @@ class Loop:
                 with averaged_weights(self.engine):
                     found |= validation.measure(module, "ema_")
             self.metrics.record(self.step, **found)
-            if "validation_loss" in found and best.improves(
+            if "validation_loss" in found and self.best.improves(
                 self.step, found["validation_loss"], found.get("ema_validation_loss")
             ):
-                outputs.export.write_best(self.engine, best)
+                outputs.export.write_best(self.engine, self.best)
 
     def end(self, outputs: Outputs, code: int) -> int:
         """The one ending: the LoRA if the run is done, files that are being written, a last line, then all is closed."""
@@ -410,12 +433,14 @@ class Loop:
             path = export.write_final(self.engine, self.step)
             notes = [f"LoRA of step {self.step}: {path}", *shapes_met(self.engine.module), *export.notes(path)]
             self.metrics.say("; ".join(notes), "saved")
-            if best := outputs.best.line():
+            if best := self.best.line():
                 self.metrics.say(best, "saved")
             steps = self.step - self.first_step
             line = last_lines.done(time.monotonic() - self.began, steps, path, self.config.model, self.loader.broken)
         export.finish()
         self.metrics.flush()
+        files = [path for path in outputs.export.files() if code == DONE]
+        self.metrics.ended({"exit_code": code, "steps": self.step, **self.best.summary()}, files)
         self.metrics.event("end", line, exit_code=code, peak_bytes=peak_bytes(self.engine.device))
         self.write_report()
         self.metrics.say(line, kind=None)

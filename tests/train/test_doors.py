@@ -27,6 +27,7 @@ DOORS = {
     "step/build.py",
     "watching/metrics.py",
     "watching/sample_images.py",
+    "watching/validation.py",
 }
 ENTRIES = {
     "fit_step",

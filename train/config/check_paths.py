@@ -4,6 +4,7 @@ import glob
 import math
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from files.shown import shown
@@ -38,6 +39,10 @@ def check_paths(config: TrainConfig) -> None:
         if not split_weight(text)[0].is_file():
             raise FileNotFoundError(f"preset_lora_path: no file at {split_weight(text)[0]}")
     config.samples()
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError(
+            "tensorboard: the package is missing: pip install tensorboard (this project's extra [tensorboard])"
+        )
     check_data(config)
     check_writable(config.output_path)
     check_apart(config.output_path, data=config.data, model=config.model)

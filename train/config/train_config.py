@@ -252,6 +252,10 @@ class TrainConfig:
     ] = "auto"
     wandb_project: Annotated[str, "W&B project"] = "qwen-image-lora"
     wandb_run_name: Annotated[str | None, "W&B run name; not given: the name of the run folder"] = None
+    wandb_artifact: Annotated[bool, "upload the LoRA files of the run's end to W&B"] = False
+    tensorboard: Annotated[
+        bool, "write TensorBoard's events to the run folder's tensorboard/ too (the extra [tensorboard])"
+    ] = False
 
     report: Annotated[
         Literal["auto", "off"],
@@ -392,11 +396,6 @@ class TrainConfig:
 
 
 HINTS: dict[str, Any] = typing.get_type_hints(TrainConfig, include_extras=True)
-DEFAULTS: dict[str, Any] = {  # as `to_dict` gives them
-    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
-    for field in dataclasses.fields(TrainConfig)
-    if field.default is not dataclasses.MISSING and not isinstance(field.default, Path)
-}
 REQUIRED = [field.name for field in dataclasses.fields(TrainConfig) if field.default is dataclasses.MISSING]
 DEFAULTS: dict[str, Any] = {  # of the options that have one
     field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default is not dataclasses.MISSING

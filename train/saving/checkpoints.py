@@ -236,10 +236,11 @@ def check_same(checkpoint: Checkpoint, current: dict[str, Any], ignore_data: boo
             "(--resume_ignore_data goes on with this run's data, from its beginning)"
         )
     for part in ("global_batch", "config"):
-        before = checkpoint.client.get(part)
-        if part == "config" and isinstance(before, dict):  # options that did not exist yet were as they are by default
-            before = DEFAULTS | before
-        for line in differences(before, current.get(part), part):
+        before, now = checkpoint.client.get(part), current.get(part)
+        if part == "config" and before and now:  # options that did not exist yet were as they are by default
+            defaults = {name: DEFAULTS[name] for name in now if name in DEFAULTS}
+            before = {n: str(v) if isinstance(v, Path) else v for n, v in defaults.items()} | before
+        for line in differences(before, now, part):
             if part in checkpoint.client and line.split()[0] not in NO_MATTER:
                 say(f"resuming with another option: {line}")
     if data:

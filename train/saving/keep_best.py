@@ -66,6 +66,10 @@ class Best:
         self.step, self.loss, self.averaged = step, lowest, averaged
         return True
 
+    def summary(self) -> dict[str, Any]:
+        """For W&B's summary; nothing where none was found."""
+        return {} if self.step is None else {"best_step": self.step, "best_validation_loss": self.loss}
+
     def line(self) -> str | None:
         """For people, at the end."""
         if self.step is None:

@@ -125,6 +125,10 @@ class LoraExport:
         self.finish("stop")
         return path
 
+    def files(self) -> list[Path]:
+        """What a run that is done leaves behind: the LoRA of its end, its average's, the best."""
+        return [path for name in (FINAL, EMA_FINAL, BEST) if (path := self.output_path / name).is_file()]
+
     def finish(self, on_error: str | None = None) -> None:
         """Wait for the file that is being written; a collective. Raises OSError, on all ranks, by policy."""
         if not self._pending:

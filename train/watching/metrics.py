@@ -1,6 +1,7 @@
-"""The numbers of a run: rows in metrics.jsonl, a progress bar or plain lines on stderr, and Weights & Biases.
+"""The numbers of a run: rows in metrics.jsonl, a progress bar or plain lines on stderr, Weights & Biases and TensorBoard.
 
-Only rank 0 writes; on every other rank the same calls do nothing. W&B may fail at any time without ending the training.
+Only rank 0 writes; on every other rank the same calls do nothing. W&B and TensorBoard may fail at any time without ending the
+training.
 A row of the training loop is written a step late (`log`), so that the host need not wait for the device: a run that an
 error ends may lack its last row; what is resumed from a checkpoint has all before it.
 """
@@ -13,9 +14,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,51 +25,13 @@ from files.shown import one_line
 from train.config.train_config import TrainConfig
 from train.process import start_clock
 from train.watching.events import Events, Kind
-from train.watching.step_clock import GpuClock, HostClock, StepClock
+from train.watching.late_row import LateRow, Part
+from train.watching.step_clock import GpuClock, HostClock, Marks, StepClock, TimeSplit, seconds_of
+from train.watching.step_statistics import FLOPS, PEAK, TOKENS
+from train.watching.tensorboard_events import TensorboardEvents
+from train.watching.wandb_run import WandbOptions, WandbRun, complain, first_line
 
-WANDB_TIMEOUT_SECONDS = 30.0  # an unreachable server costs this once; then the run goes on offline
-
-
-class LateRow(NamedTuple):
-    """A row whose numbers are still on their way from the device; on the host once `arrived` has happened (None: they are).
-
-    Read in the step that made them, they would keep the host from launching the next one.
-    """
-
-    step: int
-    names: tuple[str, ...]
-    numbers: torch.Tensor
-    arrived: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, step: int, **values: torch.Tensor | float) -> "LateRow":
-        """Send for `values`: numbers, or tensors of one element on the CPU or the current GPU. Waits for nothing."""
-        tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
-        if not any(tensor.is_cuda for tensor in tensors):
-            known = [value.item() if isinstance(value, torch.Tensor) else value for value in values.values()]
-            return cls(step, tuple(values), torch.tensor(known, dtype=torch.float64), None)
-        numbers = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
-        for place, value in enumerate(values.values()):
-            numbers[place].copy_(torch.as_tensor(value, dtype=torch.float64).detach().reshape(()), non_blocking=True)
-        arrived = torch.cuda.Event(blocking=True)
-        arrived.record()
-        return cls(step, tuple(values), numbers, arrived)
-
-    def read(self) -> dict[str, float]:
-        """The numbers by name, waited for."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return dict(zip(self.names, self.numbers.tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class WandbOptions:
-    """The run as W&B shows it. `config`: every option, and facts besides (versions, trainable parameters …)."""
-
-    mode: Literal["auto", "online", "offline", "disabled"]
-    project: str
-    name: str
-    config: dict[str, Any]
+Tracker = WandbRun | TensorboardEvents
 
 
 class Metrics:
@@ -83,6 +45,11 @@ class Metrics:
         rank: only 0 writes.
         wandb_id: of the W&B run to go on in; None: a new one, whose id is then the attribute `wandb_id`.
         clock: of the steps; None: the GPU's, where there is one.
+        tensorboard: write its events too.
+        row_steps: optimizer steps from one row to the next.
+
+    Attributes:
+        split: marks within the steps, by which a row tells where their time went.
     """
 
     def __init__(
@@ -95,8 +62,11 @@ class Metrics:
         rank: int = 0,
         wandb_id: str | None = None,
         clock: StepClock | None = None,
+        tensorboard: bool = False,
+        row_steps: int = 10,
     ) -> None:
         self.active = rank == 0
+        self.split = TimeSplit(None)
         self._late: LateRow | None = None
         self._late_spans: list[tuple[object, object]] = []
         self.wandb_id = wandb_id or uuid.uuid4().hex[:8]
@@ -111,7 +81,11 @@ class Metrics:
         self._events, self._step = Events(output_path, new=start_step == 0), start_step
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
-        self._run = self._start_wandb(wandb, output_path, start_step)
+        self._trackers: dict[str, Tracker] = {}
+        if run := WandbRun.begin(wandb, output_path, self.wandb_id, start_step):
+            self._trackers["W&B"] = run
+        if tensorboard:
+            self._trackers["TensorBoard"] = TensorboardEvents(output_path, start_step)
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -121,6 +95,7 @@ class Metrics:
             disable=not sys.stderr.isatty(),
         )
         self.clock: StepClock = clock or (GpuClock() if torch.cuda.is_available() else HostClock())
+        self.split, self._late_marks = TimeSplit(self.clock, row_steps), list[Marks]()
         self._logged_step = start_step
         self._spans: list[tuple[object, object]] = []  # of training since the last row, between pauses
         self._running_since = self.clock.mark()
@@ -138,8 +113,11 @@ class Metrics:
     ) -> "Metrics":
         """`facts`: what W&B shows besides the configuration (versions, trainable parameters …)."""
         name = config.wandb_run_name or config.output_path.resolve().name
-        wandb = WandbOptions(config.wandb_mode, config.wandb_project, name, config.to_dict() | (facts or {}))
-        return cls(config.output_path, wandb, total_steps, samples_per_step, start_step, rank, wandb_id)
+        shown_there = config.to_dict() | (facts or {})
+        wandb = WandbOptions(config.wandb_mode, config.wandb_project, name, shown_there, config.wandb_artifact)
+        sizes = total_steps, samples_per_step, start_step
+        events = config.tensorboard
+        return cls(config.output_path, wandb, *sizes, rank, wandb_id, tensorboard=events, row_steps=config.log_steps)
 
     def begun(self, step: int, facts: dict[str, Any], warnings: list[str]) -> None:
         """The first events of a start: what is known of the run (start_facts.py), and the warnings that came before it."""
@@ -156,16 +134,16 @@ class Metrics:
             self._bar.update()
             self.flush()
 
-    def log(self, step: int, **values: torch.Tensor | float) -> None:
+    def log(self, step: int, parts: Sequence[Part] = (), /, **values: torch.Tensor | float) -> None:
         """A row for the optimizer steps since the last one, written by `advance` or `flush`. Waits for nothing.
 
-        Values are numbers, or tensors of one element on the CPU or the current GPU. Speed is added: seconds_per_step,
-        samples_per_second.
+        Values are numbers, or tensors of one element on the CPU or the current GPU; `parts` are written and not told. Speed
+        is added: seconds_per_step, samples_per_second; of the parts' tokens and arithmetic the rates.
         """
         if self.active:
             self.flush()
             now = self.clock.mark()
-            self._late = LateRow.of(step, **values)
+            self._late, self._late_marks = LateRow.of(step, parts, **values), self.split.take()
             self._late_spans = [*self._spans, (self._running_since, now)]
             self._spans, self._running_since = [], now
 
@@ -173,14 +151,23 @@ class Metrics:
         """Wait for the numbers of the last `log`, and write its row."""
         if self._late is not None:
             late, self._late = self._late, None
-            values = late.read()
-            self._log(late.step, values, sum(self.clock.seconds(*span) for span in self._late_spans))
+            numbers = late.read()
+            values = {name: numbers.pop(name) for name in late.names}
+            self._log(late.step, values, numbers, sum(self.clock.seconds(*span) for span in self._late_spans))
 
-    def _log(self, step: int, values: dict[str, float], seconds: float) -> None:
-        seconds = max(seconds / max(step - self._logged_step, 1), 1e-9)
+    def _log(self, step: int, values: dict[str, float], more: dict[str, float], seconds: float) -> None:
+        steps = max(step - self._logged_step, 1)
+        seconds = max(seconds / steps, 1e-9)
         self._logged_step = step
         speed = {"seconds_per_step": round(seconds, 4), "samples_per_second": round(self.samples_per_step / seconds, 4)}
-        self._write({"step": step, **values, **speed})
+        if TOKENS in more:
+            speed["tokens_per_second"] = round(more.pop(TOKENS) / steps / seconds, 1)
+            flops, peak = more.pop(FLOPS) / steps / seconds, more.pop(PEAK, None)
+            speed["tflops_per_gpu"] = float(f"{flops / 1e12:.5g}")
+            if peak:
+                speed["mfu"] = round(flops / peak, 4)
+        more |= seconds_of(self.clock, self._late_marks, seconds)
+        self._write({"step": step, **values, **speed, **{name: rounded(value) for name, value in more.items()}})
         if self._bar.disable:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds * max(self.total_steps - step, 0)))
             self._print(f"step {step}/{self.total_steps}  {shown(values)}  {seconds:.3g} s/step  {left} left")
@@ -204,20 +191,20 @@ class Metrics:
         self._append(
             json.dumps({"step": step, "start": start_clock.parts(), "compiler": compiler_caches()}).encode() + b"\n"
         )
-        if self._run is not None:
-            self._try(lambda: self._run.log({f"start/{part}": s for part, s in start_clock.parts().items()}))
+        took = {f"start/{part}": seconds for part, seconds in start_clock.parts().items()}
+        self._try("W&B", lambda run: run.log(took))
         self.say(start_clock.line())
 
     def images(self, step: int, sheet: Path, images: Sequence[tuple[Path, str]] = ()) -> None:
-        """Show the image file `sheet` in W&B as `samples`, and single ones with what they show as `samples/images`."""
+        """Show the image file `sheet` in W&B and TensorBoard as `samples`, and in W&B single ones with what they show."""
         self.flush()
-        if self.active and self._run is not None:
-            import wandb
+        if self.active:
+            self._track(lambda tracker: tracker.images(step, sheet, images))
 
-            shown_there = {"samples": wandb.Image(str(sheet))}
-            if images:
-                shown_there["samples/images"] = [wandb.Image(str(path), caption=caption) for path, caption in images]
-            self._try(lambda: self._run.log({"step": step, **shown_there}))
+    def ended(self, summary: dict[str, Any], files: Sequence[Path] = ()) -> None:
+        """What the run came to, for W&B's summary and TensorBoard; its LoRA files for `--wandb_artifact`."""
+        if self.active:
+            self._track(lambda tracker: tracker.ended(summary, files))
 
     def say(self, text: str, kind: Kind | None = "note") -> None:
         """A line for people on stderr, and an event of the run unless `kind` is None; a note "warning: …" is a warning."""
@@ -261,14 +248,12 @@ class Metrics:
         self.active = False
         self._bar.close()
         self._file.close()
-        if self._run is not None:
-            self._try(lambda: self._run.finish())
+        self._track(lambda tracker: tracker.close())
 
     def _write(self, row: dict[str, Any]) -> None:
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
         self._append(json.dumps(row).encode() + b"\n")
-        if self._run is not None:
-            self._try(lambda: self._run.log(row))
+        self._track(lambda tracker: tracker.log(row))
 
     def _append(self, row: bytes) -> None:
         """Add a row to the file. On a full disk it waits for the next row, and is written with it if there is room then."""
@@ -286,45 +271,19 @@ class Metrics:
             if not waited:
                 complain(f"{self._file.name} can't be written ({error.strerror}); its rows wait until it can")
 
-    def _start_wandb(self, options: WandbOptions, folder: Path, start_step: int) -> Any:
-        """A W&B run, or None: disabled, not installed or failed. A resumed training goes on in the same run."""
-        mode = options.mode if options.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
-        if mode == "disabled":
-            return None
+    def _try(self, name: str, call: Callable[[Tracker], Any]) -> None:
+        """Call a tracker, if it is on; its first failure is told and ends it, not the training."""
+        tracker = self._trackers.get(name)
         try:
-            import wandb
-
-            if mode == "auto":
-                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"  # is there a key?
-            shared: dict[str, Any] = {
-                "project": options.project,
-                "name": options.name,
-                "dir": str(folder),
-                "id": self.wandb_id,
-                "config": options.config,
-                "settings": wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS, console="off", silent=True),
-            }
-            first_try: dict[str, Any] = {"mode": mode, "resume": "allow" if start_step and mode == "online" else None}
-            try:
-                run = wandb.init(**first_try, **shared)
-            except Exception as error:
-                if mode != "online":
-                    raise
-                complain(f"W&B cannot be reached, so this run is recorded offline ({first_line(error)})")
-                run = wandb.init(mode="offline", **shared)
-            run.define_metric("*", step_metric="step")  # W&B's own step could not go back when training resumes
-            return run
+            if tracker is not None:
+                call(tracker)
         except Exception as error:
-            complain(f"W&B is off ({first_line(error)}); metrics.jsonl holds everything")
-            return None
+            complain(f"{name} failed and is off from here on ({first_line(error)}); metrics.jsonl holds everything")
+            del self._trackers[name]
 
-    def _try(self, call: Callable[[], Any]) -> None:
-        """Call W&B; its first failure is told and ends W&B, not the training."""
-        try:
-            call()
-        except Exception as error:
-            complain(f"W&B failed and is off from here on ({first_line(error)}); metrics.jsonl holds everything")
-            self._run = None
+    def _track(self, call: Callable[[Tracker], Any]) -> None:
+        for name in [*self._trackers]:
+            self._try(name, call)
 
 
 def remove_rows_after(step: int, path: Path) -> None:
@@ -342,6 +301,11 @@ def remove_rows_after(step: int, path: Path) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_file(path, "".join(kept))
+
+
+def rounded(value: float) -> float:
+    """Six digits of what isn't a count."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def shown(values: dict[str, float]) -> str:
@@ -371,11 +335,3 @@ def compiler_caches() -> dict[str, int]:
         for name, count in counters[group].items()
         if name.startswith(start)
     }
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def complain(text: str) -> None:
-    print(f"warning: {one_line(text)}", file=sys.stderr, flush=True)

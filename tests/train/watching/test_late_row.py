@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.watching.metrics import LateRow
+from train.watching.late_row import LateRow
 
 
 def test_what_goes_in_comes_out_in_order():
