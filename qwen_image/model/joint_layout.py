@@ -95,11 +95,9 @@ def has_kernel(image: torch.Tensor, text: torch.Tensor, norms: Norms) -> bool:
     weights = [norm.weight for norm in norms]
     dim = weights[0].shape[0]
     trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    partitioned = any(hasattr(weight, "ds_id") for weight in weights)  # by ZeRO-3: there only within a norm's forward
     return (
         HAS_TRITON
         and not trained
-        and not partitioned
         and image.is_cuda
         and image.dtype == text.dtype
         and image.dtype in (torch.bfloat16, torch.float16, torch.float32)

@@ -1,4 +1,4 @@
-"""The trainable weights' float32 masters and AdamW moments: read whole from, and put back into, a ZeRO-2 or ZeRO-3 engine.
+"""The trainable weights' float32 masters and AdamW moments: read whole from, and put back into, a ZeRO-2 engine.
 
 ZeRO spreads them over the ranks in flat buffers. For a LoRA they are small (rank 32 on q, k, v: 0.3 GB each), so a
 checkpoint holds them whole, by name, and any number of ranks takes its pieces from it. Values travel as bytes: what is
@@ -48,16 +48,16 @@ def trainable_parameters(engine: Any) -> dict[str, Any]:
 
 
 def trainable_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    """Whole shapes, also of partitioned parameters."""
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable_parameters(engine).items()}
+    """Shapes by name."""
+    return {name: tuple(parameter.shape) for name, parameter in trainable_parameters(engine).items()}
 
 
 def fragments(engine: Any) -> list[Fragment]:
     """What this rank holds. Raises ValueError for an engine that keeps its optimizer state elsewhere."""
     zero, found = engine.optimizer, []
     stage = engine.zero_optimization_stage()
-    if stage not in (1, 2, 3):
-        raise ValueError(f"checkpoints need ZeRO stage 2 or 3, the DeepSpeed JSON says stage {stage}")
+    if stage not in (1, 2):
+        raise ValueError(f"checkpoints need an engine of ZeRO stage 2, this one runs stage {stage}")
     if getattr(zero, "swap_optimizer", False):
         raise ValueError("checkpoints don't support optimizer state on NVMe: set offload_optimizer's device to cpu")
     if getattr(zero, "partial_offload", 1.0) != 1.0:
@@ -69,13 +69,7 @@ def fragments(engine: Any) -> list[Fragment]:
     if getattr(engine.module, "flat", None) is not None:
         return _fragments_of_flat(engine)
     for name, parameter in trainable_parameters(engine).items():
-        if stage == 3:
-            group, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
-            start = numel * zero._get_param_partition_rank(parameter)
-            numel = min(numel, parameter.ds_numel - start)  # the last ranks' parts end in padding
-            if numel > 0:
-                found.append(Fragment(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset))
-        elif parameter._hp_mapping is not None:
+        if parameter._hp_mapping is not None:
             here, there = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
             flat = zero.single_partition_of_fp32_groups[parameter._hp_mapping.param_group_index]
             found.append(Fragment(name, here.start, here.numel, flat, there.start))
@@ -210,15 +204,11 @@ def restore(
     if ema is not None and EMA not in kinds:
         ema.begin()
     for name, parameter in trainable_parameters(engine).items():
-        restore_model_weight(parameter, read(WEIGHT, name))
-    if engine.zero_optimization_stage() == 3:
-        engine.optimizer.invalidate_secondary_tensor()  # hpZ's copy inside the node is gathered anew
+        parameter.data.copy_(read(WEIGHT, name))  # as an optimizer step does: the master, rounded to the model's type
 
 
 def flat_masters(engine: Any) -> list[torch.Tensor]:
     """This rank's flat float32 buffers."""
-    if engine.zero_optimization_stage() == 3:
-        return engine.optimizer.fp32_partitioned_groups_flat
     return engine.optimizer.single_partition_of_fp32_groups
 
 
@@ -228,17 +218,3 @@ def restore_counters(optimizer: torch.optim.Optimizer, flat: torch.Tensor, count
     for key, value in counters.items():
         device = flat.device if on_device else torch.device("cpu")
         optimizer.state[flat][key] = torch.tensor(value, dtype=torch.float32, device=device)
-
-
-def restore_model_weight(parameter: Any, master: torch.Tensor) -> None:
-    """What an optimizer step does after the update: the model's weight is the master, rounded to the model's type."""
-    if not hasattr(parameter, "ds_id"):
-        parameter.data.copy_(master)
-        return
-    if parameter.data.shape == master.shape:  # ZeRO-3 keeps small parameters whole
-        parameter.data.copy_(master)
-    part = parameter.ds_tensor
-    start = part.ds_numel * parameter._z3_optimizer._get_param_partition_rank(parameter)
-    numel = min(part.ds_numel, parameter.ds_numel - start)
-    if numel > 0:
-        part.data.narrow(0, 0, numel).copy_(master.reshape(-1)[start : start + numel])
