@@ -27,6 +27,7 @@ SIGNS = (
         "Broken pipe",
         "remote process exited",
     ),
+    "Connection was likely closed",  # TCPStore, while ranks join
     *("NCCL error", "NCCL communicator", "Connection refused", "TCPStore", "EADDRINUSE", "address already in use"),
 )
 
