@@ -113,7 +113,7 @@ def rows_of(options: argparse.Namespace, model: Model, rank: int) -> list[dict[s
 
     import torch
 
-    from train.process.free_memory import limit_device
+    from qwen_image.free_memory import limit_device
 
     rows: list[dict[str, Any]] = []
     for home in options.homes.split(","):

@@ -127,7 +127,7 @@ def clear(model: Model) -> None:
 
     import torch
 
-    from train.process.free_memory import limit_device
+    from qwen_image.free_memory import limit_device
 
     gc.collect()
     if model.device.type == "cuda":

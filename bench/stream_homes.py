@@ -90,6 +90,7 @@ def choose_for_card(gib: float, model: Model) -> tuple[Home, Setup, list[str]]:
     """As train_lora.py would with --gpu_memory_limit and everything else left alone; the limit holds from now on."""
     import torch
 
+    from qwen_image.free_memory import limit_device
     from qwen_image.loading.model_files import ModelSource
     from qwen_image.model.sizes import TransformerConfig
     from qwen_image.model.transformer import QwenImageTransformer
@@ -100,7 +101,6 @@ def choose_for_card(gib: float, model: Model) -> tuple[Home, Setup, list[str]]:
     from train.fit.base_choice import choice_lines, fastest_base
     from train.fit.memory_plan import Machine, Setup, trainable_parameters
     from train.lora.spec import LoraSpec
-    from train.process.free_memory import limit_device
 
     limit_device(model.device, gib)
     with torch.device("meta"):

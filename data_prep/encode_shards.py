@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="stop",
         help="an image or caption that cannot be read ends the run (default), or is left out, named and counted",
     )
+    parser.add_argument("--gpu_memory_limit", type=float, metavar="GIB", help="take the card for one of so many GiB")
     parser.add_argument("--latent_std", action="store_true", help="store the posterior's standard deviation too")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
@@ -91,7 +92,8 @@ def encode(arguments: argparse.Namespace) -> int:
 
     def loaded() -> Encoders:
         if not encoders:
-            encoders.append(Encoders.load(files, encoder_dtype(arguments.dtype), arguments.latent_std))
+            options = encoder_dtype(arguments.dtype), arguments.latent_std
+            encoders.append(Encoders.load(files, *options, arguments.batch_size, arguments.gpu_memory_limit))
         return encoders[0]
 
     with output_lock(arguments.output_path / LOCKS, "encoding", rank, world) as lock:
@@ -138,10 +140,19 @@ def encode_share(
     lock.require()
     totals = encoded.finish().totals
     left_out = f", {totals['failed']} samples left out" if totals["failed"] else ""
-    for line in encoded.long_captions():
+    for line in [*encoded.long_captions(), *peak_line()]:
         print(line)
     print(f"{totals['samples']} samples in {len(manifest.shards)} shards{left_out}: {arguments.output_path}")
     return 0
+
+
+def peak_line() -> list[str]:
+    """The most that this rank's GPU held; none without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"]
 
 
 def counted(samples: Iterator[Sample], progress: Any) -> Iterator[Sample]:

@@ -3,8 +3,10 @@ and encoded shards of noise to train it on: for measurements of memory and speed
 
     python demo/random_model.py --output_path /local/qwen_random                     # full size: 41 GB in 9 files
     python demo/random_model.py --output_path /tmp/small --layers 27 --heads 8       # 1.0 B parameters
+    python demo/random_model.py --output_path /local/qwen_whole --encoders           # 14 GB of text encoder and the VAE too
 
-Transformer, scheduler and model_index.json only: what training from encoded shards reads.
+Transformer, scheduler and model_index.json: what training from encoded shards reads. With --encoders everything that sampling
+and encoding read: the language model of Qwen2.5-VL-7B (without its vision tower), a small tokenizer, and the VAE.
 """
 
 import argparse
@@ -26,8 +28,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--text_dim", type=int, default=3584)
+    parser.add_argument("--encoders", action="store_true", help="text encoder, tokenizer and VAE of real size, too")
+    parser.add_argument("--text_layers", type=int, default=28, help="of the text encoder (default 28)")
+    parser.add_argument(
+        "--hollow", action="store_true", help="holes instead of weights, read as zeros: for memory alone, in a second"
+    )
     options = parser.parse_args(argv)
-    parameters, size = write_random_model(options.output_path, options.layers, options.heads, options.text_dim)
+    shape = options.layers, options.heads, options.text_dim
+    parameters, size = write_random_model(options.output_path, *shape, hollow=options.hollow)
+    if options.encoders:
+        own = write_random_encoders(options.output_path, options.text_dim, options.text_layers, hollow=options.hollow)
+        parameters, size = parameters + own[0], size + own[1]
     print(f"wrote {options.output_path}: {parameters / 1e9:.2f} B parameters, {size / 1e9:.1f} GB")
     return 0
 
@@ -62,6 +73,64 @@ def write_random_model(
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", {"_class_name": "QwenImagePipeline"})
 
+    return write_component(transformer, shapes, None if hollow else random_pool(config.inner_dim), file_bytes)
+
+
+def write_random_encoders(
+    folder: Path, text_dim: int = 3584, text_layers: int = 28, vae_dim: int = 96, hollow: bool = False
+) -> tuple[int, int]:
+    """Add text encoder, tokenizer and VAE to a model's folder; how many parameters and bytes they have.
+
+    Qwen2.5-VL-7B's proportions: heads of 128, seven queries a key, an MLP of 37/7 of the width, 152,064 tokens.
+    """
+    import torch
+    from diffusers import AutoencoderKLQwenImage
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
+
+    from demo.tiny_model import TOKENIZER_CAPTIONS, TOKENIZER_VOCABULARY, make_tokenizer
+
+    heads = text_dim // 128
+    rotary = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
+    text_config = {
+        "vocab_size": 152064,
+        "hidden_size": text_dim,
+        "intermediate_size": text_dim * 37 // 7,
+        "num_hidden_layers": text_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 7),
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": rotary,
+    }
+    config = Qwen2_5_VLConfig(text_config=text_config)
+    with torch.device("meta"):
+        parts = {
+            "text_encoder": ("model.", Qwen2_5_VLTextModel(config.text_config)),
+            "vae": ("", AutoencoderKLQwenImage(base_dim=vae_dim, z_dim=16)),
+        }
+    config.save_pretrained(folder / "text_encoder")
+    parts["vae"][1].save_config(folder / "vae")
+    make_tokenizer(TOKENIZER_CAPTIONS, TOKENIZER_VOCABULARY).save_pretrained(folder / "tokenizer")
+    parameters = size = 0
+    for component, (prefix, model) in parts.items():
+        shapes = {prefix + name: parameter.shape for name, parameter in model.named_parameters()}
+        pool = None if hollow else random_pool(text_dim)
+        written = write_component(folder / component, shapes, pool, single=component == "vae")
+        parameters, size = parameters + written[0], size + written[1]
+    return parameters, size
+
+
+def random_pool(width: int) -> Any:
+    """The numbers that a model of this width takes its weights from, as bytes of bf16."""
+    import torch
+
+    values = torch.randn(POOL_VALUES, generator=torch.Generator().manual_seed(0)).mul_(width**-0.5)
+    return values.bfloat16().view(torch.uint8).numpy()
+
+
+def write_component(
+    folder: Path, shapes: dict[str, Any], pool: Any, file_bytes: int = FILE_BYTES, single: bool = False
+) -> tuple[int, int]:
+    """The weights of one part of the model in files of `file_bytes` with an index, or in a `single` one."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
@@ -70,18 +139,18 @@ def write_random_model(
             filled = 0
         groups[-1].append(name)
         filled += 2 * shape.numel()
-    pool = None
-    if not hollow:
-        values = torch.randn(POOL_VALUES, generator=torch.Generator().manual_seed(0)).mul_(config.inner_dim**-0.5)
-        pool = values.bfloat16().view(torch.uint8).numpy()
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(groups, start=1):
-        file = transformer / f"diffusion_pytorch_model-{number:05d}-of-{len(groups):05d}.safetensors"
-        write_weights(file, {name: shapes[name] for name in names}, pool)
-        weight_map |= dict.fromkeys(names, file.name)
-    index = {"metadata": {"total_size": 2 * sum(s.numel() for s in shapes.values())}, "weight_map": weight_map}
-    write_json(transformer / "diffusion_pytorch_model.safetensors.index.json", index)
-    return sum(s.numel() for s in shapes.values()), sum(path.stat().st_size for path in transformer.iterdir())
+    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
+    if single:
+        write_weights(folder / f"{stem}.safetensors", shapes, pool)
+    else:
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(groups, start=1):
+            file = folder / f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
+            write_weights(file, {name: shapes[name] for name in names}, pool)
+            weight_map |= dict.fromkeys(names, file.name)
+        index = {"metadata": {"total_size": 2 * sum(s.numel() for s in shapes.values())}, "weight_map": weight_map}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+    return sum(s.numel() for s in shapes.values()), sum(path.stat().st_size for path in folder.iterdir())
 
 
 def write_random_encoded(

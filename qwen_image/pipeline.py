@@ -90,8 +90,12 @@ class QwenImagePipeline:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         progress: bool = False,
+        stream_text_encoder: bool = False,
     ) -> "QwenImagePipeline":
-        """Load `components` of a local folder, a hub id, or a source with overrides of single components."""
+        """Load `components` of a local folder, a hub id, or a source with overrides of single components.
+
+        `stream_text_encoder`: its layers lie in host memory and are on the device one after the other.
+        """
         source = ModelSource(source) if isinstance(source, str) else source
         needed = (*components, "scheduler") + (("tokenizer",) if "text_encoder" in components else ())
         files = resolve_model(source, needed)
@@ -100,7 +104,8 @@ class QwenImagePipeline:
         if "transformer" in components:
             transformer = load_transformer(files, dtype, device, progress)
         if "text_encoder" in components:
-            text_encoder = TextEncoder.from_files(files["text_encoder"], files["tokenizer"], dtype, device)
+            places = files["text_encoder"], files["tokenizer"]
+            text_encoder = TextEncoder.from_files(*places, dtype, device, streamed=stream_text_encoder)
         if transformer is not None and text_encoder is not None:
             check_prompt_width(text_encoder, transformer.config.joint_attention_dim)
         if "vae" in components:

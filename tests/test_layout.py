@@ -22,7 +22,10 @@ FULLEST_ROOM = 12  # files; what a newcomer takes in at one look
 # The rooms of each package from the ground up: a room imports those before it and never one after it. Files beside the
 # rooms stand above them all (the commands), but for those listed here by name.
 ROOMS: dict[str, list[str]] = {
-    "qwen_image": ["noise_schedule", "kernels", "model", "float8", "loading", "streaming", "encoders"],
+    "qwen_image": [
+        *("noise_schedule", "out_of_memory", "free_memory"),
+        *("kernels", "model", "float8", "loading", "streaming", "encoders"),
+    ],
     "data_prep": ["images", "shard_format", "sources", "packing", "encoding", "checking"],
     "train": [
         *("config", "process", "flow", "lora", "data", "step"),

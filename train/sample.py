@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files.shown import one_line, shown, tolerant_output
 from qwen_image.loading.model_flags import add_model_flags
+from qwen_image.out_of_memory import memory_ran_out
 from train.config.check_paths import check_apart, split_weight
 from train.config.sample_prompts import HIGHEST_SEED, SamplePrompt, read_prompts
-from train.process.out_of_memory import memory_ran_out
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,7 +84,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", action="store_true", help="make each image without the LoRA too")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     add("--device", help="default: cuda if there is one, else cpu")
+    add(
+        "--base_precision",
+        choices=("auto", "dtype", "float8", "int8"),
+        default="auto",
+        help="of the transformer's blocks; auto: as --dtype says, or what is fastest where that does not fit (default)",
+    )
+    add(
+        "--resident_blocks",
+        type=blocks_to_keep,
+        metavar="N",
+        help="blocks that stay on the GPU, the others come from host memory; auto: as many as fit (default)",
+    )
+    add("--gpu_memory_limit", type=float, metavar="GIB", help="take the card for one of so many GiB")
     return parser
+
+
+def blocks_to_keep(text: str) -> int | None:
+    """For argparse: a number, or None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"say auto or a number of blocks, not {shown(text, 40)}")
+    return int(text)
 
 
 class Shot(NamedTuple):
@@ -104,9 +126,10 @@ def sample(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from qwen_image.free_memory import peak_bytes
     from train.watching.image_grid import save_png
 
-    pipeline, read = load(arguments, sets)
+    pipeline, read = load(arguments, sets, jobs)
     found: dict[Shot, list[Image.Image]] = {}
     total = len(shots) * sum(job.num_inference_steps for job in jobs)
     with tqdm(total=total, unit="step", disable=None) as progress:
@@ -121,6 +144,9 @@ def sample(arguments: argparse.Namespace) -> int:
                     save_png(arguments.output_path / file_name(arguments, number, job, shot, sets), image, parameters)
     sheets = write_sheets(arguments, jobs, sets, shots, found)
     print(f"{sum(map(len, found.values()))} images and {sheets}: {arguments.output_path}")
+    assert pipeline.vae is not None
+    if (device := pipeline.vae.device).type == "cuda":
+        print(f"peak memory {peak_bytes(device) / 2**30:.2f} GiB on the GPU")
     return 0
 
 
@@ -196,35 +222,49 @@ def shots_asked(arguments: argparse.Namespace, sets: int) -> list[Shot]:
 
 
 def load(
-    arguments: argparse.Namespace, sets: Sequence[Sequence[str]]
+    arguments: argparse.Namespace, sets: Sequence[Sequence[str]], jobs: Sequence[SamplePrompt]
 ) -> tuple["QwenImagePipeline", Callable[[int], "LoraFile"]]:
-    """The pipeline, and a function that reads the LoRA of a place in `sets`; all are looked at before the model is read."""
+    """The pipeline, and a function that reads the LoRA of a place in `sets`; all are looked at before the model is read.
+
+    The text encoder has encoded every prompt and left the room to the transformer. Raises ValueError for what doesn't fit.
+    """
     import torch
 
+    from qwen_image.encoders.vae import VAE
+    from qwen_image.free_memory import limit_device
     from qwen_image.kernel_check import distrust_kernels
     from qwen_image.loading.model_files import ModelSource, resolve_model
     from qwen_image.loading.weights import empty_transformer, float8_warning
+    from qwen_image.noise_schedule import SigmaSchedule
     from qwen_image.pipeline import QwenImagePipeline
+    from train.fit.sampling_plan import ImageWork, SamplingPlan
     from train.lora.preset_loras import Preset
     from train.lora.several_loras import as_one
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    source, dtype = ModelSource.from_options(arguments), getattr(torch, arguments.dtype)
-    files = resolve_model(source, ("transformer",))
-    empty = empty_transformer(files) if sets else None
+    limit_device(device, arguments.gpu_memory_limit)
+    dtype = getattr(torch, arguments.dtype)
+    files = resolve_model(ModelSource.from_options(arguments))
+    empty = empty_transformer(files)
 
     def read(place: int) -> "LoraFile":
-        assert empty is not None
         return as_one([Preset.read(text, empty) for text in sets[place]])
 
-    notes = [*float8_warning(files), *(note for place in range(len(sets)) for note in read(place).notes)]
+    work = ImageWork.of(jobs, dtype, arguments.base_precision, arguments.resident_blocks)
+    notes = list(float8_warning(files))
+    for place in range(len(sets)):
+        lora = read(place)
+        notes += lora.notes
+        work = work.wearing(lora)
+    plan = SamplingPlan.of(files, work, device)
+    notes += plan.lines + tuple(distrust_kernels(empty.config, dtype, device, plan.base.float8, trains=False))
     for note in notes:
         print(one_line(note), file=sys.stderr)
-    pipeline = QwenImagePipeline.from_pretrained(source, dtype=dtype, device=device, progress=True)
-    assert pipeline.transformer is not None
-    for line in distrust_kernels(pipeline.transformer.config, dtype, device, float8=False, trains=False):
-        print(line, file=sys.stderr)
-    return pipeline, read
+    schedule = SigmaSchedule.from_config_file(files["scheduler"].folder / "scheduler_config.json")
+    texts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
+    known = plan.encode(files, texts, device)
+    transformer = plan.load_transformer(files, schedule, device)
+    return QwenImagePipeline(transformer, known, VAE.from_files(files["vae"], dtype, device), schedule, files), read
 
 
 @contextmanager

@@ -22,13 +22,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files.shown import one_line, shown, tolerant_output
+from qwen_image.out_of_memory import memory_ran_out
 from train.config.check_paths import check_paths
 from train.config.command_line import parse
 from train.config.train_config import TrainConfig
 from train.process import start_clock
 from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED, RANK_LOST
 from train.process.first_error import blame, rank_was_lost, tell_first
-from train.process.out_of_memory import memory_ran_out
 from train.process.peers import Peers
 from train.process.watchdog import JOINING, LONG_SECONDS, Watchdog
 from train.saving import last_lines
@@ -183,7 +183,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
     pipeline = load_pipeline(setup.base, data.dataset, memory.encoders, ranks)
-    encoder = OnlineEncoder.of(pipeline, data, memory.encoders)
+    encoder = OnlineEncoder.of(pipeline, data)
     preview = Preview.from_config(config, pipeline, encoder, ranks)
     options = StepOptions.from_config(config, setup.base.float8, ranks.device, setup.checkpointed_blocks)
     assert pipeline.transformer is not None
@@ -418,7 +418,7 @@ class Loop:
 
     def end(self, outputs: Outputs, code: int) -> int:
         """The one ending: the LoRA if the run is done, files that are being written, a last line, then all is closed."""
-        from train.process.free_memory import peak_bytes
+        from qwen_image.free_memory import peak_bytes
         from train.step.speedups import shapes_met
 
         export = outputs.export

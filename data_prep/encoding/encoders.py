@@ -46,15 +46,34 @@ class Encoders:
         self._counted: dict[str, int] = {}  # of the long captions that came lately
 
     @classmethod
-    def load(cls, files: ModelFiles, dtype_name: str, latent_std: bool) -> Encoders:
+    def load(
+        cls,
+        files: ModelFiles,
+        dtype_name: str,
+        latent_std: bool,
+        batch_size: int = 1,
+        gpu_memory_limit: float | None = None,
+    ) -> Encoders:
+        """On this rank's device, the text encoder's layers in host memory where the device has no room for all of them.
+
+        Raises ValueError where it has no room for that either, before weights are read.
+        """
         import torch
 
-        from qwen_image.encoders.text_encoder import TextEncoder
+        from qwen_image.encoders.encoder_room import TILE_BYTES, streaming_line
+        from qwen_image.encoders.text_encoder import MAX_TOKENS, TextEncoder
         from qwen_image.encoders.vae import VAE
+        from qwen_image.free_memory import limit_device
 
         device, dtype = device_of_rank(), getattr(torch, dtype_name)
-        text_encoder = TextEncoder.from_files(files["text_encoder"], files["tokenizer"], dtype, device)
-        return cls(VAE.from_files(files["vae"], dtype, device), text_encoder, latent_std)
+        limit_device(device, gpu_memory_limit)
+        vae = VAE.from_files(files["vae"], dtype, device)
+        line = streaming_line(files["text_encoder"], dtype, batch_size * MAX_TOKENS, device, TILE_BYTES)
+        if line is not None:
+            print(f"{line} (each batch of captions moves all of them: a larger --batch_size moves them less often)")
+        places = files["text_encoder"], files["tokenizer"]
+        text_encoder = TextEncoder.from_files(*places, dtype, device, streamed=line is not None)
+        return cls(vae, text_encoder, latent_std)
 
     def encode_images(self, images: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
         """Per uint8 [H, W, 3] image: latent bf16 [16, H/8, W/8], and latent_std of that shape if asked."""

@@ -6,13 +6,15 @@ five tokens after the caption stay, so "" has five tokens.
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from files.shown import shown
+from qwen_image.encoders.streamed_layers import EMBEDDING, LAYERS, SLOTS, StreamedLayers
 from qwen_image.loading.model_files import Component, read_json_object
-from qwen_image.loading.weights import load_weights
+from qwen_image.loading.safetensors_ranges import read_headers
+from qwen_image.loading.weights import load_weights, match_weights
 from qwen_image.model.conditioning import Prompt
 
 TEMPLATE = (
@@ -32,19 +34,29 @@ def language_model_name(name: str) -> str | None:
 
 
 class TextEncoder:
-    """Tokenizer and language model of Qwen2.5-VL. The vision tower and the vocabulary head are not kept in memory."""
+    """Tokenizer and language model of Qwen2.5-VL. The vision tower and the vocabulary head are not kept in memory.
 
-    def __init__(self, tokenizer: Any, language_model: Any):
-        self.tokenizer = tokenizer
+    `streamed`: brings the layers to the device, where they don't stay there.
+    """
+
+    def __init__(self, tokenizer: Any, language_model: Any, streamed: StreamedLayers | None = None):
+        self.tokenizer, self.streamed = tokenizer, streamed
         self.language_model = language_model.eval().requires_grad_(False)
         before_caption = TEMPLATE.partition("{}")[0]
         self.template_drop = len(tokenizer(before_caption).input_ids)  # 34 with Qwen's tokenizer
 
     @classmethod
     def from_files(
-        cls, text_encoder: Component, tokenizer: Component, dtype: torch.dtype, device: torch.device | str
+        cls,
+        text_encoder: Component,
+        tokenizer: Component,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        streamed: bool = False,
     ) -> "TextEncoder":
         """Load the language model by the transformer's own reader; the file's other parts are left where they are.
+
+        `streamed`: its layers lie in host memory and come one after the other (qwen_image/encoders/streamed_layers.py).
 
         Raises FileNotFoundError without a configuration, and ValueError when configuration, names, shapes or the tokenizer
         are another model's, before any weight is read.
@@ -70,14 +82,19 @@ class TextEncoder:
             )
         with torch.device("meta"):
             language_model = Qwen2_5_VLTextModel(config)
-        load_weights(language_model, text_encoder.weights, dtype, device, rename=language_model_name)
+        match_weights(language_model, text_encoder.weights, language_model_name, unscaled_float8=False)
+        layers = StreamedLayers(language_model, dtype, torch.device(device)) if streamed else None
+        room = None if layers is None else layers.room
+        load_weights(language_model, text_encoder.weights, dtype, device, rename=language_model_name, room=room)
+        if layers is not None:
+            layers.begin()
         rotary: Any = type(language_model.rotary_emb)  # its frequencies are computed, not stored, and were on "meta"
         language_model.rotary_emb = rotary(config).to(device)
-        return cls(words, language_model)
+        return cls(words, language_model, layers)
 
     @property
     def device(self) -> torch.device:
-        return next(self.language_model.parameters()).device
+        return next(self.language_model.parameters()).device if self.streamed is None else self.streamed.device
 
     def tokenize(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, each int64 [B, L], template included; longer captions are cut at 1024 tokens."""
@@ -96,8 +113,10 @@ class TextEncoder:
         if not 1 <= max_tokens <= MAX_TOKENS:
             raise ValueError(f"max_tokens must lie between 1 and {MAX_TOKENS}, got {max_tokens}")
         input_ids, attention_mask = self.tokenize(captions)
+        table = self.language_model.embed_tokens  # may have stayed in host memory
+        embeds = table(input_ids.to(table.weight.device)).to(self.device)
         hidden = self.language_model(
-            input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device), use_cache=False
+            inputs_embeds=embeds, attention_mask=attention_mask.to(self.device), use_cache=False
         ).last_hidden_state
         lengths = attention_mask.sum(1).tolist()
         end = self.template_drop + max_tokens
@@ -106,3 +125,33 @@ class TextEncoder:
     def encode(self, captions: list[str], max_tokens: int = MAX_TOKENS) -> Prompt:
         """Embeddings [B, T, D] and mask of a batch of captions."""
         return Prompt.from_list(self.encode_list(captions, max_tokens))
+
+
+class EncoderBytes(NamedTuple):
+    """What the language model takes: whole on the device, or streamed there and in host memory; work for a caption's token."""
+
+    whole: int
+    streamed: int
+    host: int
+    token: int
+
+    @classmethod
+    def of(cls, text_encoder: Component, dtype: torch.dtype) -> "EncoderBytes":
+        """From the headers of its files; reads no weights."""
+        whole = table = width = 0
+        layers: dict[str, int] = {}
+        for stored_name, stored in read_headers(text_encoder.weights).items():
+            name = language_model_name(stored_name)
+            if name is None:
+                continue
+            size = stored.numel * dtype.itemsize
+            whole += size
+            if name == EMBEDDING:
+                table = size
+            elif name.startswith(LAYERS):
+                layer = name.split(".")[1]
+                layers[layer] = layers.get(layer, 0) + size
+                width = max(width, *stored.shape)
+        slots = SLOTS * max(layers.values(), default=0)
+        # The MLP's three tensors and what attention makes of a token, none of which is kept.
+        return cls(whole, whole - table - sum(layers.values()) + slots, whole, 5 * width * dtype.itemsize)

@@ -1,12 +1,14 @@
-"""Host memory that a GPU copies from at full speed, and modules that lend their weights to the GPU for a while."""
+"""Host memory that a GPU copies from at full speed, if the system lets it be page-locked."""
 
+import math
 import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
+import resource
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 ARENA_ALIGNMENT = 256  # bytes; for copies by DMA and vector loads
 ARENA_BYTES = 2 << 30  # pinned at once, while threads already read into the arena before
@@ -28,19 +30,50 @@ class Pages(mmap.mmap):
 def pinned_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
     """Page-locked memory of exactly this size; given back when the last view of it is gone. Raises MemoryError.
 
-    torch's own pinned allocator rounds each tensor up to a power of two: 62 GB for the 41 GB of Qwen-Image.
+    Where the system refuses to lock it, it is ordinary memory, and that is told once. torch's own pinned allocator rounds each
+    tensor up to a power of two: 62 GB for the 41 GB of Qwen-Image.
     """
     pages, memory = _mapped(elements, dtype)
     if pages is None:
         return memory
     error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * dtype.itemsize, 0)
     if int(error) != 0:
-        raise MemoryError(
-            f"{elements * dtype.itemsize / 1e9:.1f} GB of host memory could not be page-locked ({error}): "
-            'set "pin_memory": false in offload_param, or use fewer ranks on this host'
-        )
+        if torch.cuda.is_initialized():
+            with suppress(RuntimeError):  # CUDA keeps the refusal as its last error, which the next launch would raise
+                torch.zeros(1, device="cuda")
+        tell_unlocked(elements * dtype.itemsize, str(error))
+        return memory
     pages.locked_at = memory.data_ptr()
     return memory
+
+
+def host_memory(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    """Uninitialized host memory by torch's own allocator, page-locked if that is asked for and the system allows it."""
+    if pinned:
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            tell_unlocked(math.prod(shape) * dtype.itemsize, str(error).splitlines()[0])
+    return torch.empty(shape, dtype=dtype)
+
+
+_told: set[str] = set()
+
+
+def tell_unlocked(size: int, reason: str) -> None:
+    """One line for people, the first time: what it costs and how the limit is raised."""
+    if "unlocked" in _told:
+        return
+    _told.add("unlocked")
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    allowed = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / 1024:.0f} KiB"
+    print(
+        f"warning: the system refused to page-lock {size / 1e9:.1f} GB of host memory ({reason}; ulimit -l: {allowed}): copies "
+        "to the GPU are about half as fast and hold the host up. Raise the limit (ulimit -l unlimited; docker run --ulimit "
+        "memlock=-1; Slurm: PropagateResourceLimitsExcept=MEMLOCK), or run fewer ranks on this host",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def unforked_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -61,28 +94,6 @@ def _mapped(elements: int, dtype: torch.dtype) -> tuple[Pages | None, torch.Tens
         raise MemoryError(f"{elements * dtype.itemsize / 1e9:.1f} GB of host memory: {error}") from None
     memory.madvise(mmap.MADV_DONTFORK)
     return memory, torch.frombuffer(memory, dtype=dtype)  # the tensor keeps the mapping alive
-
-
-def pin(module: nn.Module) -> None:
-    """Move the weights of a module on the CPU into pinned memory, tensor by tensor."""
-    for tensor in module.parameters():
-        memory = pinned_memory(tensor.numel(), tensor.dtype)
-        memory.copy_(tensor.data.view(-1))
-        tensor.data = memory.view(tensor.shape)
-
-
-@contextmanager
-def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module's weights and buffers on `device` for a while. They are frozen: nothing is copied back."""
-    tensors = [*module.parameters(), *module.buffers()]
-    home = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device, non_blocking=True)
-        yield
-    finally:
-        for tensor, data in zip(tensors, home, strict=True):
-            tensor.data = data
 
 
 @dataclass

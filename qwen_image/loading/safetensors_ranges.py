@@ -25,6 +25,7 @@ from types import TracebackType
 import torch
 
 from files.shown import shown
+from qwen_image.loading.pinned_memory import host_memory
 
 CHUNK_BYTES = 16 << 20  # read at once by one thread
 THREADS = 4
@@ -219,7 +220,7 @@ class RangeReader:
     def _staging(self, pinned: bool) -> torch.Tensor:
         """This thread's buffer; pinned for a GPU, or the copy would go through another one."""
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned)
+            self._local.buffer = host_memory((CHUNK_BYTES,), torch.uint8, pinned)
         return self._local.buffer
 
     def __enter__(self) -> "RangeReader":

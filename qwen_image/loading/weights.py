@@ -21,6 +21,7 @@ from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
 
 Rename = Callable[[str], str | None]
+Room = Callable[[str, torch.Size], torch.Tensor | None]
 
 
 def empty_transformer(files: ModelFiles) -> QwenImageTransformer:
@@ -43,8 +44,11 @@ def load_weights(
     progress: bool = False,
     rename: Rename | None = None,
     unscaled_float8: bool = False,
+    room: Room | None = None,
 ) -> None:
     """Fill a module built on the meta device from safetensors, cast and moved piece by piece; freezes all.
+
+    `room` gives the memory that a parameter of that name and shape is to have, or None for any on `device`.
 
     Peak memory is the model plus a few pieces of 16 MiB. Arguments and errors are those of `match_weights`, raised before
     any weight is read; ValueError also for values that are not finite.
@@ -53,7 +57,9 @@ def load_weights(
     total = sum(tensor.numel * tensor.dtype.itemsize for tensor in stored.values())
     with RangeReader(progress, total) as reader:
         for name, tensor in stored.items():
-            values = torch.empty(tensor.shape, dtype=dtype, device=device)
+            values = None if room is None else room(name, tensor.shape)
+            if values is None:
+                values = torch.empty(tensor.shape, dtype=dtype, device=device)
             replace_parameter(module, name, nn.Parameter(values, requires_grad=False))
             reader.read(tensor, values)
 

@@ -60,13 +60,20 @@ class BlockStore:
 
     def put(self, block: int, flat: torch.Tensor) -> None:
         """Keep uint8 [size] (anywhere); every rank of the group must give the same."""
-        size = self.part_size(self.sizes[block])
-        part = self.parts.get(block)
-        if part is None:
-            part = self.parts[block] = self.arenas[block in self.on_device].take(size)
+        size, part = self.part_size(self.sizes[block]), self._part(block)
         mine = flat[self.rank * size : min((self.rank + 1) * size, self.sizes[block])]
         part[: len(mine)].copy_(mine)
         part[len(mine) :].zero_()
+
+    def room(self, block: int) -> torch.Tensor:
+        """The block's own bytes, uint8 [size], to be filled in place instead of by `put`; without a group."""
+        assert self.group is None
+        return self._part(block)
+
+    def _part(self, block: int) -> torch.Tensor:
+        if block not in self.parts:
+            self.parts[block] = self.arenas[block in self.on_device].take(self.part_size(self.sizes[block]))
+        return self.parts[block]
 
     def fetch(self, block: int, into: torch.Tensor) -> None:
         """Fill uint8 [≥ slot_size] on the device with the block's buffer; asynchronous on a GPU's current stream."""

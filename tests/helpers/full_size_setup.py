@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qwen_image.free_memory import GIB
 from qwen_image.loading.model_files import ModelSource
 from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
@@ -14,7 +15,6 @@ from train.base_model.base_home import BaseHome
 from train.base_model.base_plan import BasePlan
 from train.config.zero_plan import ZeroPlan
 from train.fit.memory_plan import EncoderSizes, Machine, MemoryPlan, Setup, plan_memory
-from train.process.free_memory import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN, LORA = 20_430_401_088, 23_592_960 * 2

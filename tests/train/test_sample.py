@@ -155,3 +155,26 @@ def test_labels_of_any_length_are_quick():
     for label in ("a word " * 1600, "x" * 11_000, "é" * 11_000):
         make_grid([[image]], ["base"], [label])
     assert time.monotonic() - began < 2
+
+
+def test_a_streamed_transformer_makes_the_same_image(tiny_model, lora, tmp_path, capsys):
+    for name, more in {"resident": [], "some": ["--resident_blocks", "1"], "none": ["--resident_blocks", "0"]}.items():
+        assert sample.main(flags(tiny_model, tmp_path / name, "--lora", str(lora), "--compare", *more)) == 0
+    said = capsys.readouterr().err
+    assert "blocks of the base come from host memory while they compute" in said
+    for image in ("000-seed0.png", "000-seed0-base.png"):
+        expected = pixels(tmp_path / "resident" / image)
+        assert all(np.array_equal(pixels(tmp_path / name / image), expected) for name in ("some", "none"))
+
+
+@pytest.mark.parametrize("precision", ["float8", "int8"])
+def test_8_bits_are_the_same_from_every_home_and_near_the_exact_image(tiny_model, lora, tmp_path, precision):
+    found = {}
+    for name, more in {"exact": [], "resident": [], "none": ["--resident_blocks", "0"]}.items():
+        asked = ["--base_precision", "dtype" if name == "exact" else precision]
+        assert sample.main(flags(tiny_model, tmp_path / name, "--lora", str(lora), *asked, *more)) == 0
+        found[name] = pixels(tmp_path / name / "000-seed0.png").astype(int)
+    assert np.array_equal(found["resident"], found["none"])
+    assert (
+        np.abs(found["resident"] - found["exact"]).max() > 0 and np.abs(found["resident"] - found["exact"]).mean() < 8
+    )

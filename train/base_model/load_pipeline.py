@@ -7,7 +7,6 @@ from qwen_image.loading.model_files import (
     ModelSource,
     resolve_model,
 )
-from qwen_image.loading.pinned_memory import pin
 from qwen_image.pipeline import QwenImagePipeline, check_prompt_width
 from train.base_model.base_plan import BasePlan
 from train.base_model.import_ahead import import_ahead
@@ -40,14 +39,11 @@ def load_pipeline(
         source,
         components=() if dataset.encoded else ("text_encoder", "vae"),
         dtype=base.dtype,
-        device=ranks.device if encoder_place == "device" else "cpu",
+        device="cpu" if encoder_place == "cpu" else ranks.device,
+        stream_text_encoder=encoder_place == "swap",
     )
     if pipeline.text_encoder is not None:
         check_prompt_width(pipeline.text_encoder, base.empty.config.joint_attention_dim)
-    if encoder_place == "swap" and pipeline.vae is not None and pipeline.text_encoder is not None:
-        pipeline.vae.to(ranks.device)
-        if ranks.device.type == "cuda":
-            pin(pipeline.text_encoder.language_model)
     with import_ahead(*NEEDED_NEXT):
         transformer = load_base(base, files, pipeline.schedule, ranks)
     start_clock.reached("loading")

@@ -1,26 +1,22 @@
 """Latents and prompt embeddings of a batch: taken from encoded shards, or made on the fly from images."""
 
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
 
 from qwen_image.encoders.text_encoder import TextEncoder
 from qwen_image.encoders.vae import VAE, pixels_from_uint8
-from qwen_image.loading.pinned_memory import lent
 from qwen_image.model.conditioning import Prompt
 from qwen_image.pipeline import QwenImagePipeline
 from train.data.batch import STORED_DTYPE, Batch
 from train.data.from_config import RunData
 
-EncoderPlace = Literal["device", "swap", "cpu"]  # on the device, in host memory but lent to it, on the CPU for good
+# On the device, the text encoder's layers in host memory until they compute, on the CPU for good.
+EncoderPlace = Literal["device", "swap", "cpu"]
 
 
 class OnlineEncoder:
-    """Latents and prompts of a batch on `device`: taken from it, or made on the fly when the shards hold images.
-
-    `swap`: the text encoder lives in host memory and is on the device only while it encodes.
-    """
+    """Latents and prompts of a batch on `device`: taken from it, or made on the fly when the shards hold images."""
 
     def __init__(
         self,
@@ -29,20 +25,18 @@ class OnlineEncoder:
         max_prompt_tokens: int,
         text_padding: int,
         device: torch.device,
-        swap: bool = False,
     ):
         self.vae = vae
         self.text_encoder = text_encoder
         self.device = device
-        self.swap = swap
         self.max_prompt_tokens = max_prompt_tokens
         self.text_padding = text_padding
 
     @classmethod
-    def of(cls, pipeline: QwenImagePipeline, data: RunData, place: EncoderPlace) -> "OnlineEncoder":
-        """Of the pipeline's encoders, if it has them, which lie at `place`."""
+    def of(cls, pipeline: QwenImagePipeline, data: RunData) -> "OnlineEncoder":
+        """Of the pipeline's encoders, if it has them."""
         options = data.options.max_prompt_tokens, data.text_padding, torch.device(data.reading.device)
-        return cls(pipeline.vae, pipeline.text_encoder, *options, swap=place == "swap")
+        return cls(pipeline.vae, pipeline.text_encoder, *options)
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, Prompt]:
         """Latents [B, 16, 1, H/8, W/8] and the padded prompt, both in STORED_DTYPE."""
@@ -58,6 +52,5 @@ class OnlineEncoder:
     def encode_prompts(self, captions: list[str]) -> list[torch.Tensor]:
         """One [T_i, D] a caption, on `device`."""
         assert self.text_encoder is not None, "no text encoder loaded"
-        with lent(self.text_encoder.language_model, self.device) if self.swap else nullcontext():
-            embeds = self.text_encoder.encode_list(captions, self.max_prompt_tokens)
+        embeds = self.text_encoder.encode_list(captions, self.max_prompt_tokens)
         return [item.to(self.device) for item in embeds]

@@ -180,8 +180,9 @@ class TrainConfig:
     ] = False
     encoder_device: Annotated[
         Literal["auto", "device", "swap", "cpu"],
-        "where text encoder and VAE work when the shards hold images: device keeps 14 GB on the GPU, swap moves the text "
-        "encoder there for each batch, cpu is slow; auto: device if the memory plan has room, else swap",
+        "where text encoder and VAE work when the shards hold images: device keeps 14 GB on the GPU, swap brings the text "
+        "encoder's layers there one after the other for each batch, cpu is slow; auto: device if the memory plan has "
+        "room, else swap",
     ] = "auto"
     deterministic: Annotated[bool, "bit-reproducible kernels, slower"] = False
     resident_blocks: Annotated[

@@ -9,10 +9,10 @@ later say how many blocks need really be recomputed (activation_checkpointing.py
 from collections.abc import Iterator
 from dataclasses import replace
 
+from qwen_image.free_memory import GIB
 from train.fit.activation_checkpointing import MARGIN_SHARE, margin
 from train.fit.memory_plan import Machine, MemoryPlan, Setup, plan_memory
 from train.fit.step_time import step_seconds
-from train.process.free_memory import GIB
 from train.process.ranks import Ranks
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwen_image.free_memory import GIB
 from train.base_model.base_home import BaseHome
 from train.config.zero_plan import ZeroPlan
 from train.fit.activation_checkpointing import margin
 from train.fit.memory_plan import Machine, MemoryPlan, Setup, plan_memory
 from train.fit.step_time import BF16, step_seconds
-from train.process.free_memory import GIB
 from train.process.ranks import Ranks
 
 SWAPPED, ENCODED_ON_CPU = 2.0, 100.0  # added; guesses: 14 GB over PCIe for each batch, and the text encoder on a CPU

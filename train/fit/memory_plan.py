@@ -15,7 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from qwen_image.encoders.text_encoder import EncoderBytes
 from qwen_image.float8.linear import FIRST_CAPABILITY
+from qwen_image.free_memory import CONTEXT_BYTES, GIB, device_bytes, host_bytes
 from qwen_image.loading.model_files import ModelFiles, ModelSource, is_here, resolve_model
 from qwen_image.loading.safetensors_ranges import read_headers
 from qwen_image.model.dtypes import DTYPES
@@ -27,7 +29,6 @@ from train.data.from_config import RunData
 from train.fit.activation_checkpointing import checkpointed_blocks
 from train.lora.spec import LoraSpec
 from train.lora.targets import resolve_targets
-from train.process.free_memory import CONTEXT_BYTES, GIB, device_bytes, host_bytes
 from train.process.ranks import Ranks, ranks_here
 
 # What autograd keeps of one compiled block, in tensors of a token's width (a GELU's input alone has 4): 11.10 to 11.12 measured
@@ -38,20 +39,25 @@ GRAPHS_BYTES = 128 << 20  # CUDA graphs: what their own pool of memory takes mor
 
 
 class EncoderSizes(NamedTuple):
-    """Parameters that stay in memory: the text encoder's without its vision tower and vocabulary head."""
+    """Parameters that stay in memory: the text encoder's without its vision tower and vocabulary head.
+
+    `arriving`: of it, what is on the device while its layers come from host memory.
+    """
 
     text_encoder: int
     vae: int
+    arriving: int = 0
 
     @classmethod
     def from_files(cls, files: ModelFiles) -> "EncoderSizes":
         """From the headers of the weight files; reads no weights."""
-        text = read_headers(files["text_encoder"].weights).items()
-        kept = sum(stored.numel for name, stored in text if "visual." not in name and not name.startswith("lm_head"))
-        return cls(kept, sum(stored.numel for stored in read_headers(files["vae"].weights).values()))
+        text = EncoderBytes.of(files["text_encoder"], torch.uint8)  # a byte each: numbers of parameters
+        vae = sum(stored.numel for stored in read_headers(files["vae"].weights).values())
+        return cls(text.whole, vae, text.streamed)
 
 
-FULL_SIZE_ENCODERS = EncoderSizes(7_070_619_136, 126_892_531)  # Qwen-Image's; for a dry run without its files
+# Qwen-Image's; for a dry run without its files.
+FULL_SIZE_ENCODERS = EncoderSizes(7_070_619_136, 126_892_531, 466_119_168)
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,7 @@ def place_encoders(setup: Setup, machine: Machine, on_device: dict[str, int], on
     """Where text encoder and VAE go, by `--encoder_device` and the room that is left; adds what they take."""
     if setup.encoders is None:
         return "device"
-    text, vae = (size * setup.base.dtype.itemsize for size in setup.encoders)
+    text, vae, arriving = (size * setup.base.dtype.itemsize for size in setup.encoders)
     where = setup.encoder_device
     if where == "auto":
         total = machine.device_total
@@ -272,7 +278,7 @@ def place_encoders(setup: Setup, machine: Machine, on_device: dict[str, int], on
         on_host["encoders"] = (text + vae) * setup.local_world
     else:
         on_host["text encoder"] = text * setup.local_world
-        on_device["VAE"] = vae
+        on_device["VAE"], on_device["text encoder's layers"] = vae, arriving
     return where
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from train.process.out_of_memory import memory_ran_out
+from qwen_image.out_of_memory import memory_ran_out
 from train.step.flow_matching_module import FlowMatchingModule
 from train.step.offload_activations import ActivationOffload
 

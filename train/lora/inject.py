@@ -169,10 +169,13 @@ def attach_lora(transformer: QwenImageTransformer, lora: "LoraFile", strength: f
         with warnings.catch_warnings():  # of the second call: that there is an adapter already
             warnings.simplefilter("ignore")
             _adapt(transformer, config)
+    exact = transformer.txt_norm.weight  # no LoRA goes around a norm
     for name, layer in lora.layers.items():
         module: Any = transformer.get_submodule(name)
         for kind in ("lora_A", "lora_B"):
-            getattr(module, kind)[ADAPTER].weight.data.copy_(layer[kind])
+            weight = getattr(module, kind)[ADAPTER].weight  # PEFT makes it float8 where the base is
+            dtype = exact.dtype if weight.dtype.itemsize == 1 else weight.dtype
+            weight.data = layer[kind].to(exact.device, dtype)
         if name in magnitudes:
             module.lora_magnitude_vector[ADAPTER].weight.data.copy_(magnitudes[name])
         module.set_scale(ADAPTER, strength)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from files.shown import one_line
-from train.process.free_memory import limit_device
+from qwen_image.free_memory import limit_device
 from train.process.node_health import check_device
 from train.process.peers import VARIABLE
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from data_prep.shard_format.shards import Bucket
 from files.shown import shown, shown_bytes
+from qwen_image.free_memory import GIB
 from qwen_image.loading.model_files import ModelSource, is_here, to_download
 from qwen_image.model.dtypes import DTYPES
 from train.base_model.load_pipeline import check_data
@@ -21,7 +22,6 @@ from train.fit.cheapest_change import check_memory
 from train.fit.memory_plan import Machine, Setup, plan_memory
 from train.lora.spec import LoraSpec
 from train.process.exit_codes import DONE
-from train.process.free_memory import GIB
 from train.process.node_health import CPU_PARAMETERS
 from train.process.ranks import Ranks
 from train.reporting.expected_time import Expectation, expected_time

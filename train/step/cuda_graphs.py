@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from qwen_image.model.transformer import QwenImageTransformer
+from qwen_image.out_of_memory import memory_ran_out
 from qwen_image.streaming.block_stream import BlockStream
 from train.data.batch_shapes import KEPT
-from train.process.out_of_memory import memory_ran_out
 
 Inputs = tuple[torch.Tensor | None, ...]
 MODE = "thread_local"  # NCCL's and the loader's threads may go on calling CUDA while a graph is captured
@@ -96,7 +96,7 @@ class StepGraphs:
     def capture_with_room(self, inputs: Inputs) -> Pair:
         """`capture`; when memory runs out, the other shapes make room, and half as many of them are kept from then on.
 
-        Raises RuntimeError (train/process/out_of_memory.py knows it) when it isn't theirs that lacks.
+        Raises RuntimeError (qwen_image/out_of_memory.py knows it) when it isn't theirs that lacks.
         """
         try:
             return self.capture(inputs)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from qwen_image.loading.pinned_memory import host_memory
+
 SMALLEST_BYTES = 1 << 20  # modulation and masks stay where they are
 AHEAD = 4  # tensors fetched before they are asked for: image and text of two blocks
 
@@ -50,7 +52,7 @@ class ActivationOffload:
                 self.spare.setdefault((parked.host.shape, parked.host.dtype), []).append(parked.host)
             self.parked = []
         spare = self.spare.get((tensor.shape, tensor.dtype))
-        host = spare.pop() if spare else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host = spare.pop() if spare else host_memory(tensor.shape, tensor.dtype, tensor.is_cuda)
         if self.stream is None:
             host.copy_(tensor)
         else:

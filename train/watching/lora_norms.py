@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from qwen_image.out_of_memory import memory_ran_out
 from train.lora.inject import lora_parameters
 from train.lora.targets import group_of
-from train.process.out_of_memory import memory_ran_out
 from train.watching.late_row import Part
 
 TOGETHER = 64  # layers of one shape whose small products are one launch

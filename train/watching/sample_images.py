@@ -16,12 +16,12 @@ from qwen_image.loading.model_files import ModelSource
 from qwen_image.model.conditioning import Prompt
 from qwen_image.model.dtypes import DTYPES
 from qwen_image.model.sizes import LATENT_CHANNELS, PATCH
+from qwen_image.out_of_memory import memory_ran_out
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
 from train.base_model.online_encoder import OnlineEncoder
 from train.config.sample_prompts import SamplePrompt
 from train.config.train_config import TrainConfig
 from train.lora.strength import lora_at
-from train.process.out_of_memory import memory_ran_out
 from train.process.ranks import Ranks
 from train.saving.checkpoints import object_device, settle
 from train.watching.image_grid import make_grid, read_parameters, save_png
@@ -87,8 +87,9 @@ class Preview:
             return
         assert encoder.vae is not None
         for text in dict.fromkeys(text for each in samples for text in (each.prompt, each.negative_prompt)):
-            self.embeds[text] = Prompt(encode_one(encoder, text, ranks.say)[None].cpu(), None)
+            self.embeds[text] = Prompt(encoder.encode_prompts([text])[0][None].cpu(), None)
         self.vae = encoder.vae
+        self.vae.say = ranks.say
         self.vae_home = self.vae.device
 
     @classmethod
@@ -99,12 +100,22 @@ class Preview:
         samples = config.samples()
         if samples and pipeline.text_encoder is None:
             parts, source = ("text_encoder", "vae"), ModelSource.from_options(config)
-            loaded = QwenImagePipeline.from_pretrained(source, components=parts, dtype=DTYPES[config.dtype])
-            encoder = OnlineEncoder(
-                loaded.vae, loaded.text_encoder, config.max_prompt_tokens, 1, ranks.device, swap=True
+            loaded = QwenImagePipeline.from_pretrained(
+                source,
+                components=parts,
+                dtype=DTYPES[config.dtype],
+                device=ranks.device,
+                stream_text_encoder=ranks.device.type == "cuda",  # the transformer is there already
             )
+            assert loaded.vae is not None
+            loaded.vae.to("cpu")
+            encoder = OnlineEncoder(loaded.vae, loaded.text_encoder, config.max_prompt_tokens, 1, ranks.device)
         base = " + ".join([pipeline.files.fingerprint("transformer"), *config.preset_lora_path]) if samples else ""
-        return cls(samples, config.output_path, config.on_save_error, pipeline, encoder, ranks, base)
+        preview = cls(samples, config.output_path, config.on_save_error, pipeline, encoder, ranks, base)
+        if samples and pipeline.text_encoder is None:
+            del loaded, encoder
+            gc.collect()  # the text encoder's hooks refer to it
+        return preview
 
     # ── what is written ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -269,20 +280,6 @@ class Preview:
         if self.ranks.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
-
-
-def encode_one(encoder: OnlineEncoder, text: str, say: Callable[[str], None]) -> torch.Tensor:
-    """[T, D]; by the CPU where the text encoder lies in host memory and finds no room beside the base."""
-    try:
-        return encoder.encode_prompts([text])[0]
-    except RuntimeError as error:
-        assert encoder.text_encoder is not None
-        if not memory_ran_out(error) or not encoder.swap:
-            raise
-    torch.cuda.empty_cache()
-    say(f"sample prompt {shown(text, 60)!r} is encoded by the CPU: the text encoder finds no room on the GPU")
-    assert encoder.text_encoder is not None
-    return encoder.text_encoder.encode_list([text], encoder.max_prompt_tokens)[0]
 
 
 def parameters_of(path: Path) -> dict[str, Any] | None:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from qwen_image.free_memory import GIB, peak_bytes
 from qwen_image.model.conditioning import Prompt
 from qwen_image.model.sizes import TransformerConfig
 from train.data.batch import Batch
 from train.fit.step_flops import peak_flops, step_flops
-from train.process.free_memory import GIB, peak_bytes
 from train.watching.late_row import Part
 
 BANDS = 5  # of σ: [0, 0.2), [0.2, 0.4) …, called by their middles, which are validation's σ

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from qwen_image.encoders.text_encoder import TextEncoder, language_model_name
+from qwen_image.encoders import encoder_room
+from qwen_image.encoders.text_encoder import EncoderBytes, TextEncoder, language_model_name
 from qwen_image.encoders.vae import VAE
 from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.pipeline import QwenImagePipeline
@@ -186,3 +187,36 @@ def test_an_encoder_of_another_width_is_refused(tiny_model, tmp_path):
     paths = {"text_encoder_path": str(other / "text_encoder"), "tokenizer_path": str(other / "tokenizer")}
     with pytest.raises(ValueError, match="makes prompt embeddings 128 wide, but the transformer takes 64"):
         QwenImagePipeline.from_pretrained(ModelSource(str(tiny_model), **paths), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_layers_give_the_same_embeddings_from_fewer_bytes(tiny_model, dtype):
+    files = resolve_model(ModelSource(str(tiny_model)), ("text_encoder", "tokenizer"))
+    places = files["text_encoder"], files["tokenizer"], dtype, "cpu"
+    whole, streamed = (TextEncoder.from_files(*places, streamed=streamed) for streamed in (False, True))
+    streamed.streamed.stream.poisoned = True
+    for _ in range(2):
+        for a, b in zip(whole.encode_list(CAPTIONS), streamed.encode_list(CAPTIONS), strict=True):
+            assert torch.equal(a, b)
+    counted = EncoderBytes.of(files["text_encoder"], dtype)
+    assert counted.whole == sum(p.nbytes for p in whole.language_model.parameters())
+    model, stream = streamed.language_model, streamed.streamed.stream
+    there = stream.slot_bytes + sum(p.nbytes for p in model.parameters() if p.ndim == 1)
+    assert counted.streamed == pytest.approx(there, rel=0.1) and stream.fetches >= 2 * len(model.layers) - 2
+
+
+def test_a_card_without_room_for_it_streams_it_and_a_smaller_one_refuses(tiny_model, monkeypatch):
+    component = resolve_model(ModelSource(str(tiny_model)), ("text_encoder",))["text_encoder"]
+    text, card = EncoderBytes.of(component, torch.bfloat16), torch.device("cuda", 0)
+    monkeypatch.setattr(encoder_room, "MARGIN_BYTES", 0)
+
+    def line(free: int) -> str | None:
+        monkeypatch.setattr(encoder_room, "device_free_bytes", lambda device: free)
+        return encoder_room.streaming_line(component, torch.bfloat16, 10, card, beside=1000)
+
+    work = 10 * text.token + 1000
+    assert line(int((text.whole + work) * 1.05)) is None
+    assert "layers come from host memory one after the other" in line(int((text.streamed + work) * 1.05))
+    with pytest.raises(ValueError, match=r"its layers one after the other, takes .* are free: end other"):
+        line((text.streamed + work) // 2)
+    assert encoder_room.streaming_line(component, torch.bfloat16, 10, torch.device("cpu")) is None

@@ -3,12 +3,13 @@
 import os
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from qwen_image.loading.pinned_memory import Arena, lent, pinned_memory, unforked_memory
+from qwen_image.loading import pinned_memory as memory_module
+from qwen_image.loading.pinned_memory import Arena, host_memory, pinned_memory, unforked_memory
 
 
 def mapped(address: int) -> bool:
@@ -53,12 +54,38 @@ def test_pinned() -> None:
     assert memory.is_pinned() and not in_child(lambda: mapped(memory.data_ptr()))
 
 
-def test_lent_weights_come_home() -> None:
-    layer = nn.Linear(3, 4)
-    home = {name: tensor.data_ptr() for name, tensor in layer.named_parameters()}
-    with lent(layer, torch.device("cpu")):
-        pass
-    assert {name: tensor.data_ptr() for name, tensor in layer.named_parameters()} == home
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that locks nothing."""
+
+    class Cudart:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            return 2
+
+        def cudaHostUnregister(self, address: int) -> None:
+            raise AssertionError("nothing was locked")
+
+    empty = torch.empty
+
+    def refused(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    monkeypatch.setattr(torch, "empty", refused)
+    monkeypatch.setattr(memory_module, "_told", set())
+
+
+def test_what_is_not_locked_is_ordinary_and_told_once(refusing: None, capsys: pytest.CaptureFixture[str]) -> None:
+    arena = Arena(torch.device("cpu"), torch.uint8, pinned=True, remaining=3_000)
+    parts = [arena.take(1_000).fill_(number) for number in range(3)]
+    parts.append(host_memory((2, 500), torch.uint8, pinned=True).fill_(3))
+    assert [part.float().mean().item() for part in parts] == [0, 1, 2, 3]
+    del parts, arena
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("warning: the system refused to page-lock 0.0 GB of host memory (2; ulimit -l: ")
+    assert "half as fast" in line and "ulimit -l unlimited" in line
 
 
 def test_pinned_pieces_lie_in_arenas(monkeypatch: pytest.MonkeyPatch) -> None:

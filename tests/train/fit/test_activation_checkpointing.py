@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qwen_image.free_memory import GIB
 from qwen_image.model.rotary import rotary_table
 from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
@@ -28,7 +29,6 @@ from train.fit.activation_checkpointing import (
 from train.fit.trial_step import Trial, try_step
 from train.lora.inject import inject_lora
 from train.lora.spec import LoraSpec
-from train.process.free_memory import GIB
 from train.step import offload_activations as activation_offload
 from train.step.flow_matching_module import FlowMatchingModule
 from train.step.offload_activations import ActivationOffload

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from qwen_image.free_memory import GIB
 from tests.helpers.full_size_setup import setup
 from train.fit.base_choice import as_asked, candidates, choice_lines, fastest_base, fits
 from train.fit.memory_plan import Machine, Setup
 from train.fit.step_time import step_seconds
-from train.process.free_memory import GIB
 
 OPEN: dict[str, Any] = {"can_tabulate": True, "tabulated": True, "open_precision": True, "open_home": True}
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from qwen_image.free_memory import GIB
 from tests.helpers.full_size_setup import ENCODERS, setup, zero_plan
 from train.fit.cheapest_change import SHIPPED, Change, advice, changes, cheapest_change, check_memory, seconds
 from train.fit.memory_plan import Machine, plan_memory
-from train.process.free_memory import GIB
 
 USUAL: dict[str, Any] = {"can_tabulate": True, "tabulated": True}  # modulation_table auto, LoRA on q, k and v
 

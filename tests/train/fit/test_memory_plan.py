@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qwen_image.free_memory import GIB
 from tests.helpers.full_size_setup import ENCODERS, LORA, QWEN, plan, setup
 from train.base_model.base_home import BaseHome
 from train.config.zero_plan import ZeroPlan
 from train.fit.memory_plan import engine_bytes
-from train.process.free_memory import GIB
 
 
 def test_stage_2_keeps_the_base_on_every_card() -> None:

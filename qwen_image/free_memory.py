@@ -1,6 +1,7 @@
 """Memory that this host and its device can still give."""
 
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -62,17 +63,55 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def device_free_bytes(device: torch.device) -> int:
+    """What torch's allocator can still give on a GPU: free memory and its own cache, within `limit_device`'s limit."""
+    index = _index(device)
+    free, _ = torch.cuda.mem_get_info(index)
+    taken = torch.cuda.memory_allocated(index)
+    return min(free + torch.cuda.memory_reserved(index), allocator_bytes(device)) - taken
+
+
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def host_bytes() -> int:
-    """Memory that this host can still give: the kernel's estimate, or what the control group leaves if that is less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+def host_bytes(root: Path = Path("/")) -> int:
+    """Memory that this host can still give: the kernel's estimate, or what a control group leaves if that is less.
+
+    Each group that this process is in counts, up to the root: a batch system limits a job, a step or a task.
+    """
+    fields = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        cached = sum(int(statistics.get(name, 0)) for name in ("inactive_file", "active_file"))  # given back when asked
-        free = min(free, int(text) - int(used.read_text()) + cached)
-    return max(free, 0)
+    return max(0, min([free, *(left for group in control_groups(root) for left in left_in(group))]))
+
+
+def control_groups(root: Path) -> Iterator[Path]:
+    """The folders of this process's control groups for memory, of both versions, inner ones first."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        inner = top / path.lstrip("/")
+        yield from (group for group in (inner, *inner.parents) if group == top or top in group.parents)
+    yield root / "sys/fs/cgroup"  # of a container, whose own paths lie elsewhere
+
+
+def left_in(group: Path) -> Iterator[int]:
+    """What a group's limit leaves, if it has one; cached files are given back when memory is asked for."""
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            text = (group / limit).read_text().strip()
+            if text == "max":
+                continue
+            taken = int((group / used).read_text())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue
+        prefix = "" if limit == "memory.max" else "total_"
+        cached = sum(int(statistics.get(prefix + name, 0)) for name in ("inactive_file", "active_file"))
+        yield int(text) - taken + cached
