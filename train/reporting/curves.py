@@ -11,7 +11,8 @@ from train.reporting.run_record import RunRecord, Series
 POINTS = 60_000  # on the page, over all series together
 MOST_POINTS, FEWEST_POINTS = 1000, 60  # of one series
 FEW = 40  # points or fewer are drawn as dots, and not smoothed
-COLUMNS = 80  # of a heat map
+COLUMNS, FEWEST_COLUMNS = 80, 10  # of a heat map
+MOST_EMPTY = 0.1  # of its cells; else columns are merged
 CHARTS = 40
 SIGMA = re.compile(r"(.+)/sigma_([0-9.]+)")
 TITLES = {
@@ -21,9 +22,16 @@ TITLES = {
     "validation_gap": "Gap between held-out and training samples",
     "seconds_per_step": "Seconds a step",
     "samples_per_second": "Samples a second",
+    "tokens_per_second": "Tokens a second",
+    "tflops_per_gpu": "Arithmetic, TFLOP/s on each GPU",
+    "mfu": "Share of the GPU's peak",
+    "seconds": "Where a step's seconds go",
+    "sigma": "σ as drawn",
+    "skipped": "Skipped steps and samples",
 }
 FIRST = ("loss", "validation_gap", "grad_norm", "lr", "seconds_per_step", "samples_per_second")
-SPEED = re.compile(r"second|_per_|peak|flops|memory|bytes|gib|utili|time", re.IGNORECASE)
+SPEED = re.compile(r"second|_per_|peak|flops|mfu|memory|bytes|gib|utili|time", re.IGNORECASE)
+TOGETHER = ("sigma", "skipped")  # numbers that begin so share a chart
 
 
 def charts(runs: list[RunRecord]) -> tuple[list[dict[str, Any]], str]:
@@ -67,7 +75,9 @@ def chart_of(name: str) -> str:
     whole, _, part = name.partition("/")
     if whole.endswith("loss") and not part:
         return "loss"
-    return "validation_gap" if whole.endswith("validation_gap") else whole
+    if whole.endswith("validation_gap"):
+        return "validation_gap"
+    return next((name for name in TOGETHER if whole.startswith(f"{name}_")), whole)
 
 
 def points(series: Series, most: int) -> dict[str, Any]:
@@ -101,22 +111,38 @@ def heat_maps(runs: list[RunRecord]) -> list[dict[str, Any]]:
         for name, series in run.series.items():
             if (match := SIGMA.fullmatch(name)) and len(series) and match[2].count(".") < 2 and match[2] != ".":
                 families.setdefault(match[1], {})[float(match[2])] = series
-        for family, by_sigma in families.items():
+        for family, by_sigma in sorted(families.items(), key=lambda each: (each[0] == "loss", each[0])):
             if len(by_sigma) > 1:
                 maps.append({"run": place, "name": family} | cells(by_sigma))
     return maps
 
 
 def cells(by_sigma: dict[float, Series]) -> dict[str, Any]:
-    """`steps` of the columns, `sigmas` of the rows, and their `values`; columns hold means where there are too many."""
+    """`steps` of the columns, `sigmas` of the rows, and their `values`.
+
+    Columns hold means of several steps where there are too many, or where most steps have drawn few of the σ.
+    """
     steps = sorted({step for series in by_sigma.values() for step in series.steps})
-    groups = [list(map(float, group)) for group in np.array_split(steps, min(COLUMNS, len(steps)))]
-    column_of = {step: column for column, group in enumerate(groups) for step in group}
     sigmas = sorted(by_sigma, reverse=True)[:64]
-    values: list[list[float | None]] = []
-    for sigma in sigmas:
-        columns: list[list[float]] = [[] for _ in groups]
-        for step, value in zip(by_sigma[sigma].steps, by_sigma[sigma].values, strict=True):
-            columns[column_of[step]].append(value)
-        values.append([float(f"{np.mean(found):.6g}") if found else None for found in columns])
-    return {"steps": [group[-1] for group in groups], "sigmas": sigmas, "values": values, "all_steps": len(steps)}
+    columns = min(COLUMNS, len(steps))
+    while True:
+        groups = [list(map(float, group)) for group in np.array_split(steps, columns)]
+        column_of = {step: column for column, group in enumerate(groups) for step in group}
+        values = [column_means(by_sigma[sigma], column_of, columns) for sigma in sigmas]
+        empty = sum(value is None for row in values for value in row) / (len(sigmas) * columns)
+        if empty <= MOST_EMPTY or columns <= FEWEST_COLUMNS:
+            return {
+                "steps": [group[-1] for group in groups],
+                "sigmas": sigmas,
+                "values": values,
+                "all_steps": len(steps),
+            }
+        columns = max(FEWEST_COLUMNS, columns // 2)
+
+
+def column_means(series: Series, column_of: dict[float, int], columns: int) -> list[float | None]:
+    """The mean in each column, None in one without a value."""
+    found: list[list[float]] = [[] for _ in range(columns)]
+    for step, value in zip(series.steps, series.values, strict=True):
+        found[column_of[step]].append(value)
+    return [float(f"{np.mean(values):.6g}") if values else None for values in found]

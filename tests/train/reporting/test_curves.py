@@ -43,15 +43,20 @@ def test_losses_share_a_chart_and_parts_of_a_number_share_one(tmp_path: Path) ->
         {"step": 1, "loss": 1, "validation_loss": 2, "ema_validation_loss": 2, "training_subset_loss": 1, "lr": 1e-4}
     ]
     rows += [{"step": 2, "weight_norm/attention": 1, "weight_norm/mlp": 2, "validation_loss/sigma_0.1": 1, "epoch": 1}]
+    rows += [{"step": 3, "sigma_mean": 0.5, "sigma_max": 1, "seconds/forward": 0.1, "mfu": 0.4}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found, note = charts([read_run(tmp_path)])
     names = {chart["title"]: [series["name"] for series in chart["series"]] for chart in found}
     assert names == {
         "Loss": ["loss", "ema_validation_loss", "training_subset_loss", "validation_loss"],
         "Learning rate": ["lr"],
+        "Share of the GPU's peak": ["mfu"],
+        "Where a step's seconds go": ["seconds/forward"],
+        "σ as drawn": ["sigma_max", "sigma_mean"],
         "weight norm": ["weight_norm/attention", "weight_norm/mlp"],
     }
-    assert [chart["place"] for chart in found] == ["curves", "curves", "more"] and note == ""
+    places = [chart["place"] for chart in found]
+    assert places == ["curves", "curves", "speed", "speed", "more", "more"] and note == ""
 
 
 def test_all_that_is_drawn_is_bounded_and_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -79,3 +84,11 @@ def test_a_long_heat_map_has_means_in_columns(tmp_path: Path) -> None:
     [found] = heat_maps([read_run(tmp_path)])  # a single σ makes no map
     assert len(found["steps"]) == curves.COLUMNS and found["all_steps"] == 800
     assert found["values"][1][0] == pytest.approx(5.5) and found["steps"][0] == 10
+
+
+def test_columns_are_merged_where_few_sigmas_were_drawn(tmp_path: Path) -> None:
+    rows = [{"step": step, f"loss/sigma_0.{1 + 2 * (step % 4)}": step} for step in range(1, 81)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [found] = heat_maps([read_run(tmp_path)])
+    assert len(found["steps"]) == 20 and found["all_steps"] == 80
+    assert not any(value is None for row in found["values"] for value in row)
