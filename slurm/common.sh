@@ -18,9 +18,25 @@ choose_python() {
         exit 2
     fi
     export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    check_python
     # A bar redraws its line, which fills a log file
     export TQDM_MININTERVAL="${TQDM_MININTERVAL:-60}"
     export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
+}
+
+# One line, once, for an interpreter that can't be run or has no torch: a task a GPU would say so as often. Where srun starts
+# a container it lies in there, and each task says it for itself.
+check_python() {
+    [[ ${QWEN_LORA_SRUN_FLAGS:-} != *container* ]] || return 0
+    local status=0
+    "${python[@]}" -c 'import importlib.util as u, sys; sys.exit(93 * any(u.find_spec(name) is None for name in sys.argv[1:]))' \
+        torch deepspeed psutil webdataset 2>/dev/null || status=$?
+    case $status in
+        93) echo "error: ${python[*]} lacks torch, deepspeed or other packages: run make setup in $PWD, or PYTHON=/path/to/python sbatch ..." ;;
+        126 | 127) echo "error: ${python[*]} can't be run on $(hostname): PYTHON=/path/to/python sbatch ..., where all nodes see it" ;;
+        *) return 0 ;;
+    esac >&2
+    exit 2
 }
 
 # Refuses a job whose tasks and GPUs on a node differ in number: each task takes one.
@@ -58,4 +74,21 @@ put_back() {
     echo "job $SLURM_JOB_ID: Slurm doesn't put it back (${answer:-no reason given}): submit the same command again," \
         "or beforehand with --dependency=singleton as often as it will take"
     return 1
+}
+
+# Whether this shell is still the job's: a node that was cut off and comes back finds its job at work elsewhere; one that was
+# cancelled (scancel), is out of time or already back in the queue (pre-emption) must not be put there again.
+still_ours() {
+    local now
+    now="$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null || true)"
+    [[ -z $now || ($now == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $now == *"JobState=RUNNING "*) ]]
+}
+
+# back_if_killed status: what goes on after the last finished shard is put back when it was killed (out of host memory, say),
+# RESTARTS times at most.
+back_if_killed() {
+    if (($1 > 128 && ${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-3})) && still_ours && put_back; then
+        echo "job $SLURM_JOB_ID: killed by signal $(($1 - 128)), out of host memory perhaps: back in the queue" \
+            "(restart $((${SLURM_RESTART_COUNT:-0} + 1)) of at most ${RESTARTS:-3})"
+    fi
 }

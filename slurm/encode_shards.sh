@@ -7,7 +7,7 @@
 #   sbatch --gpus-per-node=0 --ntasks-per-node=2 slurm/encode_shards.sh --model MODEL ...                # without GPUs
 #
 # Tasks share the shards out by number and don't wait for each other; the one that ends last writes the manifest. Two
-# minutes before the time limit the job goes back into the queue, as it does when a node fails, and goes on after each
+# minutes before the time limit the job goes back into the queue, as it does when a node fails or a task is killed, and goes on after each
 # task's last finished shard. So does a second submission, with any number of tasks. A --time shorter than one shard
 # takes would never end. PYTHON names another interpreter than .venv/bin/python.
 
@@ -41,4 +41,5 @@ trap 'put_back && echo "job $SLURM_JOB_ID is out of time: back in the queue" && 
 ranks --kill-on-bad-exit=0 -- "${python[@]}" data_prep/encode_shards.py "$@" &
 status=0
 wait "$!" || status=$?
+back_if_killed "$status"
 exit "$status"

@@ -6,8 +6,8 @@
 #   sbatch --array=0-15%4 --cpus-per-task=32 slurm/make_shards.sh --dataset_base_path PHOTOS --output_path SHARDS
 #
 # Give the same flags each time. Without the first line every task makes the plan itself: they agree, but all of them read
-# every image's header. The task that ends last writes the manifest. A task whose node failed is put back into the
-# queue and goes on after its last finished shard; after a time limit submit the array again: finished shards are skipped.
+# every image's header. The task that ends last writes the manifest. A task that was killed, or whose node failed,
+# goes back into the queue by itself and on after its last finished shard; after a time limit submit the array again: finished shards are skipped.
 # PYTHON names another interpreter than .venv/bin/python.
 
 #SBATCH --job-name=make_shards
@@ -39,6 +39,9 @@ if ((${SLURM_ARRAY_TASK_MAX:?} - ${SLURM_ARRAY_TASK_MIN:?} + 1 != ${SLURM_ARRAY_
     echo "error: array ids must follow each other, as in --array=0-15; finished shards are skipped anyway" >&2
     exit 2
 fi
-exec srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${python[@]}" data_prep/make_shards.py \
+status=0
+srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${python[@]}" data_prep/make_shards.py \
     --task_id "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))" --num_tasks "$SLURM_ARRAY_TASK_COUNT" \
-    --num_workers "${SLURM_CPUS_PER_TASK:-1}" "$@"
+    --num_workers "${SLURM_CPUS_PER_TASK:-1}" "$@" || status=$?
+back_if_killed "$status"
+exit "$status"

@@ -33,7 +33,8 @@
 set -euo pipefail
 
 readonly DONE=0 BAD_INPUT=2 NOT_FINITE=3 OUT_OF_MEMORY=4 PREEMPTED=85 # as in train/process/exit_codes.py
-readonly LINGER=20 # seconds from the first error until ranks that are still there are killed
+readonly LINGER=10 # seconds from the first error until ranks that are still there are killed
+readonly SILENT_MINUTES="${SILENT_MINUTES:-15}" # without a sign of any rank, imports included
 
 cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this script in a spool folder
 if [[ ! -f slurm/common.sh ]]; then
@@ -85,23 +86,61 @@ free_port() {
     echo "$port"
 }
 
-# One start of all ranks. Sets status (of srun), code (what it means for the job), who and why, and stuck=1 where ranks
-# could not be ended.
+first_error() { # code, who, why: unless a rank was faster
+    local draft="$QWEN_LORA_ATTEMPT/.first_error"
+    printf '%s\n' "$@" >"$draft" && ln "$draft" "$QWEN_LORA_ATTEMPT/first_error" 2>/dev/null || true
+}
+
+# Each minute: whether any rank has given a sign since the last look. They watch each other; who watches the last one?
+look_for_signs() {
+    ((SECONDS >= looked + 60)) || return 0
+    looked=$SECONDS quiet=$((quiet + 1))
+    [[ -z $(find "$QWEN_LORA_ATTEMPT" -name 'rank-*' -newer "$QWEN_LORA_ATTEMPT/looked" -print -quit) ]] || quiet=0
+    : >"$QWEN_LORA_ATTEMPT/looked"
+    ((quiet < SILENT_MINUTES)) || first_error 75 "all ranks" \
+        "no sign for $quiet minutes: stuck, perhaps in a file system that doesn't answer (see the logs of the nodes)"
+}
+
+# What a start that no rank explains came to. Sets why, and elsewhere=1 where these nodes would not do better.
+explain() {
+    local rank message
+    message="$(grep -m1 '^srun: \(error\|fatal\|unrecognized\)' "$QWEN_LORA_ATTEMPT/srun" 2>/dev/null || true)"
+    if [[ $message =~ (unrecognized option|[Ii]nvalid.*(argument|specification|option)) ]]; then
+        code=$BAD_INPUT why="$message; see QWEN_LORA_SRUN_FLAGS"
+        return
+    fi
+    for ((rank = 0; rank < ${SLURM_NTASKS:-0}; rank++)); do
+        if [[ ! -e $QWEN_LORA_ATTEMPT/rank-$rank ]]; then
+            who="rank $rank on node ${nodes[rank * ${#nodes[@]} / SLURM_NTASKS]}" elsewhere=1
+            why="did not start${message:+ ($message)}: the node is dead or cut off"
+            return
+        fi
+    done
+    why="the ranks ended with $status, none said why (see above, and the logs of the nodes)${message:+; $message}"
+}
+
+# One start of all ranks. Sets status (of srun), code (what it means for the job), who and why; stuck=1 where ranks could not
+# be ended, elsewhere=1 where some never started.
 start_ranks() {
-    local number=$1 since=0 since_end=0
+    local number=$1 since=0 since_end=0 looked=$SECONDS quiet=0
     shift
     export QWEN_LORA_ATTEMPT="$folder/start-$number"
     mkdir "$QWEN_LORA_ATTEMPT"
+    : >"$QWEN_LORA_ATTEMPT/looked"
     echo "start-$number" >"$folder/.current" && mv "$folder/.current" "$folder/current"
     MASTER_PORT="$(free_port "$number")"
     export MASTER_PORT
-    status=0 who="" why="" stuck=0
-    ranks --wait=0 --kill-on-bad-exit=0 -- "${python[@]}" train/train_lora.py ${config[@]+"${config[@]}"} "$@" &
+    status=0 who="" why="" stuck=0 elsewhere=0
+    ranks --wait=0 --kill-on-bad-exit=0 -- "${python[@]}" train/train_lora.py ${config[@]+"${config[@]}"} "$@" \
+        2> >(trap '' USR1 USR2 TERM INT HUP && exec tee "$QWEN_LORA_ATTEMPT/srun" >&2) &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do
         sleep 1 &
         wait "$!" || true
-        [[ -e $QWEN_LORA_ATTEMPT/first_error ]] || continue
+        if [[ ! -e $QWEN_LORA_ATTEMPT/first_error ]]; then
+            look_for_signs
+            continue
+        fi
         ((++since <= LINGER)) || { ((since_end++)) || kill_ranks KILL; }
         if ((since_end > 10)); then # a node that doesn't answer: srun would wait for it
             stuck=1
@@ -114,7 +153,7 @@ start_ranks() {
     if [[ -e $QWEN_LORA_ATTEMPT/first_error ]]; then
         { read -r code && read -r who && read -r why; } <"$QWEN_LORA_ATTEMPT/first_error" || true
     elif ((status != DONE && status != PREEMPTED)); then
-        why="the ranks ended with $status, none said why (see above, and the logs of the nodes)"
+        explain
     fi
 }
 
@@ -135,14 +174,6 @@ all_nodes_up() {
     done
 }
 
-# Whether this shell is still the job's: a node that was cut off and comes back finds its job at work elsewhere; one that was
-# cancelled (scancel) or is already back in the queue (pre-emption) must not be put there again.
-still_ours() {
-    local now
-    now="$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null || true)"
-    [[ -z $now || ($now == *" Restarts=$restart "* && $now == *"JobState=RUNNING "*) ]]
-}
-
 # By the folders: a batch shell whose node was lost has written no line of history. Numbers never come twice, so that ranks
 # of an earlier start can tell that they are of the past.
 starts_so_far() { find "$folder" -maxdepth 1 -name 'start-*' | wc -l; }
@@ -153,7 +184,11 @@ finish() { # exit code, what it came to: the last lines of the log
     local took starts
     starts="$(starts_so_far)"
     took=$((SECONDS / 3600))h$((SECONDS / 60 % 60))m$((SECONDS % 60))s
-    say "$2; last checkpoint: step $(step_of), run folder $(sed -n 2p "$folder/progress" 2>/dev/null | sed 's|/checkpoints/.*||')"
+    if [[ -s $folder/progress ]]; then
+        say "$2; last checkpoint: step $(step_of), run folder $(sed -n 2p "$folder/progress" | sed 's|/checkpoints/.*||')"
+    else
+        say "$2; there is no checkpoint of this job"
+    fi
     say "exit code $1 after $took here, $((starts - 1)) restarts so far; logs of the nodes: $folder"
     if [[ -n $why ]]; then
         echo "error: ${who:+$who: }$why"
@@ -189,7 +224,7 @@ while :; do
     fi
 
     ((code == PREEMPTED)) || echo "error: ${who:+$who: }$why"
-    if ((code != PREEMPTED && stuck == 0)) && [[ ! -e $folder/leave ]] && all_nodes_up; then
+    if ((code != PREEMPTED && stuck == 0 && elsewhere == 0)) && [[ ! -e $folder/leave ]] && all_nodes_up; then
         say "starting again on the same nodes from ${step:+step }${step:-the beginning} (restart $number)"
         continue
     fi

@@ -28,13 +28,20 @@ while :; do
     status=$?
     kill -0 "$command" 2>/dev/null || break # else a signal has ended the wait
 done
-if ((status > 128)) && [[ ! -e $folder/first_error ]]; then
-    number=$((status - 128))
-    why="killed by signal $number ($(kill -l "$number"))"
-    ((number == 9)) && why+=": out of host memory (sacct -j $SLURM_JOB_ID -o MaxRSS, dmesg), or by hand"
+if ((status > 125)) && [[ ! -e $folder/first_error ]]; then
+    number=$((status - 128)) code=75
+    if ((status < 128)); then
+        code=2 why="can't run ${*:1:2}: PYTHON=/path/to/python sbatch ..., where all nodes see it"
+    else
+        why="killed by signal $number ($(kill -l "$number"))"
+        ((number == 9)) && why+=": out of host memory (sacct -j $SLURM_JOB_ID -o MaxRSS, dmesg), or by hand"
+    fi
     draft="$folder/.first_error-$RANK-$$"
-    printf '%s\n%s\n%s\n' 75 "rank $RANK on node $node" "$why" >"$draft"
+    printf '%s\n%s\n%s\n' "$code" "rank $RANK on node $node" "$why" >"$draft"
     ln "$draft" "$folder/first_error" 2>/dev/null
     rm -f "$draft"
+fi
+if ((LOCAL_RANK == 0)) && { read -r _ && read -r who && read -r why; } 2>/dev/null <"$folder/first_error"; then
+    echo "first error of the job: $who: $why" >>"$log"
 fi
 exit "$status"

@@ -67,6 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         tell(BAD_INPUT, str(error))
         return BAD_INPUT
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("files", "qwen_image", "data_prep", "train"):
+            raise
+        tell(BAD_INPUT, f"{sys.executable} has no package {error.name}: run make setup, or start another python")
+        return BAD_INPUT
     except KeyboardInterrupt as asked:  # or its subclass AskedToLeave, where there is nothing to save
         if int(os.environ.get("RANK", "0")) == 0:
             print(
@@ -94,9 +99,9 @@ def main(argv: list[str] | None = None) -> int:
 def tell(code: int, error: str) -> None:
     """For people: the reason to end, on standard error; under the job script for all ranks to agree on, too."""
     rank, peers = int(os.environ.get("RANK", "0")), Peers.from_environment()
-    if peers is not None:
-        tell_first(peers, code, error)
-    elif rank > 0:  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
+    if peers is not None and tell_first(peers, code, error):
+        return  # the job script says it, once and last
+    if peers is None and rank > 0:  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
         time.sleep(5)
     print(f"error: {one_line(error)}" + (f" (rank {rank})" if rank > 0 else ""), file=sys.stderr)
 
@@ -105,7 +110,7 @@ def tell_exception(kind: type[BaseException], error: BaseException, trace: Trace
     """A fault of the program: the traceback as always; under the job script its last line for all ranks as well."""
     peers = Peers.from_environment()
     if peers is not None and not isinstance(error, KeyboardInterrupt):
-        tell_first(peers, 1, f"{kind.__name__}: {error} (the traceback is in the log of this node)")
+        tell_first(peers, 1, f"{kind.__name__}: {error} (traceback: {peers.node_log()})")
     sys.__excepthook__(kind, error, trace)
 
 

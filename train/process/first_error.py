@@ -56,7 +56,7 @@ def tell_first(peers: Peers, code: int, reason: str, who: int | None = None) -> 
             return False
         finally:
             draft.unlink(missing_ok=True)
-    return True
+    return False
 
 
 def read_first(peers: Peers) -> FirstError | None:

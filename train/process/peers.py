@@ -13,6 +13,7 @@ Imports no torch: it is there from the first line of a rank on.
 """
 
 import os
+import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -81,6 +82,10 @@ class Peers:
         if not node and self.nodes and self.world % len(self.nodes) == 0:
             node = self.nodes[rank // (self.world // len(self.nodes))]
         return f"rank {rank} on node {node}" if node else f"rank {rank}"
+
+    def node_log(self) -> Path:
+        """Where slurm/rank.sh keeps what the ranks of this node say."""
+        return self.folder.parent / f"{os.environ.get('SLURMD_NODENAME') or socket.gethostname()}.log"
 
     def superseded(self) -> bool:
         """Whether the job was started anew since: this process is a left-over of its past."""

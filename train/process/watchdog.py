@@ -8,10 +8,15 @@
 A collective whose partner is stuck waits in C++ for ever or for the half hour of torch's own limits, and raises nothing that
 Python code could catch before. So the thread leaves by os._exit, after it has written this rank's stack and, for the job,
 who has fallen silent (first_error.py). Where even a thread can't run (a C function that keeps the interpreter's lock),
-faulthandler's timer, which needs no lock, ends the process later.
+faulthandler's timer, which needs no lock, writes the stack; the missing sign of life makes the others, or the job script,
+end this rank.
+
+A process that was stopped as a whole (`scontrol suspend`, a laptop's lid) finds when it goes on that all its time limits are
+over, and that the others have given no sign for as long. Time during which this thread itself didn't run counts for nothing.
 """
 
 import faulthandler
+import math
 import os
 import signal
 import statistics
@@ -37,6 +42,7 @@ BEAT_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # from the first error of another rank till this one is ended: it may be leaving by itself
 SILENT_SECONDS = 60.0  # another rank without a sign; a process may keep its threads waiting for a while
 START_SECONDS = 3600.0  # imports, weights, trial steps
+STOPPED_SECONDS = 10.0  # between two beats: then this process was stopped meanwhile
 LONG_SECONDS = 3600.0  # sample images, validation, saving
 WARM_UP_STEPS = 3  # they compile and capture
 WARM_UP_SECONDS = 1800.0
@@ -137,10 +143,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         error_since: float | None = None
+        went_on, last = -math.inf, time.monotonic()
         while not self._ended.wait(BEAT_SECONDS):
-            left = self._deadline - time.monotonic()
+            now, before = time.monotonic(), last
+            last = now
+            if now - before > STOPPED_SECONDS:
+                went_on = now
+                self._deadline += now - before
+            left = self._deadline - now
             if self.peers is not None:
-                faulthandler.dump_traceback_later(max(left, 0) + 120, exit=True, file=2)
+                faulthandler.dump_traceback_later(max(left, 0) + 120, file=2)
                 self.peers.beat()
                 with suppress(OSError):
                     if self.peers.superseded():
@@ -158,16 +170,16 @@ class Watchdog:
                         if time.monotonic() - error_since > GRACE_SECONDS:
                             self._go(first.code, "", stack=first.code == RANK_LOST)
                             return
-                    elif (seconds := self._silence_allowed()) and (
+                    elif (seconds := self._silence_allowed(now - went_on)) and (
                         silent := self.peers.silent(seconds, self.peers.neighbors())
                     ):
                         tell_first(self.peers, RANK_LOST, silence_of(self.peers, silent), silent[0])
             if left < 0:
                 self._standstill()
 
-    def _silence_allowed(self) -> float | None:
-        """Seconds without a sign of another rank that end the run; None before all have been there."""
-        if self._what in ("starting", JOINING):
+    def _silence_allowed(self, awake: float) -> float | None:
+        """Seconds without a sign of another rank that end the run; None before all have been there, or may be awake again."""
+        if self._what in ("starting", JOINING) or awake < SILENT_SECONDS:
             return None
         if self._steps == 0 or self.step_seconds is None:
             return SILENT_SECONDS

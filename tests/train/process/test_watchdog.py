@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -166,3 +168,32 @@ def test_a_lost_connection_is_the_fault_of_who_fell_silent_or_said_why(peers: Pe
     (peers.folder / "first_error").unlink()
     tell_first(Peers(peers.folder, 3, 4), BAD_INPUT, "bad")
     assert blame(peers, error) == FirstError(BAD_INPUT, "rank 3 on node gpu-b", "bad")
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from train.process import watchdog
+from train.process.peers import Peers
+watchdog.BEAT_SECONDS, watchdog.STOPPED_SECONDS = 0.05, 1.0
+with watchdog.Watchdog(Peers(Path(sys.argv[1]), 0, 4)) as dog:
+    dog.begin("loading", 2.0)
+    print("begun", flush=True)
+    time.sleep(30)
+"""
+
+
+def test_time_during_which_the_process_was_stopped_does_not_count(peers: Peers) -> None:
+    """As under `scontrol suspend`: neither its own limit nor the others' signs are of use right after."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(peers.folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        for rank in (1, 2, 3):
+            age(peers.sign(rank), 100)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.7)
+        assert process.poll() is None and read_first(peers) is None
+        assert process.wait(timeout=10) == RANK_LOST  # its own limit, later by as much
