@@ -101,7 +101,9 @@ def tell(code: int, error: str) -> None:
     rank, peers = int(os.environ.get("RANK", "0")), Peers.from_environment()
     if peers is not None and tell_first(peers, code, error):
         return  # the job script says it, once and last
-    if peers is None and rank > 0:  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
+    if (
+        peers is None and rank > 0
+    ):  # nearly always the same error as rank 0's, whose exit makes the launcher end this process
         time.sleep(5)
     print(f"error: {one_line(error)}" + (f" (rank {rank})" if rank > 0 else ""), file=sys.stderr)
 
@@ -152,6 +154,7 @@ def plan(config: TrainConfig, ranks: Ranks) -> tuple[ZeroPlan, RunData, LoraSpec
 def train(config: TrainConfig, leaving: ExitStack) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
     from train.base_model.load_pipeline import load_pipeline
+    from train.base_model.local_model_copy import on_local_disks
     from train.base_model.online_encoder import OnlineEncoder
     from train.engine.deepspeed_engine import initialize
     from train.engine.optimizer import AdamW
@@ -187,7 +190,8 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     found = checkpoints.find(config.resume)  # again: who had the folder until now may have saved one more
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
-    pipeline = load_pipeline(setup.base, data.dataset, memory.encoders, ranks)
+    base = on_local_disks(setup.base, data.dataset.encoded, config.local_model_copy, ranks)
+    pipeline = load_pipeline(base, data.dataset, memory.encoders, ranks)
     encoder = OnlineEncoder.of(pipeline, data)
     preview = Preview.from_config(config, pipeline, encoder, ranks)
     options = StepOptions.from_config(config, setup.base.float8, ranks.device, setup.checkpointed_blocks)

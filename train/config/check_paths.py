@@ -4,6 +4,7 @@ import glob
 import math
 import os
 import re
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def check_paths(config: TrainConfig) -> None:
             "tensorboard: the package is missing: pip install tensorboard (this project's extra [tensorboard])"
         )
     check_data(config)
+    if config.local_model_copy is not None:
+        local_folder(config.local_model_copy)
     check_writable(config.output_path)
     check_apart(config.output_path, data=config.data, model=config.model)
 
@@ -107,6 +110,16 @@ def check_model(config: TrainConfig) -> None:
         pattern = getattr(config, name)
         if pattern is not None and not glob.glob(os.path.expanduser(pattern)):
             raise FileNotFoundError(f"{name}: nothing matches {pattern}")
+
+
+def local_folder(option: Path) -> Path:
+    """The folder that `--local_model_copy` means on this node: $VARIABLES are its own. Raises ValueError for unknown ones."""
+    text = os.path.expandvars(option.expanduser())
+    if unknown := re.search(r"\$\{?\w+\}?", text):
+        raise ValueError(
+            f"local_model_copy: {unknown[0]} is not set on {socket.gethostname()}; give a folder on a disk of the node"
+        )
+    return Path(text)
 
 
 def check_apart(output: Path, **read: str) -> None:

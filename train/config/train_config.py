@@ -237,6 +237,11 @@ class TrainConfig:
         Literal["auto", "cpu"],
         "auto: GPUs, and an error where some were given (or the model is large) but torch sees none; cpu: without them",
     ] = "auto"
+    local_model_copy: Annotated[
+        Path | None,
+        "a folder on a disk of each node ('$TMPDIR'): one rank of the node copies the weights there, all read them from there; "
+        "the copy stays for later starts",
+    ] = None
     join_timeout: Annotated[Positive, "seconds that ranks wait for each other at start; then the missing are named"] = (
         180.0
     )
