@@ -25,11 +25,11 @@ choose_python() {
 }
 
 # One line, once, for an interpreter that can't be run or has no torch: a task a GPU would say so as often. Where srun starts
-# a container it lies in there, and each task says it for itself.
+# a container it lies in there, and each task says it for itself. A file system that doesn't answer is found out later.
 check_python() {
     [[ ${QWEN_LORA_SRUN_FLAGS:-} != *container* ]] || return 0
     local status=0
-    "${python[@]}" -c 'import importlib.util as u, sys; sys.exit(93 * any(u.find_spec(name) is None for name in sys.argv[1:]))' \
+    timeout "${CHECK_SECONDS:-60}" "${python[@]}" -c 'import importlib.util as u, sys; sys.exit(93 * any(u.find_spec(name) is None for name in sys.argv[1:]))' \
         torch deepspeed psutil webdataset 2>/dev/null || status=$?
     case $status in
         93) echo "error: ${python[*]} lacks torch, deepspeed or other packages: run make setup in $PWD, or PYTHON=/path/to/python sbatch ..." ;;

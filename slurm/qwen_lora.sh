@@ -111,7 +111,7 @@ explain() {
     fi
     for ((rank = 0; rank < ${SLURM_NTASKS:-0}; rank++)); do
         if [[ ! -e $QWEN_LORA_ATTEMPT/rank-$rank ]]; then
-            who="rank $rank on node ${nodes[rank * ${#nodes[@]} / SLURM_NTASKS]}" elsewhere=1
+            code=75 who="rank $rank on node ${nodes[rank * ${#nodes[@]} / SLURM_NTASKS]}" elsewhere=1
             why="did not start${message:+ ($message)}: the node is dead or cut off"
             return
         fi
@@ -196,9 +196,26 @@ finish() { # exit code, what it came to: the last lines of the log
     exit "$1"
 }
 
-fruitless() { # how many starts in a row brought no new checkpoint
-    awk 'BEGIN { last = "-" } { count = $3 == last ? count + 1 : 0; last = $3 } END { print count + 0 }' "$folder/history"
+# How many starts in a row brought no new checkpoint. Those that were asked to leave are no fault.
+fruitless() {
+    awk 'BEGIN { last = "-" } { if ($3 != last) count = 0; else if ($2 != 85) count++; last = $3 } END { print count + 0 }' \
+        "$folder/history"
 }
+
+give_up_without_progress() {
+    (($(fruitless) > ${RESTARTS:-3})) || return 0
+    say "no new checkpoint in the last starts; number, exit code, step, duration and reason of each:"
+    tail -n 6 "$folder/history"
+    finish "$code" "given up after ${RESTARTS:-3} restarts without progress"
+}
+
+# A batch shell whose node was lost, or that had to go at once, has written no line for its last start.
+if ((restart)) && (($(starts_so_far) > 0)) && ! grep -qs "^$(starts_so_far) " "$folder/history"; then
+    code=75 why="the batch shell's node was lost, or Slurm took the job away without notice"
+    step="$(step_of)"
+    echo "$(starts_so_far) gone ${step:--} - $(date -u +%FT%TZ) $why" >>"$folder/history"
+    give_up_without_progress
+fi
 
 while :; do
     number=$(($(starts_so_far) + 1))
@@ -217,11 +234,7 @@ while :; do
         "$NOT_FINITE") finish "$code" "loss or gradient not finite, a restart would not help (docs/troubleshooting.md)" ;;
         "$OUT_OF_MEMORY") finish "$code" "out of GPU memory, a restart would not help (docs/troubleshooting.md)" ;;
     esac
-    if ((code != PREEMPTED)) && (($(fruitless) > ${RESTARTS:-3})); then
-        say "no new checkpoint in the last starts; number, exit code, step, duration and reason of each:"
-        tail -n 6 "$folder/history"
-        finish "$code" "given up after ${RESTARTS:-3} restarts without progress"
-    fi
+    ((code == PREEMPTED)) || give_up_without_progress
 
     ((code == PREEMPTED)) || echo "error: ${who:+$who: }$why"
     if ((code != PREEMPTED && stuck == 0 && elsewhere == 0)) && [[ ! -e $folder/leave ]] && all_nodes_up; then
@@ -233,7 +246,7 @@ while :; do
         exit "$code"
     fi
     if ((code == PREEMPTED || stuck)) || [[ -e $folder/leave ]]; then
-        finish "$code" "ended with a checkpoint to go on from"
+        finish "$code" "Slurm does not take it back"
     fi
     say "starting again on the same nodes from ${step:+step }${step:-the beginning} (restart $number)"
 done

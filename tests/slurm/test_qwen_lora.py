@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,35 @@ def test_a_wrong_shape_or_folder_is_named_before_anything_starts(cluster: Path, 
 def test_the_header_signals_the_batch_shell_and_allows_requeuing() -> None:
     header = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"--signal=B:USR1@300", "--requeue", "--open-mode=append"} <= set(header)
+
+
+def test_starts_that_slurm_took_away_count_as_restarts_and_those_asked_to_leave_do_not(cluster: Path) -> None:
+    """A job that brings down its node each time would come back for ever."""
+    folder = cluster / "qwen_lora-1234567"
+    for number in range(1, 6):
+        (folder / f"start-{number}").mkdir(parents=True)
+    rows = "".join(f"{number} 85 - 9s 2026-11-28T00:00:00Z asked\n" for number in range(1, 5))
+    (folder / "history").write_text(rows)
+    variables = {"SLURM_RESTART_COUNT": "1", "RESTARTS": "1"}
+    assert run_script(cluster, **variables).returncode == 0
+    assert (folder / "history").read_text().splitlines()[4].startswith("5 gone - - ")
+    (folder / "history").write_text(rows + "5 gone - - x\n")
+    given_up = run_script(cluster, **variables)
+    assert given_up.returncode == 75 and "given up after 1 restarts without progress" in given_up.stdout
+
+
+@pytest.mark.parametrize(("python", "message"), [("/no/such/python -u", "can't be run"), ("LACKING", "lacks torch")])
+def test_an_interpreter_that_will_not_do_is_said_once(cluster: Path, python: str, message: str) -> None:
+    lacking = cluster / "lacking"
+    lacking.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    lacking.chmod(0o755)
+    done = run_script(cluster, PYTHON=python.replace("LACKING", str(lacking)))
+    assert (done.returncode, done.stderr.count(message), done.stderr.count("error:")) == (2, 1, 1), done.stderr
+    assert not (cluster / "tasks.jsonl").exists()
+
+
+def test_an_interpreter_that_a_container_holds_is_left_to_the_tasks(cluster: Path) -> None:
+    done = run_script(cluster, PYTHON="/in/the/image/python", QWEN_LORA_SRUN_FLAGS="--container-image=x")
+    assert "--container-image=x" in (cluster / "srun_arguments").read_text()
+    assert done.returncode == 2 and done.stdout.splitlines()[-1].startswith("error: rank 0 on node ")
+    assert "can't run /in/the/image/python" in done.stdout.splitlines()[-1]
