@@ -48,7 +48,11 @@ KillWait=5
 MinJobAge=7200
 NodeName=DEFAULT CPUs=8 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=6000 Gres=gpu:2 State=UNKNOWN
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}]
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
+PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE State=UP
+PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 """
 
 
@@ -107,12 +111,12 @@ class PrivateSlurm:
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
-    def facts(self, job: int) -> dict[str, str]:
+    def facts(self, job: int | str) -> dict[str, str]:
         """What `scontrol show job` says: JobState, ExitCode, Restarts …"""
         words = self.run("scontrol", "show", "job", str(job)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def end(self, job: int, seconds: float = 120) -> dict[str, str]:
+    def end(self, job: int | str, seconds: float = 120) -> dict[str, str]:
         """Wait for a job's end; its facts."""
         running = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
         until(seconds, lambda: self.facts(job)["JobState"] not in running)

@@ -1,6 +1,7 @@
 """slurm/qwen_lora.sh under stand-ins for srun and scontrol: what each task gets, and what its exit code leads to."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,13 @@ def test_each_task_gets_its_rank_and_the_same_meeting_point(cluster: Path) -> No
         assert task["argv"] == ["--config", "my run.yaml", "--sample_prompts", "a cat, 'sitting'", "b"]
     assert "--gpu-bind=none" in (cluster / "srun_arguments").read_text()
     assert not (cluster / "requeued").exists()
+
+
+def test_a_port_that_another_job_of_the_node_listens_on_is_passed_over(cluster: Path) -> None:
+    with socket.create_server(("127.0.0.1", 24698)):
+        assert run_script(cluster).returncode == 0
+    ports = {json.loads(line)["MASTER_PORT"] for line in (cluster / "tasks.jsonl").read_text().splitlines()}
+    assert ports == {"25695"}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--model", "m"]])

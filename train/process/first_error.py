@@ -18,8 +18,10 @@ from train.process.peers import Peers
 NAME = "first_error"
 PATIENCE_SECONDS = 8.0  # for the rank whose death closed a connection: its own word is the better one
 SILENT_SECONDS = 3.5  # of a rank that gives a sign every second
+OTHERS = "ranks of another job have joined"
 # What gloo and NCCL say when another rank has gone, whose own reason is elsewhere; their errors have no class of their own.
 SIGNS = (
+    OTHERS,
     *(
         "gloo/transport",
         "Connection closed by peer",

@@ -13,10 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qwen_image.free_memory import host_bytes
+from train.process.first_error import OTHERS
+from train.process.peers import VARIABLE
+
 CPU_PARAMETERS = 1_000_000_000  # a larger model doesn't train on CPUs in any time that anybody has
 CLOCK_SECONDS = 30.0
 LEAST_TEMPORARY_BYTES = 2 << 30  # compilers and data loaders write there
 LEAST_FREE_SHARE = 0.9  # of a GPU's memory, before this program takes any
+LEAST_HOST_SHARE = 0.5  # of the free host memory that the best node has: others' left-overs are in the way
 
 
 def gpus_were_given() -> str | None:
@@ -49,6 +54,16 @@ def check_device(asked: str) -> None:
     )
 
 
+def check_count(ranks_here: int) -> None:
+    """Raises ValueError where a node has fewer GPUs than ranks. A single one each sees may be its own (`--gpu-bind`)."""
+    seen = torch.cuda.device_count()
+    if 1 < seen < ranks_here:
+        raise ValueError(
+            f"{ranks_here} ranks on {socket.gethostname()}, but torch sees {seen} GPUs there: start one rank a GPU "
+            f"(CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
+        )
+
+
 def check_size(device: torch.device, asked: str, model: torch.nn.Module) -> None:
     """Raises ValueError for a large model on the CPU that nobody asked for."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -68,6 +83,8 @@ class Node:
     clock: float  # seconds since the epoch
     temporary_bytes: int  # free in the folder for temporary files
     free_share: float  # of its GPU's memory; 1 without one
+    host_bytes: int  # of host memory that can still be given
+    start: str = ""  # of which job, where a job script says it
 
     @classmethod
     def here(cls, device: torch.device) -> "Node":
@@ -78,7 +95,9 @@ class Node:
             share = free / total
             versions |= {"GPU": properties.name, "driver": _driver()}
         free_bytes = shutil.disk_usage(tempfile.gettempdir()).free
-        return cls(socket.gethostname(), versions, time.time(), free_bytes, share)
+        return cls(
+            socket.gethostname(), versions, time.time(), free_bytes, share, host_bytes(), os.environ.get(VARIABLE, "")
+        )
 
 
 def check_nodes(device: torch.device) -> list[str]:
@@ -92,16 +111,18 @@ def check_nodes(device: torch.device) -> list[str]:
 
 
 def compare(nodes: Sequence[Node]) -> list[str]:
-    """Lines for people on what may go wrong, one a node; ValueError for what will."""
+    """Lines for people on what may go wrong, one a node; ValueError for what will, RuntimeError for what goes away."""
     first = nodes[0]
     for node in nodes:
+        if node.start != first.start:  # two jobs share a node, and took the same port at the same moment
+            raise RuntimeError(f"{OTHERS} this one ({first.start}, {node.start})")
         for name in {*first.versions, *node.versions}:
             if node.versions.get(name) != first.versions.get(name):
                 raise ValueError(
                     f"{name} differs between nodes: {first.versions.get(name)} on {first.host}, {node.versions.get(name)} on "
                     f"{node.host}; give all ranks the same environment and kind of node"
                 )
-    lines = []
+    lines, most = [], max(node.host_bytes for node in nodes)
     for node in nodes:
         if abs(node.clock - first.clock) > CLOCK_SECONDS:
             lines.append(
@@ -114,6 +135,10 @@ def compare(nodes: Sequence[Node]) -> list[str]:
         if node.free_share < LEAST_FREE_SHARE:
             lines.append(
                 f"warning: {1 - node.free_share:.0%} of a GPU's memory on {node.host} is taken by other programs"
+            )
+        if node.host_bytes < LEAST_HOST_SHARE * most:
+            lines.append(
+                f"warning: {node.host} has {node.host_bytes / 1e9:.0f} GB of host memory left, another node {most / 1e9:.0f}"
             )
     return list(dict.fromkeys(lines))
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from files.shown import one_line
 from qwen_image.free_memory import limit_device
-from train.process.node_health import check_device
+from train.process.node_health import check_count, check_device
 from train.process.peers import VARIABLE
 
 # Sample images and files are one rank's work, for which the others wait; torch's own limit is half an hour, and what hangs
@@ -63,6 +63,7 @@ def join_process_group(gpu_memory_limit: float | None = None, device_option: str
         os.environ.setdefault("MASTER_PORT", "0")  # nobody else has to find it
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
+        check_count(ranks_here())
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         limit_device(device, gpu_memory_limit)

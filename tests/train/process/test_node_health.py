@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from train.process import node_health
-from train.process.node_health import Node, check_device, check_size, compare
+from train.process.first_error import rank_was_lost
+from train.process.node_health import Node, check_count, check_device, check_size, compare
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +58,26 @@ def test_a_large_model_on_the_cpu_needs_the_flag():
 
 
 def test_nodes_are_compared():
-    fine = Node("n1", {"torch": "2.11", "driver": "580"}, 1000.0, 10 << 30, 0.99)
+    fine = Node(
+        "n1", {"torch": "2.11", "driver": "580"}, 1000.0, 10 << 30, 0.99, 100 << 30, "/runs/qwen_lora-7/start-1"
+    )
     assert compare([fine, dataclasses.replace(fine, host="n2")]) == []
     with pytest.raises(ValueError, match="driver differs between nodes: 580 on n1, 570 on n2"):
         compare([fine, dataclasses.replace(fine, host="n2", versions={"torch": "2.11", "driver": "570"})])
-    odd = dataclasses.replace(fine, host="n2", clock=1100.0, temporary_bytes=1 << 30, free_share=0.5)
+    odd = dataclasses.replace(
+        fine, host="n2", clock=1100.0, temporary_bytes=1 << 30, free_share=0.5, host_bytes=40 << 30
+    )
     lines = compare([fine, odd, odd])
-    assert [line.split(" ")[1] for line in lines] == ["the", "n2", "50%"] and "100 s apart" in lines[0]
+    assert [line.split(" ")[1] for line in lines] == ["the", "n2", "50%", "n2"] and "100 s apart" in lines[0]
+    with pytest.raises(RuntimeError, match="ranks of another job have joined") as met:
+        compare([fine, dataclasses.replace(fine, start="/runs/qwen_lora-10007/start-1")])
+    assert rank_was_lost(met.value)
+
+
+def test_a_gpu_is_no_two_ranks_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    check_count(4)
+    with pytest.raises(ValueError, match=r"8 ranks on .* torch sees 4 GPUs"):
+        check_count(8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_count(8)
