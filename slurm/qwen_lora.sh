@@ -187,7 +187,7 @@ finish() { # exit code, what it came to: the last lines of the log
     if [[ -s $folder/progress ]]; then
         say "$2; last checkpoint: step $(step_of), run folder $(sed -n 2p "$folder/progress" | sed 's|/checkpoints/.*||')"
     else
-        say "$2; there is no checkpoint of this job"
+        say "$2$( (($1 == DONE)) || echo "; there is no checkpoint of this job")"
     fi
     say "exit code $1 after $took here, $((starts - 1)) restarts so far; logs of the nodes: $folder"
     if [[ -n $why ]]; then

@@ -45,7 +45,7 @@ def tell_first(peers: Peers, code: int, reason: str, who: int | None = None) -> 
     name = peers.named(peers.rank if who is None else who)
     draft = peers.folder / f".{NAME}-{peers.rank}-{os.getpid()}"
     with suppress(OSError):
-        draft.write_text(f"{code}\n{name}\n{one_line(reason)}\n", encoding="utf-8")
+        draft.write_text(f"{code}\n{name}\n{one_line(reason.removeprefix('error: '))}\n", encoding="utf-8")
         try:
             os.link(draft, peers.folder / NAME)
             return True

@@ -55,7 +55,7 @@ def left_with(peers: Peers | None, act: Callable[[Watchdog], None], seconds: flo
 
 def test_only_the_first_error_counts(peers: Peers) -> None:
     second = Peers(peers.folder, 3, 4, peers.nodes)
-    assert tell_first(second, BAD_INPUT, "data: no folder\nat x")
+    assert tell_first(second, BAD_INPUT, "error: data: no folder\nat x")  # the job script says error, too
     assert not tell_first(peers, RANK_LOST, "connection closed")
     assert read_first(peers) == FirstError(BAD_INPUT, "rank 3 on node gpu-b", "data: no folder\\nat x")
     assert not list(peers.folder.glob(".first_error*"))
