@@ -65,10 +65,19 @@ ranks() {
     exec srun --gpu-bind=none --export=ALL ${flags[@]+"${flags[@]}"} ${more[@]+"${more[@]}"} bash "$PWD/slurm/rank.sh" "$@"
 }
 
+# For scontrol: of an array this task alone, whose SLURM_JOB_ID may be the whole array's.
+this_job() {
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+        echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    else
+        echo "$SLURM_JOB_ID"
+    fi
+}
+
 # put_back: the job goes into the queue again under its own number. False, with a line that says why, where Slurm refuses.
 put_back() {
     local answer
-    if answer="$(scontrol requeue "$SLURM_JOB_ID" 2>&1)"; then
+    if answer="$(scontrol requeue "$(this_job)" 2>&1)"; then
         return 0
     fi
     echo "job $SLURM_JOB_ID: Slurm doesn't put it back (${answer:-no reason given}): submit the same command again," \
@@ -80,7 +89,7 @@ put_back() {
 # cancelled (scancel), is out of time or already back in the queue (pre-emption) must not be put there again.
 still_ours() {
     local now
-    now="$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null || true)"
+    now="$(scontrol show job "$(this_job)" 2>/dev/null || true)"
     [[ -z $now || ($now == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $now == *"JobState=RUNNING "*) ]]
 }
 

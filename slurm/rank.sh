@@ -24,7 +24,7 @@ trap ': >"${folder%/*}/leave"' USR1
 (trap '' USR1 && exec "$@") > >(both) 2>&1 &
 command=$!
 while :; do
-    wait "$command"
+    wait "$command" 2>/dev/null # bash's own word on a killed one
     status=$?
     kill -0 "$command" 2>/dev/null || break # else a signal has ended the wait
 done

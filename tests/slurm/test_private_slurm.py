@@ -46,7 +46,7 @@ class Cluster:
         words += ["--lora_target_modules", "to_q", "--num_workers", "0", "--log_steps", "1", "--device", "cpu"]
         words += ["--wandb_mode", "disabled", "--max_steps", str(STEPS), "--checkpoint_steps", "50", *more]
         shape = [*SHAPE, *flags, "slurm/qwen_lora.sh"]
-        return self.slurm.submit(self.root, *shape, *words, PYTHON=sys.executable, **variables)
+        return self.slurm.submit(self.root, *shape, *words, **({"PYTHON": sys.executable} | variables))
 
     def losses(self, name: str) -> list[tuple[int, float]]:
         path = self.root / name / "metrics.jsonl"
@@ -182,8 +182,7 @@ def test_one_ranks_error_ends_all_within_15_seconds_and_is_the_last_line(cluster
         last = cluster.log(job)[-1]
         assert last.startswith("error: rank 1 on node n2: ") and reason in last
         assert sum(reason in line for line in cluster.log(job)) == 1
-        for node in ("n1", "n2"):
-            assert reason in (folder / f"{node}.log").read_text().splitlines()[-1]
+        assert reason in (folder / "n2.log").read_text().splitlines()[-1]
         ended, began = (folder / "history").stat().st_mtime, (folder / "start-1" / "first_error").stat().st_mtime
         assert ended - began < 15, name
 
@@ -197,10 +196,15 @@ def test_a_port_that_is_taken_a_dead_node_at_relaunch_and_preemption_come_back(c
         cluster.trains("relaunch")
         kill(int((cluster.slurm.folder / "slurmd.n3.pid").read_text()), signal.SIGKILL)
         kill(cluster.rank(jobs["relaunch"], "n2"), signal.SIGKILL)
-        until(100, lambda: cluster.history(jobs["port"]) and cluster.history(jobs["relaunch"])[1:])
+        until(
+            200,
+            lambda: cluster.history(jobs["port"]) and "back in the queue" in "\n".join(cluster.log(jobs["relaunch"])),
+        )
     cluster.slurm.start_node("n3")
     assert "EADDRINUSE" in cluster.history(jobs["port"])[0]
-    assert "rank 1 on node n3: did not start (srun: error: Task launch" in cluster.history(jobs["relaunch"])[1]
+    # Seen by srun, or, a little later, by Slurm
+    found = ("rank 1 on node n3: did not start (srun: error: Task launch", "node n3 is not well: State=")
+    assert any(text in line for line in cluster.log(jobs["relaunch"]) for text in found)
     whole_node = ("--cpus-per-task=8", "--nodelist=n1")
     jobs["preempted"] = cluster.submit("preempted", flags=("--partition=low", "--nodes=1", *whole_node))
     cluster.trains("preempted")
