@@ -122,7 +122,7 @@ explain() {
 # One start of all ranks. Sets status (of srun), code (what it means for the job), who and why; stuck=1 where ranks could not
 # be ended, elsewhere=1 where some never started.
 start_ranks() {
-    local number=$1 since=0 since_end=0 looked=$SECONDS quiet=0
+    local number=$1 since=0 since_end=0 looked=$SECONDS quiet=0 node
     shift
     export QWEN_LORA_ATTEMPT="$folder/start-$number"
     mkdir "$QWEN_LORA_ATTEMPT"
@@ -155,6 +155,9 @@ start_ranks() {
     elif ((status != DONE && status != PREEMPTED)); then
         explain
     fi
+    for node in "${nodes[@]}"; do
+        [[ -z $why ]] || echo "first error of the job: ${who:+$who: }$why" >>"$folder/$node.log"
+    done
 }
 
 kill_ranks() { # signal

@@ -41,7 +41,4 @@ if ((status > 125)) && [[ ! -e $folder/first_error ]]; then
     ln "$draft" "$folder/first_error" 2>/dev/null
     rm -f "$draft"
 fi
-if ((LOCAL_RANK == 0)) && { read -r _ && read -r who && read -r why; } 2>/dev/null <"$folder/first_error"; then
-    echo "first error of the job: $who: $why" >>"$log"
-fi
 exit "$status"
