@@ -154,7 +154,6 @@ def plan(config: TrainConfig, ranks: Ranks) -> tuple[ZeroPlan, RunData, LoraSpec
 def train(config: TrainConfig, leaving: ExitStack) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
     from train.base_model.load_pipeline import load_pipeline
-    from train.base_model.local_model_copy import on_local_disks
     from train.base_model.online_encoder import OnlineEncoder
     from train.engine.deepspeed_engine import initialize
     from train.engine.optimizer import AdamW
@@ -190,8 +189,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     found = checkpoints.find(config.resume)  # again: who had the folder until now may have saved one more
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
-    base = on_local_disks(setup.base, data.dataset.encoded, config.local_model_copy, ranks)
-    pipeline = load_pipeline(base, data.dataset, memory.encoders, ranks)
+    pipeline = load_pipeline(setup.base, data.dataset, memory.encoders, ranks, config.local_model_copy)
     encoder = OnlineEncoder.of(pipeline, data)
     preview = Preview.from_config(config, pipeline, encoder, ranks)
     options = StepOptions.from_config(config, setup.base.float8, ranks.device, setup.checkpointed_blocks)

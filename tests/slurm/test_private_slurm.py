@@ -255,8 +255,11 @@ def test_where_jobs_are_not_put_back_a_chain_of_them_goes_on_and_pythons_of_seve
 
 def test_the_environment_need_not_be_handed_on(cluster: Cluster) -> None:
     (cluster.root / ".venv").symlink_to(Path(sys.executable).parents[1])
-    job = cluster.submit("unexported", "--max_steps", "20", flags=("--export=NONE",))
+    copied = ("--local_model_copy", "$SLURM_SUBMIT_DIR/disk")  # known on the nodes alone
+    job = cluster.submit("unexported", "--max_steps", "20", *copied, flags=("--export=NONE",))
     assert cluster.slurm.end(job)["JobState"] == "COMPLETED", cluster.log(job)[-20:]
+    lines = [line for line in cluster.log(job) if line.startswith("weights: ")]
+    assert sorted(line.split()[1] for line in lines) != ["found", "found"] and str(cluster.root / "disk") in lines[0]
 
 
 def test_a_killed_task_of_an_array_finishes_alone(cluster: Cluster, tmp_path: Path) -> None:

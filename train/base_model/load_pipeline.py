@@ -1,6 +1,7 @@
 """The frozen pipeline of a run: which components it needs, and whether its data was made for it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from data_prep.encoding.encoder_facts import LATENTS, PROMPTS, check_encoding
 from qwen_image.loading.model_files import (
@@ -11,6 +12,7 @@ from qwen_image.pipeline import QwenImagePipeline, check_prompt_width
 from train.base_model.base_plan import BasePlan
 from train.base_model.import_ahead import import_ahead
 from train.base_model.load_transformer import load_base
+from train.base_model.local_model_copy import on_local_disks
 from train.base_model.online_encoder import EncoderPlace
 from train.data.sample import DataSet
 from train.process import start_clock
@@ -25,18 +27,22 @@ def load_pipeline(
     dataset: DataSet,
     encoder_place: EncoderPlace,
     ranks: Ranks,
+    local_model_copy: Path | None = None,
 ) -> QwenImagePipeline:
-    """The transformer, and both encoders when the shards hold images; these go where `encoder_place` says.
+    """The transformer, and both encoders when the shards hold images; these go where `encoder_place` says. A collective.
+
+    `local_model_copy`: the files are copied to this folder of each node first.
 
     Raises ValueError when the shards were encoded for another model, before weights are read.
     """
     start_clock.reached("plan")
     source = base.source
-    files = resolve_model(source, ("transformer", "scheduler"))
     if dataset.encoded:
         check_data(source, dataset, base.empty.config.joint_attention_dim)
+    base = on_local_disks(base, dataset.encoded, local_model_copy, ranks)
+    files = resolve_model(base.source, ("transformer", "scheduler"))
     pipeline = QwenImagePipeline.from_pretrained(
-        source,
+        base.source,
         components=() if dataset.encoded else ("text_encoder", "vae"),
         dtype=base.dtype,
         device="cpu" if encoder_place == "cpu" else ranks.device,
