@@ -5,13 +5,14 @@ it) and of Qwen-Image's own `scheduler/scheduler_config.json`; the arithmetic ke
 that schedules are equal to the last bit.
 """
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from files.json_object import read_json_object
 
 # Each of these would change the schedule silently if a checkpoint used it; Qwen-Image uses none.
 _UNSUPPORTED_FLAGS = (
@@ -37,7 +38,7 @@ class SigmaSchedule:
     @classmethod
     def from_config_file(cls, path: Path) -> "SigmaSchedule":
         """Read `scheduler_config.json`. Raises ValueError for schedules that Qwen-Image does not have."""
-        config = json.loads(path.read_text())
+        config = read_json_object(path)
         unsupported = [name for name in _UNSUPPORTED_FLAGS if config.get(name)]
         if unsupported:
             raise ValueError(

@@ -126,12 +126,15 @@ class QwenImagePipeline:
         noise: torch.Tensor | None = None,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         on_step: Callable[[int, int], object] | None = None,
+        only_finite: bool = False,
     ) -> torch.Tensor:
         """One image a prompt: uint8 [B, H, W, 3] on the CPU.
 
         The noise of image i is drawn on the CPU from `seeds[i]` (default: its position), so an image doesn't depend on
         its batch or device; `noise` [B, 16, 1, H/8, W/8] replaces it. Guidance runs when `true_cfg_scale` > 1 and there
         is a negative prompt. Prompts may be embeddings, then no text encoder is needed.
+
+        `only_finite`: raise ValueError instead of making an image of NaN, which is black.
         """
         check_image_size(height, width)
         if self.transformer is None or self.vae is None:
@@ -159,6 +162,10 @@ class QwenImagePipeline:
             latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
             if on_step is not None:
                 on_step(step + 1, num_inference_steps)
+        if only_finite and not latents.isfinite().all():
+            raise ValueError(
+                "the image became NaN or infinite on its way from noise: take a smaller strength of the LoRA, or less guidance"
+            )
         return uint8_from_pixels(self.vae.decode(unpack_latents(latents, rows, columns)))
 
     def _prompt(self, prompts: list[str] | Prompt, max_tokens: int) -> Prompt:

@@ -26,7 +26,9 @@ STALE = ("format", "dora_scale", "lora_adapter_metadata", "lora_scale_in_lora_B"
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="IN", type=Path, help="LoRA file in any spelling that this project reads")
+    parser.add_argument(
+        "input", metavar="IN", type=Path, help="LoRA file in any spelling that this project reads, or a run folder"
+    )
     parser.add_argument("output", metavar="OUT", type=Path, help="file to write; must not exist")
     parser.add_argument("--format", required=True, choices=FORMATS, help="whose spelling OUT has")
     parser.add_argument("--model", help=f"what IN was trained on (a DoRA needs it): {MODEL_HELP['model']}")
@@ -55,8 +57,8 @@ def convert(
 ) -> list[str]:
     """Write `source` to `output` in the spelling of `lora_format`; returns lines for people.
 
-    Raises what `read_lora` does, FileExistsError, and ValueError for a DoRA whose base isn't given or that the spelling
-    can't hold.
+    Raises what `read_lora` does (naming `--model` where another could be meant), FileExistsError, and ValueError for a DoRA
+    whose base isn't given or that the spelling can't hold.
     """
     import torch
 
@@ -78,7 +80,14 @@ def convert(
     else:
         with torch.device("meta"):
             transformer = QwenImageTransformer(TransformerConfig())
-    lora = read_lora(source, transformer)
+    try:
+        lora = read_lora(source, transformer)
+    except ValueError as error:
+        if model is not None or "another model" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}; without --model a LoRA is taken as one of Qwen-Image: give the model it is of"
+        ) from None
     layers, lines = lora.layers, list(lora.notes)
     if lora.is_dora:
         if not SPELLINGS[lora_format].endings.keys() & {"lora_magnitude_vector", "dora_scale"}:

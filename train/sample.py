@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from files.shown import one_line, shown, tolerant_output
 from qwen_image.loading.model_flags import add_model_flags
 from qwen_image.out_of_memory import memory_ran_out
-from train.config.check_paths import check_apart, split_weight
+from train.config.check_paths import LARGEST_WEIGHT, check_apart, split_weight
 from train.config.sample_prompts import HIGHEST_SEED, SamplePrompt, read_prompts
 
 if TYPE_CHECKING:
@@ -175,6 +175,9 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         for number in getattr(arguments, flag) if flag == "strengths" else [getattr(arguments, flag)]:
             if not math.isfinite(number):
                 raise ValueError(f"--{flag} must be a finite number, got {number}")
+            if abs(number) > LARGEST_WEIGHT:
+                limits = f"-{LARGEST_WEIGHT:g} … {LARGEST_WEIGHT:g}"
+                raise ValueError(f"--{flag} must lie in {limits}, got {number:g}: images are lost long before")
     highest = HIGHEST_SEED + 1 - arguments.num_images
     if not 0 <= arguments.seed <= highest:
         raise ValueError(
@@ -337,6 +340,7 @@ def generate(
             true_cfg_scale=settings.true_cfg_scale,
             seeds=[job.seed for job in batch],
             on_step=count,
+            only_finite=True,
         )
     except RuntimeError as error:
         if len(batch) == 1 or not memory_ran_out(error):

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from files.json_object import read_json_object
 from files.shown import shown
 from qwen_image.encoders.streamed_layers import EMBEDDING, LAYERS, SLOTS, StreamedLayers
-from qwen_image.loading.model_files import Component, read_json_object
+from qwen_image.loading.model_files import Component
 from qwen_image.loading.safetensors_ranges import read_headers
 from qwen_image.loading.weights import load_weights, match_weights
 from qwen_image.model.conditioning import Prompt

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from files.json_object import check_class, read_json_object
+from files.shown import shown
 from qwen_image.loading.model_files import Component
 from qwen_image.loading.weights import load_weights
 from qwen_image.model.sizes import VAE_FACTOR, check_image_size
@@ -36,9 +38,13 @@ class VAE:
     def from_files(cls, component: Component, dtype: torch.dtype, device: torch.device | str) -> "VAE":
         from diffusers import AutoencoderKLQwenImage
 
+        config_file = component.folder / "config.json"
+        if not config_file.is_file():
+            raise FileNotFoundError(
+                f"{shown(config_file)} is missing; the VAE is AutoencoderKLQwenImage in diffusers' layout"
+            )
+        check_class(read_json_object(config_file), config_file, "AutoencoderKLQwenImage", "VAE")
         config = AutoencoderKLQwenImage.load_config(component.folder)
-        if config.get("_class_name") != "AutoencoderKLQwenImage":
-            raise ValueError(f"{component.folder}: this is a {config.get('_class_name')}, not Qwen-Image's VAE")
         with torch.device("meta"):
             model = AutoencoderKLQwenImage.from_config(config)
         load_weights(model, component.weights, dtype, device)

@@ -6,13 +6,13 @@ anything large is read.
 
 import glob
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from files.json_object import read_json_object
 from files.plain_name import plain_name
 from files.shown import shown
 from qwen_image.model.sizes import TransformerConfig
@@ -233,17 +233,6 @@ def _folder_weights(folder: Path, component: str) -> tuple[Path, ...]:
     if not files:
         raise FileNotFoundError(f"{folder}: no .safetensors file found")
     return files
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is no JSON, or holds something else than an object."""
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no readable JSON ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__} and should hold an object; download it again")
-    return found
 
 
 def transformer_config(files: ModelFiles) -> TransformerConfig:

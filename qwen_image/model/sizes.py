@@ -4,9 +4,10 @@ The VAE makes one latent of 16 channels of 8 × 8 pixels; the transformer takes 
 channels. So an image of H × W pixels is H/16 · W/16 tokens.
 """
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+from files.json_object import check_class, read_json_object
 
 LATENT_CHANNELS = 16
 VAE_FACTOR = 8  # pixels a latent on each side
@@ -40,9 +41,8 @@ class TransformerConfig:
     @classmethod
     def from_config_file(cls, path: Path) -> "TransformerConfig":
         """Read `config.json`. Raises ValueError for a model of another family, naming what differs."""
-        config = json.loads(path.read_text())
-        if config.get("_class_name") != "QwenImageTransformer2DModel":
-            raise ValueError(f"{path}: this is a {config.get('_class_name')}, not Qwen-Image's transformer")
+        config = read_json_object(path)
+        check_class(config, path, "QwenImageTransformer2DModel", "transformer")
         for flag, family in (
             ("zero_cond_t", "Qwen-Image-Edit-2511"),
             ("use_additional_t_cond", "Qwen-Image-Layered"),

@@ -97,7 +97,11 @@ def dora_file(tiny_model, path, metadata=None):
         (lambda model, path: path, ["--format", "comfyui"], "no LoRA file at"),
         (dora_file, ["--format", "kohya", "--model", "MODEL"], "which kohya has no spelling for"),
         (dora_file, ["--format", "diffsynth", "--model", "MODEL"], "train/merge_lora.py"),
-        (dora_file, ["--format", "comfyui"], "belongs to another model"),  # the tiny model's layer, no --model
+        (
+            dora_file,
+            ["--format", "comfyui"],
+            "without --model a LoRA is taken as one of Qwen-Image",
+        ),  # the tiny model's layer, no --model
     ],
     ids=["missing", "kohya", "diffsynth", "model"],
 )

@@ -129,10 +129,13 @@ def test_doras_are_not_added(tmp_path):
         (["--seed", "9" * 400], "--seed must lie in 0 …"),
         (["--seed", "-1"], "--seed must lie in 0 …"),
         (["--lora_strength", "nan"], "--lora_strength must be a finite number, got nan"),
+        (["--lora_strength", "1e39"], "--lora_strength must lie in -1e+06 … 1e+06, got 1e+39"),
+        (["--true_cfg_scale=-1e30"], "--true_cfg_scale must lie in -1e+06 … 1e+06, got -1e+30"),
+        (["--lora", "x.safetensors:-1e39"], "a LoRA's weight must lie in -1e+06 … 1e+06, got -1e39"),
         (["--true_cfg_scale", "inf"], "--true_cfg_scale must be a finite number, got inf"),
         (
             ["--lora", "RUN"],
-            "is a folder without lora.safetensors, as a run that isn't done: it has lora-5.safetensors",
+            "is a folder without lora.safetensors and without a checkpoint, as a run that isn't done: it has lora-5",
         ),
         (["--lora", "x.safetensors:nan"], "must be a number, got 'nan'"),
         (["--lora", "none.safetensors"], "--lora: no file at none.safetensors"),
@@ -145,6 +148,18 @@ def test_what_no_image_can_be_made_with(tiny_model, tmp_path, capsys, more, mess
     assert sample.main(flags(tiny_model, tmp_path / "out", *more)) == 2
     error = capsys.readouterr().err
     assert message in error and len(error) < 400 and not (tmp_path / "out").exists()
+
+
+def test_an_image_of_nan_is_an_error(tiny_model, lora, tmp_path, capsys):
+    """Each number within its limits, and yet too much together: no black picture, no exit code 0."""
+    from safetensors.torch import load_file, save_file
+
+    large = {key: tensor * (1e30 if "lora_B" in key else 1.0) for key, tensor in load_file(lora).items()}
+    save_file(large, tmp_path / "large.safetensors")
+    more = ["--lora", str(tmp_path / "large.safetensors"), "--lora_strength", "1e6"]
+    assert sample.main(flags(tiny_model, tmp_path / "out", *more)) == 2
+    assert "the image became NaN or infinite" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.png"))
 
 
 def test_labels_of_any_length_are_quick():

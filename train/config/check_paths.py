@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from files.shown import shown
+from train.config.run_files import lora_file
 from train.config.train_config import TrainConfig
 
-FINAL = "lora.safetensors"  # in a run folder: the LoRA of its end
+LARGEST_WEIGHT = 1e6  # of a LoRA file: what it changes has values of about 1, and float32 ends at 3e38
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"  # of the checkout, or of the installed package
 
 
@@ -32,8 +33,8 @@ def check_paths(config: TrainConfig) -> None:
         ours = ", ".join(f"ds_configs/{path.name}" for path in sorted(DS_CONFIGS.glob("*.json")))
         raise FileNotFoundError(f"deepspeed: no file at {config.deepspeed}; this project brings {ours}")
     check_model(config)
-    if config.lora_checkpoint is not None and not config.lora_checkpoint.is_file():
-        raise FileNotFoundError(f"lora_checkpoint: no file at {config.lora_checkpoint}")
+    if config.lora_checkpoint is not None and not lora_file(config.lora_checkpoint).is_file():
+        raise FileNotFoundError(f"lora_checkpoint: no file at {shown(config.lora_checkpoint)}")
     if config.resume not in ("auto", "never") and not Path(config.resume).exists():
         raise FileNotFoundError(f"resume: no checkpoint at {config.resume} (or say auto, or never)")
     for text in config.preset_lora_path:
@@ -65,22 +66,9 @@ def check_data(config: TrainConfig) -> None:
         raise FileNotFoundError(f"data: no shards in {data}; data_prep/make_shards.py makes them from an image folder")
 
 
-def lora_file(path: Path) -> Path:
-    """A LoRA file, or for a run folder the one that it ended with. Raises FileNotFoundError for a run without."""
-    if not path.is_dir():
-        return path
-    if not (path / FINAL).is_file():
-        names = [
-            found.name for found in sorted(path.glob("lora*.safetensors"), key=lambda found: found.stat().st_mtime)
-        ]
-        there = f"it has {', '.join(names[-3:])}" if names else "it has no LoRA file at all"
-        raise FileNotFoundError(f"{shown(path)} is a folder without {FINAL}, as a run that isn't done: {there}")
-    return path / FINAL
-
-
 def split_weight(text: str) -> tuple[Path, float]:
-    """`FILE:WEIGHT` or `FILE` (weight 1) as a pair; a run folder for its file. Raises ValueError for a weight that is no
-    finite number, FileNotFoundError for a run folder without a LoRA."""
+    """`FILE:WEIGHT` or `FILE` (weight 1) as a pair; a run folder for its file (run_files.lora_file). Raises ValueError for
+    a weight that is no finite number, FileNotFoundError for a run folder without a LoRA."""
     path, colon, weight = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
         return lora_file(Path(text).expanduser()), 1.0
@@ -92,6 +80,8 @@ def split_weight(text: str) -> tuple[Path, float]:
         raise ValueError(
             f"{text}: what follows the last colon is the LoRA's weight and must be a number, got {weight!r}"
         )
+    if abs(number) > LARGEST_WEIGHT:
+        raise ValueError(f"{text}: a LoRA's weight must lie in -{LARGEST_WEIGHT:g} … {LARGEST_WEIGHT:g}, got {weight}")
     return lora_file(Path(path).expanduser()), number
 
 

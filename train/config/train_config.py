@@ -131,7 +131,9 @@ class TrainConfig:
     lora_dtype: Annotated[
         Precision | None, "of the LoRA weights in the forward pass (AdamW's are float32); not given: as dtype"
     ] = None
-    lora_checkpoint: Annotated[Path | None, "LoRA file to start from (weights only, steps count from 0)"] = None
+    lora_checkpoint: Annotated[
+        Path | None, "LoRA file or run folder to start from (weights only, steps count from 0)"
+    ] = None
     preset_lora_path: Annotated[
         tuple[str, ...], "LoRA files merged into the frozen base, each FILE or FILE:WEIGHT (repeat the flag)"
     ] = ()

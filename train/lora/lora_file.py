@@ -19,7 +19,9 @@ from torch import nn
 from files.atomic_files import whole_file
 from files.shown import shown
 from qwen_image.loading.safetensors_writer import safetensors_blocks
+from train.config.run_files import lora_file
 from train.lora.adapter_metadata import AdapterMetadata
+from train.lora.checkpoint_lora import checkpoint_spelling
 from train.lora.dora import HEADER
 from train.lora.lora_format import SPELLINGS, TEXT_ENCODER, adaptable_layers, split_key, why_not
 from train.lora.spec import LoraSpec
@@ -106,18 +108,23 @@ class LoraFile:
 def read_lora(path: Path, transformer: nn.Module) -> LoraFile:
     """Read a LoRA file by any of the names in use: ours and diffusers', DiffSynth's, ComfyUI's, kohya's.
 
-    Weights of a text encoder are left out, with a note. Raises FileNotFoundError, and ValueError when the file is no LoRA
-    of this transformer or holds what can't be applied, naming the first key at fault; before weights are read, if names
-    and shapes tell.
+    A run folder stands for the LoRA of its end or else for its newest checkpoint (run_files.lora_file). Weights of a text
+    encoder are left out, with a note. Raises FileNotFoundError, and ValueError when the file is no LoRA of this transformer
+    or holds what can't be applied, naming the first key at fault; before weights are read, if names and shapes tell.
     """
     from safetensors import SafetensorError, safe_open
 
+    path = lora_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA file at {shown(path)}")
+    prefix, header, said = checkpoint_spelling(path) or ("", None, ())
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            keys, notes = _keys_by_layer(path, list(file.keys()), transformer, metadata)
+            metadata = header or file.metadata() or {}
+            all_keys = list(file.keys())
+            names = [key.removeprefix(prefix) for key in all_keys if key.startswith(prefix)]
+            found, notes = _keys_by_layer(path, names, transformer, metadata)
+            keys = {name: {kind: prefix + key for kind, key in kinds.items()} for name, kinds in found.items()}
             adapter = AdapterMetadata.read(metadata, shown(path))
             for name, kinds in keys.items():
                 _check_shapes(path, name, kinds, file, base_layer(transformer, name))
@@ -127,7 +134,7 @@ def read_lora(path: Path, transformer: nn.Module) -> LoraFile:
     layers = {name: _scaled(path, name, layer, adapter) for name, layer in stored.items()}
     dtypes = [layer[kind].dtype for layer in stored.values() for kind in ("lora_A", "lora_B")]
     dtype = dtypes[0] if len(set(dtypes)) == 1 and dtypes[0].itemsize > 1 else torch.float32
-    return LoraFile(layers, metadata, dtype, (*notes, *_without_effect(path, layers)))
+    return LoraFile(layers, metadata, dtype, (*said, *notes, *_without_effect(path, layers)))
 
 
 def _without_effect(path: Path, layers: dict[str, Layer]) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ stay as they are. No torch.distributed here.
 import errno
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ import torch
 from files.atomic_files import PARTIAL, whole_file, whole_folder, write_file
 from files.folder_lock import require_owned
 from qwen_image.loading.safetensors_writer import data_bytes, safetensors_blocks
+from train.config.run_files import CHECKPOINTS, FACTS, LATEST, TENSORS, is_step, newest_first, step_folders, step_of
 
 FORMAT_VERSION = 1
-TENSORS, FACTS, LATEST = "state.safetensors", "state.json", "latest"
 SPARE_BYTES = 64 << 20  # left free on the disk, for metrics and the like
 Say = Callable[[str], None]
 
@@ -108,18 +107,14 @@ def prune(newest: Path, keep: int, keep_every: int, say: Say) -> None:
 
 def newest_whole(path: Path, may_be_missing: bool, say: Say) -> Checkpoint | None:
     """The newest undamaged checkpoint at `path`: a run, a folder of checkpoints, or one checkpoint."""
-    root = path if step_folders(path) else path / "checkpoints"
-    candidates = step_folders(root)[::-1]
+    root = path if step_folders(path) else path / CHECKPOINTS
+    candidates = newest_first(root)
     if not candidates and ((path / FACTS).exists() or (is_step(path) and not may_be_missing)):
         return read_checkpoint(path)
     if not candidates:
         if may_be_missing:
             return None
         raise FileNotFoundError(f"no checkpoint in {path}")
-    latest = root / LATEST
-    if latest.is_file():  # later ones belong to a run that was taken back to an earlier checkpoint
-        name = latest.read_text(errors="replace").strip()
-        candidates = [path for path in candidates if path.name <= name] or candidates
     for candidate in candidates:
         try:
             return read_checkpoint(candidate)
@@ -150,19 +145,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 # ── small things ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def step_folders(root: Path) -> list[Path]:
-    """Checkpoint folders from the oldest to the newest; others beside them (a user's step-00000100.bak) are not ours."""
-    return sorted(path for path in root.glob("step-*") if is_step(path) and path.is_dir())
-
-
-def is_step(folder: Path) -> bool:
-    return re.fullmatch(r"step-\d{8,}", folder.name) is not None
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 def facts_bytes(facts: dict[str, Any]) -> bytes:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qwen_image.loading.safetensors_ranges import read_headers
-from train.config.check_paths import FINAL
+from train.config.run_files import FINAL
 
 
 def lora_facts(path: Path) -> dict[str, str]:

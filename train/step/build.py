@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import torch
 
+from files.shown import shown
 from qwen_image.float8.linear import keep_transposed
 from qwen_image.kernel_check import distrust_kernels
 from qwen_image.model.dtypes import DTYPES
 from qwen_image.model.transformer import QwenImageTransformer
+from train.config.run_files import lora_file
 from train.config.train_config import TrainConfig
 from train.flow.objective import WeightingName
 from train.lora.inject import inject_lora, start_from
@@ -92,7 +94,7 @@ def build_step(
     adapted = inject_lora(transformer, spec, options.seed, options.lora_dtype)
     if options.lora_checkpoint is not None:
         filled = start_from(transformer, read_lora(options.lora_checkpoint, transformer), spec)
-        say(f"starting from {options.lora_checkpoint}: {filled} of {len(adapted)} layers")
+        say(f"starting from {shown(lora_file(options.lora_checkpoint))}: {filled} of {len(adapted)} layers")
     lines = distrust_kernels(transformer.config, options.dtype, options.device, options.float8)
     if transformer.modulation_table is not None:
         lines.append(

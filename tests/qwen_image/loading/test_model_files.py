@@ -111,7 +111,24 @@ def damage_flux(model):
 
 def damage_other_transformer(model):
     edit_json(model / "transformer" / "config.json", _class_name="QwenImage21Transformer2DModel")
-    return "this is a QwenImage21Transformer2DModel, not Qwen-Image's transformer"
+    return (
+        "is not of Qwen-Image's transformer, whose _class_name is QwenImageTransformer2DModel: it is a QwenImage21Trans"
+    )
+
+
+def damage_transformer_without_class(model):
+    (model / "transformer" / "config.json").write_text('{"hidden_size": 4, "model_type": "qwen2_5_vl"}')
+    return "no _class_name, but the model_type qwen2_5_vl: it is a model of transformers"
+
+
+def damage_transformer_config(model):
+    (model / "transformer" / "config.json").write_text("[]")
+    return r"transformer/config\.json holds a list and should hold an object"
+
+
+def damage_schedule(model):
+    (model / "scheduler" / "scheduler_config.json").write_text("{")
+    return r"scheduler_config\.json is no readable JSON"
 
 
 def damage_edit_2511(model):
@@ -152,7 +169,17 @@ def damage_no_weights(model):
 
 def damage_vae(model):
     edit_json(model / "vae" / "config.json", _class_name="AutoencoderKL")
-    return "this is a AutoencoderKL, not Qwen-Image's VAE"
+    return "is not of Qwen-Image's VAE, whose _class_name is AutoencoderKLQwenImage: it is a AutoencoderKL"
+
+
+def damage_vae_without_class(model):
+    (model / "vae" / "config.json").write_text('{"z_dim": 16, "base_dim": 96}')
+    return r"vae/config\.json is not of Qwen-Image's VAE, .* it has no _class_name, only base_dim, z_dim"
+
+
+def damage_vae_without_config(model):
+    (model / "vae" / "config.json").unlink()
+    return r"vae/config\.json is missing; the VAE is AutoencoderKLQwenImage in diffusers' layout"
 
 
 def index_of_weights(model, content):
