@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import unicodedata
 from typing import Any
@@ -63,7 +64,14 @@ def tolerant_output() -> None:
 
     Nor does it crash when nobody takes what it prints (`Forgiving`), unless a test or a notebook has put its own streams there.
     """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened, a checkpoint perhaps, would take what is written to it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
     for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed at the start (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -28,7 +28,8 @@ from train.config.command_line import parse
 from train.config.train_config import TrainConfig
 from train.process import start_clock
 from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED, RANK_LOST
-from train.process.first_error import blame, rank_was_lost, tell_first
+from train.process.first_error import blame, first_words, rank_was_lost, tell_first
+from train.process.launchers import LAUNCHERS
 from train.process.peers import Peers
 from train.process.watchdog import JOINING, LONG_SECONDS, Watchdog
 from train.saving import last_lines
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     tolerant_output()
     start_clock.begin()
+    LAUNCHERS.begin()
     try:
         config = parse(argv)
         check_paths(config)
@@ -73,17 +75,16 @@ def main(argv: list[str] | None = None) -> int:
         tell(BAD_INPUT, f"{sys.executable} has no package {error.name}: run make setup, or start another python")
         return BAD_INPUT
     except KeyboardInterrupt as asked:  # or its subclass AskedToLeave, where there is nothing to save
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(
-                f"{asked or 'Ctrl-C'}: ended outside of a step, no new checkpoint; {GO_ON}", file=sys.stderr, flush=True
-            )
+        waits = getattr(asked, "waits", False)
+        if int(os.environ.get("RANK", "0")) == 0 or waits:
+            print(last_lines.left_without_saving(str(asked) or "Ctrl-C", waits), file=sys.stderr, flush=True)
         return asked.agreed.exit_code if hasattr(asked, "agreed") else INTERRUPTED
     except RuntimeError as error:
         if rank_was_lost(error):
             peers = Peers.from_environment()
             if peers is not None:
                 return blame(peers, error).code
-            tell(RANK_LOST, f"another rank has ended ({str(error).splitlines()[0]}); {GO_ON}")
+            tell(RANK_LOST, f"another rank has ended ({first_words(error)}); {GO_ON}")
             return RANK_LOST
         if not memory_ran_out(error):
             raise
@@ -182,6 +183,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     found = checkpoints.find(config.resume)
     if checkpoints.is_finished(found, data.steps, identity, config.resume_ignore_data):
         return DONE
+    data.check_unchanged(found.client if found else {}, config.resume_ignore_data, ranks)
     memory = check_memory(setup, ranks)
     check_size(ranks.device, config.device, setup.base.empty)
     check_room(config, setup.trainable, data.steps)
@@ -295,11 +297,9 @@ class Loop:
             try:
                 self.optimizer_step(batches)
             except AskedToLeave as asked:  # waited for data in vain
-                if not self.is_alone():
+                if not asked.together:
                     raise
-                if self.step > self.saved:
-                    self.write(outputs, checkpoint=True)
-                return self.end(outputs, asked.agreed.exit_code)
+                return self.leave_between_steps(outputs, asked.agreed.exit_code)
             self.watchdog.stepped()
             if self.step == self.first_step + 1:
                 metrics.started(self.step)
@@ -330,8 +330,8 @@ class Loop:
         split = self.metrics.split
         split.begin()
         for _ in range(self.config.gradient_accumulation_steps):
-            with self.preemption.waiting():
-                batch = next(batches)
+            with self.watchdog.waiting(f"data from {shown(self.config.data)}"):
+                batch = self.preemption.receive(batches)
             latents, prompt = self.encoder(batch)
             split.reached("data")
             if self.config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
@@ -362,11 +362,15 @@ class Loop:
                 self.metrics.say(f"warning: {self.norms.off}")
         return found
 
-    def is_alone(self) -> bool:
-        """Whether no other rank has to take part in saving: then it may be done in the midst of a step."""
-        import torch.distributed as dist
-
-        return dist.get_world_size() == 1
+    def leave_between_steps(self, outputs: Outputs, code: int) -> int:
+        """Save what the steps so far have made, and end: the next one has no data. A collective."""
+        if not self.watch.took(all_steps=True) and (self.config.on_nonfinite == "stop" or self.watch.gave_up):
+            code = NOT_FINITE
+        elif self.step > self.saved:
+            self.metrics.flush()
+            with self.watchdog.longer("saving"):
+                self.save_checkpoint(outputs)
+        return self.end(outputs, code)
 
     def due(self, every: int) -> bool:
         """Whether what comes `every` so many steps (0: at the end only) comes now."""
@@ -389,15 +393,18 @@ class Loop:
                 path = outputs.export.write(self.engine, self.step)
             self.metrics.say(f"LoRA of step {self.step}: {shown(path)}", "saved")
         if checkpoint or self.due(self.config.checkpoint_every):
-            with self.metrics.paused():
-                progress = {"consumed": self.loader.consumed, "loss": self.watch.state()}
-                state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id, "best": self.best.state()}
-                written = outputs.checkpoints.save(self.engine, self.step, state)
-            if written is not None:
-                self.saved = self.step
-                self.metrics.say(f"checkpoint of step {self.step}: {shown(written)}", "saved")
-                self.watchdog.checkpointed(self.step, written)
-            self.checkpoint_clock.restart()
+            self.save_checkpoint(outputs)
+
+    def save_checkpoint(self, outputs: Outputs) -> None:
+        with self.metrics.paused():
+            progress = {"consumed": self.loader.consumed, "loss": self.watch.state()}
+            state = outputs.identity | progress | {"wandb_id": self.metrics.wandb_id, "best": self.best.state()}
+            written = outputs.checkpoints.save(self.engine, self.step, state)
+        if written is not None:
+            self.saved = self.step
+            self.metrics.say(f"checkpoint of step {self.step}: {shown(written)}", "saved")
+            self.watchdog.checkpointed(self.step, written)
+        self.checkpoint_clock.restart()
 
     def write_report(self) -> None:
         from train.reporting.run_report import report_at_the_end
@@ -426,6 +433,7 @@ class Loop:
     def end(self, outputs: Outputs, code: int) -> int:
         """The one ending: the LoRA if the run is done, files that are being written, a last line, then all is closed."""
         from qwen_image.free_memory import peak_bytes
+        from train.process.ranks import sum_over_ranks
         from train.step.speedups import shapes_met
 
         export = outputs.export
@@ -443,7 +451,8 @@ class Loop:
             if best := self.best.line():
                 self.metrics.say(best, "saved")
             steps = self.step - self.first_step
-            line = last_lines.done(time.monotonic() - self.began, steps, path, self.config.model, self.loader.broken)
+            broken = sum_over_ranks(self.loader.broken)
+            line = last_lines.done(time.monotonic() - self.began, steps, path, self.config.model, broken)
         export.finish()
         self.metrics.flush()
         files = [path for path in outputs.export.files() if code == DONE]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from files.shown import LONGEST, one_line, shown
+from tests.helpers.training_run import ROOT
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,14 @@ def test_any_character_can_be_printed_anywhere(settings: dict[str, str]):
         [sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, check=True
     )
     assert done.stdout.startswith(b"gr") and not done.stderr
+
+
+def test_streams_that_are_closed_take_no_files_place():
+    """A file that got number 1 or 2 would take what others print."""
+    code = "from files.shown import tolerant_output; tolerant_output(); import os, sys; print('x'); print('y', file=sys.stderr)"
+    code += f"; sys.exit(10 + os.open({__file__!r}, os.O_RDONLY))"
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        command = f'exec {sys.executable} -c "$CODE" {closed}'
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "CODE": code}
+        done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=60)
+        assert done.returncode >= 13, done.stderr

@@ -78,6 +78,15 @@ def test_readers_that_go(start):
     assert (run / "lora.safetensors").is_file() and len(losses(run)) == 3
 
 
+def test_streams_that_are_closed(small_model, small_data, tmp_path):
+    """As `train_lora.py <&- >&- 2>&-`: nothing is said, and no file gets the number of a stream that is written to."""
+    flags = "--deepspeed zero2.json --dtype float32 --lora_rank 2 --lora_target_modules to_q --wandb_mode disabled"
+    flags += f" --activation_checkpointing full --max_steps 3 --log_steps 1 --model {small_model} --data {small_data}"
+    command = f"{sys.executable} {ROOT}/train/train_lora.py {flags} --output_path {tmp_path}/run <&- >&- 2>&-"
+    done = subprocess.run(["sh", "-c", command], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=240)
+    assert done.returncode == 0 and len(losses(tmp_path / "run")) == 3
+
+
 def test_forgiving():
     class Gone:
         encoding = "utf-8"

@@ -108,9 +108,19 @@ class RunData:
         return {
             "data": self.dataset.fingerprint,
             "order": {"loader": "webdataset"} if self.order is None else self.order.state(),
+            "shards": self.dataset.shard_states() if isinstance(self.dataset, ShardDataset) else {},
             "global_batch": self.global_batch,
             "steps": self.steps,
         }
+
+    def check_unchanged(self, remembered: dict[str, Any], ignore: bool, ranks: Ranks) -> None:
+        """Whether the shards here are still those of the checkpoint whose identity is `remembered`; a collective.
+
+        Raises ValueError naming those that were edited, unless they are to be ignored.
+        """
+        dataset = self.dataset
+        if isinstance(dataset, ShardDataset) and not ignore:
+            ranks.on_main(lambda: dataset.check_unchanged(remembered.get("shards", {}), ranks.say))
 
     def lines(self) -> list[str]:
         """For people, before step 0: the order, and how much of it the run takes."""

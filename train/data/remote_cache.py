@@ -7,6 +7,7 @@ The cache only makes reading faster: whatever is in it, the same bytes come out 
 ever waits for a whole shard. What is needed next is known, because the order of training is (train/data/sample_order.py).
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -20,6 +21,7 @@ from typing import Self
 import numpy as np
 
 from files.atomic_files import PARTIAL, whole_file, write_file
+from files.shown import shown_bytes
 from train.data.remote_shards import RemoteReader, copy_state
 from train.data.sample_order import Order
 
@@ -138,6 +140,9 @@ class ShardsAhead:
         except InterruptedError:
             return
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._make_do()
+                return
             self._failed.add(shard)
             self.say(f"{self.reader.remote.url}: shard not cached, its samples are read remotely: {error}")
             return
@@ -147,6 +152,15 @@ class ShardsAhead:
         self.say(
             f"{self.reader.remote.url}/{name}, fetched {FETCHES} times, is not what the manifest says: {wrong}; its "
             "samples are broken from here on (those that were read before it was copied could not be compared)"
+        )
+
+    def _make_do(self) -> None:
+        """The disk is full: from now on the cache is as large as what lies in it, and goes on with that."""
+        with suppress(OSError):
+            self.limit_bytes = sum(path.stat().st_size for path in self.reader.folder.glob("*.tar"))
+        self.say(
+            f"warning: the disk of the cache {self.reader.folder} is full: it keeps {shown_bytes(self.limit_bytes)} of the "
+            "shards that come next, the others' samples are read remotely (--data_cache_path, --data_cache_gb)"
         )
 
     def _fetch(self, shard: int) -> str:

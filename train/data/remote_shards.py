@@ -19,7 +19,7 @@ from typing import Any
 
 from data_prep.shard_format.shards import EMPTY_PROMPT, INDEX, MANIFEST, Manifest, read_manifest
 from files.atomic_files import whole_file
-from files.shown import one_line
+from files.shown import one_line, shown
 
 WAITS = (0.5, 2, 8, 30, 60, 60)  # seconds between tries of one remote read: networks have moments, servers restart
 SAID_FROM = 8  # a wait that long is told
@@ -38,27 +38,22 @@ def open_remote(url: str, cache_folder: Path) -> tuple[Path, "RemoteReader"]:
     """Copy manifest, index and empty prompt of a remote data set into a folder of its own under `cache_folder`.
 
     Returns that folder and the reader of its samples. Raises FileNotFoundError when there is no finished data set,
-    Unreachable, and ValueError for a server that can't give a part of a file.
+    Unreachable, ValueError for a server that can't give a part of a file, and OSError naming a cache that can't be written.
     """
     folder = cache_folder / hashlib.sha256(url.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
     remote = Remote(url, waits=3)  # at start it is rather a wrong address
     try:
         manifest = remote.read(MANIFEST)
     except FileNotFoundError:
         raise FileNotFoundError(f"{url} holds no {MANIFEST}: remote data sets must be finished and indexed") from None
-    changed = not (folder / MANIFEST).is_file() or (folder / MANIFEST).read_bytes() != manifest
-    for name in (INDEX, EMPTY_PROMPT):
-        if changed or not (folder / name).is_file():
-            try:
-                write_whole(folder / name, [remote.read(name)])
-            except FileNotFoundError:
-                if name == INDEX:
-                    raise FileNotFoundError(f"{url} holds no {INDEX}: remote data sets must be indexed") from None
-    if changed:
-        for stale in folder.glob("*.tar*"):  # copies and what is known of them
-            stale.unlink(missing_ok=True)
-    write_whole(folder / MANIFEST, [manifest])
+    try:
+        fill(folder, remote, manifest)
+    except (Unreachable, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise OSError(
+            f"data_cache_path: {shown(folder)} can't be written ({error.strerror}): free some, or name another"
+        ) from None
     reader = RemoteReader(url, folder, read_manifest(folder))
     for name in reader.names[:1]:  # what can't be read is refused here, not in the midst of training
         try:
@@ -66,6 +61,25 @@ def open_remote(url: str, cache_folder: Path) -> tuple[Path, "RemoteReader"]:
         except FileNotFoundError:
             raise FileNotFoundError(f"{url} holds no {name}, though its {MANIFEST} lists it") from None
     return folder, reader
+
+
+def fill(folder: Path, remote: "Remote", manifest: bytes) -> None:
+    """Manifest, index and empty prompt into the cache, and nothing of an older data set beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    changed = not (folder / MANIFEST).is_file() or (folder / MANIFEST).read_bytes() != manifest
+    for name in (INDEX, EMPTY_PROMPT):
+        if changed or not (folder / name).is_file():
+            try:
+                write_whole(folder / name, [remote.read(name)])
+            except FileNotFoundError:
+                if name == INDEX:
+                    raise FileNotFoundError(
+                        f"{remote.url} holds no {INDEX}: remote data sets must be indexed"
+                    ) from None
+    if changed:
+        for stale in folder.glob("*.tar*"):  # copies and what is known of them
+            stale.unlink(missing_ok=True)
+    write_whole(folder / MANIFEST, [manifest])
 
 
 class Remote:

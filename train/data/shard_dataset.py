@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 
 from data_prep.images.stored_pixels import decode_stored
+from data_prep.shard_format.shard_changes import altered_shards, shard_states
 from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     INDEX,
@@ -32,8 +33,9 @@ from data_prep.shard_format.shards import (
     read_index,
     read_manifest,
 )
+from files.shown import shown
 from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
-from train.data.remote_shards import Unreachable, is_remote, open_remote
+from train.data.remote_shards import RemoteReader, Unreachable, is_remote, open_remote
 from train.data.sample import BrokenSample, Sample, read_empty_prompt, read_encoded
 from train.data.sample_order import WINDOW, Order, Tail
 
@@ -99,6 +101,22 @@ class ShardDataset:
     def fingerprint(self) -> str:
         """Names this data set; a checkpoint of another one is refused."""
         return self.manifest.fingerprint
+
+    def shard_states(self) -> dict[str, str]:
+        """What changes when a shard does, for a checkpoint; nothing of a remote set, whose copies are compared when fetched."""
+        return {} if isinstance(self.reader, RemoteReader) else shard_states(self.folder, self.manifest)
+
+    def check_unchanged(self, remembered: dict[str, str], say: Callable[[str], None]) -> None:
+        """Raises ValueError where a shard has changed since its state was `remembered`, and is not the manifest's any more."""
+        if isinstance(self.reader, RemoteReader) or not remembered:
+            return
+        if altered := altered_shards(self.folder, self.manifest, remembered, say):
+            names = ", ".join(map(shown, altered[:3])) + (", …" if len(altered) > 3 else "")
+            raise ValueError(
+                f"data: {len(altered)} of {len(self.manifest.shards)} shards in {shown(self.folder)} were edited since the "
+                f"checkpoint was written and are not what {MANIFEST} says ({names}): copy them back, or pack anew "
+                "(--resume_ignore_data goes on with what is there, from its beginning)"
+            )
 
     def size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels, without reading the sample."""

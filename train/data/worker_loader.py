@@ -5,6 +5,7 @@ train/data/indexed_loader.py and train/data/webdataset_stream.py say what the wo
 
 import atexit
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from train.data.batch import ATTEMPTS, Batch
 
+END_SECONDS = 2.0  # for the readers to end by themselves
 PREFETCH = 4  # micro-batches each worker reads ahead
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -173,13 +175,26 @@ def die_with_the_parent() -> None:
 
 
 def shut_down(batches: Any) -> None:
-    """End the readers: those of torch's iterator over processes. One that waits for a dead server is killed."""
+    """End the readers: those of torch's iterator over processes. Those that wait for a dead server are killed.
+
+    Torch itself waits ten seconds for each of them, one after the other, and ends with a SIGTERM, which they ignore; the
+    launchers' patience with the whole rank is 30 seconds.
+    """
     if not hasattr(batches, "_shutdown_workers"):
         return
-    batches._shutdown_workers()  # waits a few seconds for each, then sends a SIGTERM, which they ignore
-    for worker in getattr(batches, "_workers", ()):
-        if worker.is_alive():
-            worker.kill()
+
+    def kill() -> None:
+        for worker in getattr(batches, "_workers", ()):
+            if worker.is_alive():
+                worker.kill()
+
+    timer = threading.Timer(END_SECONDS, kill)
+    timer.daemon = True
+    timer.start()
+    with suppress(RuntimeError):  # torch's word on a reader that was killed
+        batches._shutdown_workers()
+    timer.cancel()
+    kill()
 
 
 def end_workers_at_exit(batches: Any) -> None:

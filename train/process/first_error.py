@@ -6,6 +6,7 @@ watchdog looks for it every second, and the job script prints it at the end and 
 """
 
 import os
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -75,6 +76,12 @@ def rank_was_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
+def first_words(error: BaseException) -> str:
+    """What an error of gloo or NCCL says, without the place in their sources and their guesses."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"\[[^\]]*\.(cc|cpp|h):\d+\] *", "", line).partition(" This is typically")[0].rstrip(". ")
+
+
 def blame(peers: Peers, error: BaseException) -> FirstError:
     """Who is at fault for a lost connection: whoever says so within seconds, else who has fallen silent, else this rank."""
     end = time.monotonic() + PATIENCE_SECONDS
@@ -86,8 +93,8 @@ def blame(peers: Peers, error: BaseException) -> FirstError:
             if silent and time.monotonic() > end - PATIENCE_SECONDS / 2:
                 tell_first(peers, RANK_LOST, silence_of(peers, silent), silent[0])
         time.sleep(0.2)
-    tell_first(peers, RANK_LOST, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    return read_first(peers) or FirstError(RANK_LOST, peers.named(peers.rank), str(error))
+    tell_first(peers, RANK_LOST, f"{type(error).__name__}: {first_words(error)}")
+    return read_first(peers) or FirstError(RANK_LOST, peers.named(peers.rank), first_words(error))
 
 
 def silence_of(peers: Peers, silent: list[int]) -> str:

@@ -4,8 +4,7 @@
     …what comes before the first step: a signal raises AskedToLeave at once, there is nothing to save…
     preemption.begin()
     for step in …:
-        with preemption.waiting():                  # for data: a signal ends the wait, after GRACE_SECONDS
-            …
+        batch = preemption.receive(batches)         # a signal ends the wait for data, after GRACE_SECONDS, on all ranks
         …one optimizer step on all ranks…
         agreed = preemption.agreed(due)             # the same on every rank at the same step
         if agreed >= Agreed.CHECKPOINT:
@@ -31,13 +30,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from train.process.exit_codes import INTERRUPTED, PREEMPTED
-from train.process.launchers import watch_launchers
+from train.process.launchers import LAUNCHERS, words
+
+Item = TypeVar("Item")
 
 NAMES = {
     signal.SIGTERM: "SIGTERM",
@@ -47,6 +49,7 @@ NAMES = {
 }
 ECHO_SECONDS = 1.0  # signals so close together are one: a launcher passes on to its ranks what the whole group was sent
 GRACE_SECONDS = 10.0  # for data that a rank waits for when it is asked to leave; a remote that is dead may take minutes
+MEET_SECONDS = 10.0  # more, for other ranks that wait for theirs; launchers kill after 30
 
 
 class Agreed(enum.IntEnum):
@@ -64,11 +67,17 @@ class Agreed(enum.IntEnum):
 
 
 class AskedToLeave(KeyboardInterrupt):
-    """A signal outside of a step, where nothing need be waited for. `agreed`: LEAVE or INTERRUPTED; the text is the reason."""
+    """A signal outside of a step, where nothing need be waited for.
 
-    def __init__(self, agreed: Agreed, reason: str) -> None:
+    Attributes:
+        agreed: LEAVE or INTERRUPTED; the text is the reason.
+        together: all ranks raise it, before the same step: they can save what the steps before it have made.
+        waits: other ranks wait for data and don't leave: nothing can be saved.
+    """
+
+    def __init__(self, agreed: Agreed, reason: str, together: bool = False, waits: bool = False) -> None:
         super().__init__(reason)
-        self.agreed = agreed
+        self.agreed, self.together, self.waits = agreed, together, waits
 
 
 class Preemption:
@@ -95,14 +104,45 @@ class Preemption:
             # SIGUSR1: slurm/rank.sh has it ignored until here, so that it kills nobody during the imports
             if number == signal.SIGUSR1 or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._received)
-        watch_launchers(self._launcher_gone)
+        LAUNCHERS.begin()
+        LAUNCHERS.gone = self._launcher_gone
 
     def begin(self) -> None:
         """From here on a signal waits for the end of the step. Call after all ranks have met."""
         self._begun = True
 
+    def receive(self, batches: Iterator[Item]) -> Item:
+        """The next of `batches`, once every rank has its own: then none begins a step that another one doesn't.
+
+        Raises AskedToLeave where a rank that is asked to leave has waited GRACE_SECONDS in vain, on all ranks together.
+        """
+        wanted, received = Agreed.GO_ON, []
+        try:
+            with self._waiting_for_data():
+                received.append(next(batches))
+        except AskedToLeave as asked:
+            wanted = asked.agreed
+        agreed = self._most_wanted(wanted)
+        if agreed >= Agreed.LEAVE:
+            raise AskedToLeave(agreed, self.reason, together=True)
+        return received[0]
+
+    def _most_wanted(self, wanted: Agreed) -> Agreed:
+        """The largest of all ranks' answers; signals are heard meanwhile. Fractions of a millisecond when all are there."""
+        if self._group is None or dist.get_world_size() == 1:
+            return wanted
+        flag = torch.tensor([wanted], dtype=torch.uint8)
+        work, pause = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), 2e-5
+        while not work.is_completed():
+            if self.signal and time.monotonic() - self._received_at > GRACE_SECONDS + MEET_SECONDS:
+                raise AskedToLeave(self._wanted(), self.reason, waits=True)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        work.wait()  # raises what went wrong
+        return Agreed(int(flag.item()))
+
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def _waiting_for_data(self) -> Iterator[None]:
         """Inside, a rank that is asked to leave, or was, waits GRACE_SECONDS at most, then raises AskedToLeave."""
         self._waiting = True
         timer = self._be_patient() if self.signal else None
@@ -129,6 +169,9 @@ class Preemption:
     def end(self) -> None:
         """All is saved: a SIGTERM from a launcher, which has seen another rank end, cuts nothing short any more."""
         self._leaving = True
+        if not self.reason:  # another rank asked; here the same may not have been seen yet
+            gone = LAUNCHERS.ended()
+            self.reason = words(gone) if gone else ""
 
     def _wanted(self) -> Agreed:
         return Agreed.INTERRUPTED if self.signal == signal.SIGINT else Agreed.LEAVE
@@ -179,5 +222,5 @@ class Preemption:
 
     def _launcher_gone(self, launcher: psutil.Process) -> None:
         if not self.signal and not self._leaving:
-            self.reason = f"the launcher (process {launcher.pid}) has ended"
+            self.reason = words(launcher)
             os.kill(self._process, signal.SIGTERM)

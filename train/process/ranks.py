@@ -2,9 +2,11 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +47,19 @@ class Ranks:
                     self.warned.append(line)
                 with suppress(OSError):
                     print(one_line(line), flush=True)
+
+    def on_main(self, check: Callable[[], None]) -> None:
+        """Rank 0 checks something for all; what it raises (ValueError, OSError), all raise. A collective."""
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                check()
+            except (ValueError, OSError) as error:
+                outcome = [error]
+        if self.world > 1:
+            dist.broadcast_object_list(outcome, device=self.device)
+        if outcome[0] is not None:
+            raise outcome[0]
 
 
 def join_process_group(gpu_memory_limit: float | None = None, device_option: str = "auto") -> Ranks:
@@ -96,6 +111,15 @@ def leave_process_group() -> None:
     """At the very end, so that nothing warns at exit; DeepSpeed can't join a second group in one process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def sum_over_ranks(count: int) -> int:
+    """A collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return count
+    counts: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, count)
+    return sum(counts)
 
 
 def ranks_here() -> int:

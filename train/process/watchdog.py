@@ -48,6 +48,7 @@ WARM_UP_STEPS = 3  # they compile and capture
 WARM_UP_SECONDS = 1800.0
 LEAST_STEP_SECONDS = 600.0  # a new shape of a batch may be compiled for, a slow server waited for
 TIMES_MEDIAN = 10
+TOLD_SECONDS = 60.0  # of waiting for data
 
 
 class Watchdog:
@@ -69,7 +70,8 @@ class Watchdog:
         self._durations: deque[float] = deque(maxlen=51)
         self._steps, self._last_step = 0, 0.0
         self._ended = threading.Event()
-        self._asked = False
+        self._asked = self._told = False
+        self._waits_for, self._waiting_since = "", 0.0
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -115,6 +117,25 @@ class Watchdog:
         self._last_step = time.monotonic()
         self.begin(f"optimizer step {self._steps + 1} of this start", self.step_limit())
 
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """What happens inside waits for `what`: said once where it takes long, since nothing else shows it."""
+        self._waiting_since, self._waits_for = time.monotonic(), what
+        try:
+            yield
+        finally:
+            self._waits_for = ""
+
+    def _tell_of_waiting(self) -> None:
+        if self._waits_for and not self._told and time.monotonic() - self._waiting_since > TOLD_SECONDS:
+            self._told = True
+            rank = os.environ.get("RANK", "0")
+            with suppress(OSError, ValueError):
+                print(
+                    f"warning: rank {rank} has waited {TOLD_SECONDS:.0f} s for {self._waits_for} (said once)",
+                    file=sys.stderr,
+                )
+
     def checkpointed(self, step: int, path: Path) -> None:
         """Tell the job script of a new checkpoint (rank 0 does)."""
         if self.peers is not None and self.peers.rank == 0:
@@ -151,6 +172,7 @@ class Watchdog:
                 went_on = now
                 self._deadline += now - before
             left = self._deadline - now
+            self._tell_of_waiting()
             if self.peers is not None:
                 faulthandler.dump_traceback_later(max(left, 0) + 120, file=2)
                 self.peers.beat()

@@ -12,6 +12,12 @@ def left(reason: str, step: int, saved: int, exit_code: int) -> str:
     return f"{reason or 'another rank was asked to leave'}: {checkpoint}, exit code {exit_code}; {GO_ON}"
 
 
+def left_without_saving(reason: str, waits: bool) -> str:
+    """A run that was asked to leave where nothing can be saved: before its first step, or since other ranks wait for data."""
+    why = "other ranks still wait for data and can't save" if waits else "ended outside of a step"
+    return f"{reason}: {why}, no new checkpoint; {GO_ON}"
+
+
 def not_finite(spoiled: str, saved: int, learning_rate: float, gave_up: bool) -> str:
     """A run that loss or gradient ended; `spoiled`: the step, with what is known of it."""
     why = "too many steps were left out" if gave_up else "ended, as --on_nonfinite stop says"
@@ -30,7 +36,7 @@ def done(seconds: float, steps: int, lora: Path, model: str, broken: int) -> str
     """A run that took its last step: how long it took, where the LoRA is, how to see what it does."""
     hours, rest = divmod(round(seconds), 3600)
     took = f"{steps} steps in {hours}:{rest // 60:02d}:{rest % 60:02d}"
-    replaced = f" ({broken} broken samples replaced on rank 0)" if broken else ""
+    replaced = f" ({broken} broken samples replaced or left out)" if broken else ""
     command = [
         "python",
         "train/sample.py",

@@ -65,7 +65,7 @@ class Metrics:
         tensorboard: bool = False,
         row_steps: int = 10,
     ) -> None:
-        self.active = rank == 0
+        self.active, self.rank = rank == 0, rank
         self.split = TimeSplit(None)
         self._late: LateRow | None = None
         self._late_spans: list[tuple[object, object]] = []
@@ -217,6 +217,13 @@ class Metrics:
         """A warning, whatever it begins with."""
         self.say(text, kind="warning")
 
+    def warn(self, text: str) -> None:
+        """What one rank has met that the others can't know of (a broken sample): said on each, an event on rank 0."""
+        self.say(text, "warning")
+        if self.rank > 0:
+            with suppress(OSError):
+                print(f"{one_line(text)} (rank {self.rank})", file=sys.stderr, flush=True)
+
     def event(self, kind: Kind, text: str, **more: Any) -> None:
         """An event that needs no line on stderr."""
         if self.active:
@@ -260,6 +267,7 @@ class Metrics:
         require_owned(Path(self._file.name))
         waited = bool(self._unwritten)
         self._unwritten += row
+        self._open_where_it_was()
         size = os.fstat(self._file.fileno()).st_size
         try:
             left = self._unwritten
@@ -270,6 +278,15 @@ class Metrics:
             os.ftruncate(self._file.fileno(), size)
             if not waited:
                 complain(f"{self._file.name} can't be written ({error.strerror}); its rows wait until it can")
+
+    def _open_where_it_was(self) -> None:
+        """After somebody moved or removed the file (a rotation of logs), rows go to a new one of its name."""
+        path, moved = Path(self._file.name), self._file
+        with suppress(OSError):  # no such folder any more: rows go where they went
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(moved.fileno())):
+                return
+            self._file = path.open("ab", buffering=0)
+            moved.close()
 
     def _try(self, name: str, call: Callable[[Tracker], Any]) -> None:
         """Call a tracker, if it is on; its first failure is told and ends it, not the training."""

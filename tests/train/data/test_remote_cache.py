@@ -1,6 +1,7 @@
 """Remote shards: the same samples with a cache of any size, which never outgrows its limit and holds what comes next."""
 
 import contextlib
+import errno
 import itertools
 import multiprocessing
 import os
@@ -165,6 +166,45 @@ def test_what_is_missing_remotely_is_named(remote, tmp_path):
     fsspec.filesystem("memory").rm(f"{url.removeprefix('memory:/')}/000000.tar")
     with pytest.raises(BrokenSample, match=r"000000\.tar"):
         dataset.read(0)
+
+
+def test_a_full_disk_makes_the_cache_smaller_and_is_said_once(remote, tmp_path, monkeypatch):
+    """Room for two of six shards: they are kept, later ones take their place, and all samples are the same."""
+    from train.data import remote_cache
+
+    url, original = remote
+    dataset, said = ShardDataset(url, cache_folder=tmp_path / "cache"), []
+    whole_file = remote_cache.whole_file
+
+    def on_a_small_disk(path):
+        if len(cached(dataset)) >= 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole_file(path)
+
+    monkeypatch.setattr(remote_cache, "whole_file", on_a_small_disk)
+    order = dataset.order(2, seed=1, window=1)
+    with ShardsAhead(dataset.reader, order, dataset.index.shard, 0, 10**9, said.append) as ahead:
+        wait_for(lambda: said)
+        first = cached(dataset)
+        for place in range(order.length):
+            ahead.at(place)
+            time.sleep(0.002)
+        wait_for(lambda: cached(dataset) and cached(dataset) != first)
+        assert len(cached(dataset)) <= 2
+    assert len(said) == 1 and f"the disk of the cache {dataset.folder} is full: it keeps 4" in said[0]
+    for index in range(len(dataset)):
+        assert torch.equal(dataset.read(index).latent, ShardDataset(original).read(index).latent)
+
+
+def test_a_cache_that_cant_hold_the_index_is_named(remote, tmp_path, monkeypatch):
+    from train.data import remote_shards
+
+    def full(path, blocks):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(remote_shards, "write_whole", full)
+    with pytest.raises(OSError, match=r"data_cache_path: .*cache/\w+ can't be written \(No space left on device\)"):
+        ShardDataset(remote[0], cache_folder=tmp_path / "cache")
 
 
 def test_one_run_at_a_time_fills_a_folder(remote, tmp_path, monkeypatch):

@@ -2,12 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.forked_ranks import run_ranks
+from tests.helpers.training_run import ROOT
 
 
 def leave_on_signal(root: Path) -> None:
@@ -67,6 +71,64 @@ def test_a_second_signal_exits_at_once(tmp_path, first, second):
     assert process.exitcode == 128 + second
 
 
+def data_that_stops(root: Path, starving: tuple[int, ...]) -> None:
+    """A loop whose data stops after five batches, on the ranks `starving`."""
+    import torch.distributed as dist
+
+    from train.process import preemption as module
+
+    module.GRACE_SECONDS = module.MEET_SECONDS = 0.6
+    preemption, rank = module.Preemption(), dist.get_rank()
+    preemption.begin()
+
+    def batches():
+        for number in range(10_000):
+            if number == 5:
+                (root / f"ready-{rank}").touch()
+                if rank in starving:
+                    time.sleep(3600)
+            yield number
+
+    stream, steps = batches(), 0
+    try:
+        while preemption.agreed() == module.Agreed.GO_ON:
+            assert preemption.receive(stream) == steps
+            dist.barrier()
+            steps += 1
+    except module.AskedToLeave as asked:
+        if asked.together:
+            dist.barrier()  # saving
+        (root / f"left-{rank}").write_text(f"{steps} {asked.together} {asked.waits}")
+        os._exit(asked.agreed.exit_code)
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 85), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("starving,told", [((0, 1), (0, 1)), ((1,), (0, 1)), ((1,), (1,)), ((0, 1), (1, 0))])
+def test_ranks_that_wait_for_data_leave_together_between_steps(tmp_path, number, code, starving, told):
+    """All of them starve, or one alone, for which the others wait; all are told, or the one that starves."""
+    ranks = run_ranks(2, data_that_stops, tmp_path, starving, wait=False)
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.005)
+    for rank in told:
+        os.kill(ranks[rank].pid, number)
+    for process in ranks:
+        process.join(30)
+    assert [process.exitcode for process in ranks] == [code, code]
+    assert [(tmp_path / f"left-{rank}").read_text() for rank in (0, 1)] == ["5 True False"] * 2
+
+
+def test_a_rank_that_others_let_wait_says_so(tmp_path):
+    """Rank 1 starves and isn't told to leave; rank 0 is, and can't save alone."""
+    ranks = run_ranks(2, data_that_stops, tmp_path, (1,), wait=False)
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.005)
+    os.kill(ranks[0].pid, signal.SIGTERM)
+    ranks[0].join(30)
+    ranks[1].kill()
+    ranks[1].join()
+    assert ranks[0].exitcode == 85 and (tmp_path / "left-0").read_text() == "5 False True"
+
+
 def test_deepspeeds_sigterm_after_ctrl_c_is_no_second_one(tmp_path):
     """Its launcher translates what the terminal has sent to all."""
     (process,) = run_ranks(1, sleep_after_the_first_signal, tmp_path, 0.0, wait=False)
@@ -90,3 +152,43 @@ def test_what_a_launcher_passes_on_is_no_second_signal(tmp_path):
     assert process.is_alive()
     process.kill()
     process.join()
+
+
+LAUNCHED = """
+import os, sys, time
+from pathlib import Path
+from train.process.launchers import LAUNCHERS
+root, launcher, early = Path(sys.argv[1]), os.getppid(), sys.argv[2] == "early"
+if not early:
+    LAUNCHERS.gone = lambda launcher: None          # as if the thread had not come to it yet
+LAUNCHERS.begin()                                   # train_lora.py's first line
+(root / "began").touch()
+while os.getppid() == launcher or early:            # imports, weights …
+    time.sleep(0.01)
+from train.process import preemption
+try:
+    waiting = preemption.Preemption()
+    waiting._launcher_gone(LAUNCHERS.ended())
+    time.sleep(20)
+except preemption.AskedToLeave as asked:
+    sys.stderr.write(f"asked: {asked}\\n")
+"""
+
+
+@pytest.mark.parametrize("moment", ["early", "late"])
+def test_a_launcher_that_is_killed_during_the_imports_is_missed_all_the_same(tmp_path, moment):
+    """Its ranks end within seconds; later the tree of processes tells nothing of it, and they would train on unseen."""
+    (tmp_path / "torchrun").write_text(
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]], stderr=open('said', 'w'))"
+    )
+    command = [sys.executable, str(tmp_path / "torchrun"), LAUNCHED, str(tmp_path), moment]
+    launcher = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    while not (tmp_path / "began").exists():
+        time.sleep(0.01)
+    (rank,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    psutil.wait_procs([rank], timeout=60)
+    ending = {"early": ": ended before the first step, nothing to save", "late": ""}[moment]
+    said = (tmp_path / "said").read_text().splitlines()[-1].partition(": ")[2]
+    assert said == f"the launcher (process {launcher.pid}) has ended{ending}"

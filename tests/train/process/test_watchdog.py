@@ -197,3 +197,16 @@ def test_time_during_which_the_process_was_stopped_does_not_count(peers: Peers) 
         time.sleep(0.7)
         assert process.poll() is None and read_first(peers) is None
         assert process.wait(timeout=10) == RANK_LOST  # its own limit, later by as much
+
+
+def test_a_long_wait_for_data_is_said_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(watchdog, "TOLD_SECONDS", 0.2)
+    with Watchdog(None) as dog:
+        for _ in range(3):
+            with dog.waiting("data from s3://bucket"):
+                time.sleep(0.05)
+        assert "waited" not in capfd.readouterr().err
+        for _ in range(2):
+            with dog.waiting("data from s3://bucket"):
+                time.sleep(0.4)
+    assert capfd.readouterr().err == "warning: rank 0 has waited 0 s for data from s3://bucket (said once)\n"

@@ -123,6 +123,25 @@ def test_resuming_removes_the_rows_after_the_resumed_step(tmp_path: Path) -> Non
     assert rows(tmp_path) == []  # a new run begins
 
 
+def test_a_file_that_is_rotated_or_cut_goes_on_under_its_name(tmp_path: Path) -> None:
+    metrics = Metrics.from_config(make_config(tmp_path), 10, 1)
+    path = tmp_path / "metrics.jsonl"
+    metrics.record(1, loss=1.0)
+    path.rename(tmp_path / "metrics.jsonl.1")
+    path.touch()  # as logrotate's create does
+    metrics.record(2, loss=2.0)
+    metrics.record(3, loss=3.0)
+    assert [row["step"] for row in rows(tmp_path)] == [2, 3]
+    assert json.loads((tmp_path / "metrics.jsonl.1").read_text())["step"] == 1
+    os.truncate(path, 0)  # as logrotate's copytruncate does
+    metrics.record(4, loss=4.0)
+    assert [row["step"] for row in rows(tmp_path)] == [4]
+    path.unlink()
+    metrics.record(5, loss=5.0)
+    metrics.close()
+    assert [row["step"] for row in rows(tmp_path)] == [5]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = Metrics.from_config(make_config(tmp_path / "run", wandb_mode="offline"), 5, 1, rank=1)
     metrics.advance()
