@@ -214,12 +214,8 @@ class Metrics:
                 self.event("warning" if kind == "note" and text.startswith("warning") else kind, text)
 
     def warn(self, text: str) -> None:
-        """A warning, whatever it begins with."""
+        """A warning, whatever it begins with, also on other ranks: of what they alone have met (a broken sample)."""
         self.say(text, kind="warning")
-
-    def warn(self, text: str) -> None:
-        """What one rank has met that the others can't know of (a broken sample): said on each, an event on rank 0."""
-        self.say(text, "warning")
         if self.rank > 0:
             with suppress(OSError):
                 print(f"{one_line(text)} (rank {self.rank})", file=sys.stderr, flush=True)
