@@ -26,6 +26,7 @@ from qwen_image.out_of_memory import memory_ran_out
 from train.config.check_paths import check_paths
 from train.config.command_line import parse
 from train.config.train_config import TrainConfig
+from train.engine.deepspeed_log import quiet_deepspeed
 from train.process import start_clock
 from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED, RANK_LOST
 from train.process.first_error import blame, first_words, rank_was_lost, tell_first
@@ -126,6 +127,7 @@ def join(config: TrainConfig, leaving: ExitStack) -> tuple[Ranks, Preemption, Wa
     from train.step.speedups import choose_workspaces
 
     start_clock.reached("imports")
+    quiet_deepspeed(int(os.environ.get("RANK", "0")), config.deepspeed_log)
     watchdog = leaving.enter_context(Watchdog.from_config(config))
     with watchdog.limited(JOINING, config.join_timeout):
         ranks = join_process_group(config.gpu_memory_limit, config.device)
@@ -164,6 +166,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     from train.process.node_health import check_size
     from train.reporting.dry_run import dry_run
     from train.reporting.start_facts import start_facts
+    from train.reporting.start_table import StartTable
     from train.saving.checkpoints import Checkpoints
     from train.saving.lora_export import LoraExport
     from train.saving.run_folder import check_room, prepare_run_folder
@@ -212,7 +215,10 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     # ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
     sizes = data.steps, data.global_batch, resumed.step, ranks.rank
     metrics = Metrics.from_config(config, *sizes, facts | data.decided, resumed.wandb_id)
-    metrics.begun(resumed.step, start_facts(setup, spec, data, memory, ranks), ranks.warned)
+    started = start_facts(setup, spec, data, memory, ranks)
+    table = StartTable.from_config(config, setup, started, resumed.step, fit.checkpointing.predicted)
+    ranks.say(*table.lines())
+    metrics.begun(resumed.step, started, ranks.warned)
     loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.warn)
     guards = fit.peak_watch(metrics.say), preemption, watchdog
     loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, *guards)
@@ -450,6 +456,8 @@ class Loop:
             self.metrics.say("; ".join(notes), "saved")
             if best := self.best.line():
                 self.metrics.say(best, "saved")
+            for each in last_lines.next_commands(self.config.model, self.config.output_path, self.metrics.recorded):
+                self.metrics.say(each, kind=None)
             steps = self.step - self.first_step
             broken = sum_over_ranks(self.loader.broken)
             line = last_lines.done(time.monotonic() - self.began, steps, path, self.config.model, broken)

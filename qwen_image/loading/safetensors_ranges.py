@@ -168,8 +168,9 @@ class RangeReader:
         self._looked_at: list[
             tuple[StoredTensor, torch.Tensor]
         ] = []  # on a GPU: read at the end, so that nothing waits
+        hidden = None if progress else True  # None: in a log file, where it can't stay in place
         self._bar = tqdm(
-            desc="loading weights", total=total, unit="B", unit_scale=True, disable=not progress, mininterval=0.5
+            desc="loading weights", total=total, unit="B", unit_scale=True, disable=hidden, mininterval=0.5
         )
 
     def read(self, stored: StoredTensor, destination: torch.Tensor, first: int = 0) -> list[Future[None]]:

@@ -21,6 +21,7 @@ DOORS = {
     "lora/spec.py",
     "process/watchdog.py",
     "reporting/dry_run.py",
+    "reporting/start_table.py",
     "saving/checkpoints.py",
     "saving/lora_export.py",
     "saving/run_folder.py",

@@ -255,6 +255,11 @@ class TrainConfig:
 
     # ---- logging
     log_steps: Annotated[Count, "optimizer steps between two rows of metrics.jsonl"] = 10
+    deepspeed_log: Annotated[
+        Literal["quiet", "all"],
+        "what DeepSpeed says about itself: quiet keeps its errors, and each warning once, from rank 0 (its launcher's lines: "
+        "deepspeed --quiet train/train_lora.py …)",
+    ] = "quiet"
     wandb_mode: Annotated[
         Literal["auto", "online", "offline", "disabled"], "auto = online when an API key is found, else offline"
     ] = "auto"

@@ -1,6 +1,7 @@
 """This process among all: rank, world, device, and joining or leaving the process group."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from files.shown import one_line
 from qwen_image.free_memory import limit_device
@@ -46,7 +48,8 @@ class Ranks:
                 if line.startswith("warning"):
                     self.warned.append(line)
                 with suppress(OSError):
-                    print(one_line(line), flush=True)
+                    tqdm.write(one_line(line), file=sys.stdout)  # a progress line on the terminal stays below it
+                    sys.stdout.flush()
 
     def on_main(self, check: Callable[[], None]) -> None:
         """Rank 0 checks something for all; what it raises (ValueError, OSError), all raise. A collective."""

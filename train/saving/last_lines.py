@@ -1,6 +1,7 @@
 """What a run says when it ends: what is there, where, and what comes next. Pure text, of values."""
 
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 GO_ON = "start the same command again to go on from the newest checkpoint"
@@ -30,6 +31,26 @@ def not_finite(spoiled: str, saved: int, learning_rate: float, gave_up: bool) ->
 
 def newest(saved: int) -> str:
     return f"newest checkpoint: step {saved}" if saved else "no checkpoint yet"
+
+
+def next_commands(model: str, run: Path, recorded: Collection[str]) -> list[str]:
+    """What may come next, a command a line; `recorded`: what else has the rows, `W&B offline` and `TensorBoard`."""
+    sample = ["python", "train/sample.py", "--model", model, "--prompt", "…", "--output_path", "images"]
+    numbered = any(run.glob("lora-*.safetensors"))
+    commands = {"with and without the LoRA": [*sample, "--lora", str(run), "--compare"]}
+    if numbered:
+        sheet = [*sample, "--checkpoints", str(run), "--strengths", "0", "0.5", "1"]
+        commands["its checkpoints at three strengths"] = sheet
+    commands["merged into the base"] = [
+        *("python", "train/merge_lora.py", "--model", model, "--lora", str(run), "--output_path", "merged")
+    ]
+    if "TensorBoard" in recorded:
+        commands["curves"] = ["tensorboard", "--logdir", str(run / "tensorboard")]
+    lines = {what: shlex.join(words) for what, words in commands.items()}
+    if "W&B offline" in recorded:
+        lines["upload to W&B"] = f"wandb sync {shlex.quote(str(run / 'wandb'))}/offline-run-*"
+    width = max(map(len, lines))
+    return ["what may come next:"] + [f"  {what:<{width}}  {command}" for what, command in lines.items()]
 
 
 def done(seconds: float, steps: int, lora: Path, model: str, broken: int) -> str:

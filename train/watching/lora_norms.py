@@ -29,7 +29,8 @@ class LoraNorms:
         layers = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
         self.groups = list(dict.fromkeys(group_of(layer) for layer in layers))
         self.weights = list(parameters.values())
-        self.group_of_weight = [self.groups.index(group_of(name.rpartition(".")[0])) for name in parameters]
+        device = self.weights[0].device
+        self.of_weights = self._membership([group_of(name.rpartition(".")[0]) for name in parameters], device)
         alike: dict[tuple[int, torch.Size, torch.Size], list[tuple[nn.Parameter, nn.Parameter]]] = {}
         for layer in layers:
             pair = parameters[f"{layer}.lora_A"], parameters[f"{layer}.lora_B"]
@@ -40,6 +41,12 @@ class LoraNorms:
             for (group, _, _), pairs in alike.items()
             for first in range(0, len(pairs), TOGETHER)
         ]
+        self.of_chunks = self._membership([self.groups[group] for group, _ in self.chunks], device)
+
+    def _membership(self, groups: Sequence[str], device: torch.device) -> torch.Tensor:
+        """1 where an entry belongs to a group, float64 [groups, entries]: times squares, it gives the groups' sums."""
+        mine = [[float(group == each) for each in groups] for group in self.groups]
+        return torch.tensor(mine, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def row(self) -> Part | None:
@@ -60,18 +67,10 @@ class LoraNorms:
     def _weights(self) -> torch.Tensor:
         """Squares of the groups' norms, float64 [groups]."""
         norms = torch.stack(torch._foreach_norm([weight.detach() for weight in self.weights], 2.0, dtype=torch.float32))
-        return self._by_group(norms.double().square(), self.group_of_weight)
+        return self.of_weights @ norms.double().square()
 
     def _updates(self) -> torch.Tensor:
-        squares = [self.scale**2 * update_square(pairs) for _, pairs in self.chunks]
-        return self._by_group(torch.stack(squares), [group for group, _ in self.chunks])
-
-    def _by_group(self, squares: torch.Tensor, groups: list[int]) -> torch.Tensor:
-        masks = [[group == each for each in groups] for group in range(len(self.groups))]
-        picked = torch.tensor(masks, dtype=torch.float64)
-        if squares.is_cuda:
-            picked = picked.pin_memory().to(squares.device, non_blocking=True)
-        return picked @ squares
+        return self.of_chunks @ torch.stack([self.scale**2 * update_square(pairs) for _, pairs in self.chunks])
 
 
 def update_square(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -195,6 +195,15 @@ class Metrics:
         self._try("W&B", lambda run: run.log(took))
         self.say(start_clock.line())
 
+    @property
+    def recorded(self) -> list[str]:
+        """What has the rows besides metrics.jsonl, for the last lines."""
+        if not self.active:
+            return []
+        run = self._trackers.get("W&B")
+        offline = isinstance(run, WandbRun) and run.is_offline
+        return [name for name in self._trackers if name != "W&B"] + ["W&B offline"] * offline
+
     def images(self, step: int, sheet: Path, images: Sequence[tuple[Path, str]] = ()) -> None:
         """Show the image file `sheet` in W&B and TensorBoard as `samples`, and in W&B single ones with what they show."""
         self.flush()
@@ -327,13 +336,13 @@ def shown(values: dict[str, float]) -> str:
 
 
 def shown_parts(values: dict[str, float]) -> list[str]:
-    """The parts of numbers, for people: 'loss by σ 0.1: 1.2, 0.3: 1.1' of loss/sigma_0.1 and loss/sigma_0.3."""
+    """Parts of the first number that has them, for people: 'loss by σ 0.1: 1.2, 0.3: 1.1' of loss/sigma_0.1, loss/sigma_0.3."""
     families: dict[str, list[str]] = {}
     for name, value in values.items():
         family, _, part = name.partition("/sigma_")
         if part:
             families.setdefault(family, []).append(f"{part}: {value:.4g}")
-    return [f"{family} by σ {', '.join(parts)}" for family, parts in families.items()]
+    return [f"{family} by σ {', '.join(parts)}" for family, parts in [*families.items()][:1]]
 
 
 def compiler_caches() -> dict[str, int]:

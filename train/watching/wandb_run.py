@@ -68,6 +68,11 @@ class WandbRun:
             complain(f"W&B is off ({first_line(error)}); metrics.jsonl holds everything")
             return None
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether the run waits on the disk for `wandb sync`."""
+        return bool(getattr(self.run, "offline", False))
+
     def log(self, row: dict[str, Any]) -> None:
         """A row of metrics; it holds `step`."""
         self.run.log(row)
