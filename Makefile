@@ -17,9 +17,10 @@ KERNEL_TESTS := tests/qwen_image/model/test_joint_layout.py tests/qwen_image/mod
 SLURM_TESTS := tests/slurm/test_private_slurm.py
 GPU_TESTS := $(shell grep -rl --include='test_*.py' cuda tests | sort)
 DEMO_OUTPUT ?= demo_output
+DEMO_EDIT_OUTPUT ?= demo_edit_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-slurm test-kernels check lint types format bench-data bench-loader bench-step bench-command
+.PHONY: help setup demo demo-edit test test-gpu test-slurm test-kernels check lint types format bench-data bench-loader bench-step bench-command
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -38,6 +39,9 @@ $(BIN)/python:
 
 demo: $(STAMP)  ## photos -> shards -> latents -> LoRA -> sample images, with a tiny model; minutes on two CPU cores
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python demo/run.py --output_path $(DEMO_OUTPUT)
+
+demo-edit: $(STAMP)  ## drawn pairs -> shards -> latents -> LoRA -> images from source images, with a tiny edit model
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python demo/run_edits.py --output_path $(DEMO_EDIT_OUTPUT)
 
 test: $(STAMP)  ## all tests but the slow ones
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)

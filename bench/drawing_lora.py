@@ -91,8 +91,8 @@ def learn(pipeline: QwenImagePipeline, rate: float, steps: int, rank: int, side:
     from demo.pictures.painting import paint
     from demo.run import TARGETS
     from qwen_image.encoders.vae import pixels_from_uint8
-    from qwen_image.model.conditioning import Prompt
-    from qwen_image.pipeline import pack_latents, predict_velocity
+    from qwen_image.model.conditioning import Prompt, pack_latents
+    from qwen_image.pipeline import predict_velocity
     from train.flow.objective import add_noise, flow_matching_loss, velocity_target
     from train.lora.inject import inject_lora, lora_parameters
     from train.lora.spec import LoraSpec

@@ -15,10 +15,12 @@ from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
 
 
-def random_transformer(layers: int, device: torch.device, dtype: torch.dtype) -> QwenImageTransformer:
+def random_transformer(
+    layers: int, device: torch.device, dtype: torch.dtype, zero_cond_t: bool = False
+) -> QwenImageTransformer:
     """The full-size shape with so many blocks, weights N(0, 0.02), built on the device."""
     with torch.device("meta"):
-        transformer = QwenImageTransformer(TransformerConfig(num_layers=layers)).to(dtype)
+        transformer = QwenImageTransformer(TransformerConfig(num_layers=layers, zero_cond_t=zero_cond_t)).to(dtype)
     transformer.to_empty(device=device)
     for name, parameter in transformer.named_parameters():
         fill(name, parameter.data)

@@ -2,6 +2,8 @@
 
     python bench/train_step.py --out step.json                                  # ours, 1024² batch 1
     python bench/train_step.py --variants ours,ours-full,ours-engine --sizes 1024x1024x1,512x512x4
+    python bench/train_step.py --sources 1 --text 1408 --variants ours-auto,ours-auto-float8     # an edit, as Qwen-Image-Edit's
+    python bench/train_step.py --sources 1 --zero_cond_t --text 256 --variants ours-auto         # as Qwen-Image-Edit-2511's
     python bench/train_step.py --layers 2 --variants ours,ours-engine --peers diffsynth,diffusers,diffusers_tuned
 
 Random weights, cached latents and prompt embeddings, rank 32 on the six q/k/v projections, bf16. Prints medians, the
@@ -59,9 +61,19 @@ KINDS = (  # first match names a kernel's kind
 
 @contextlib.contextmanager
 def our_step(
-    variant: str, layers: int, size: Size, text: int, padding: int, device: torch.device
+    variant: str,
+    layers: int,
+    size: Size,
+    text: int,
+    device: torch.device,
+    padding: int = 0,
+    sources: int = 0,
+    zero_cond_t: bool = False,
 ) -> Iterator[Callable[[], torch.Tensor]]:
-    """`variant`: `ours`, as train_lora.py runs it without DeepSpeed, and words joined by '-' that change it (WORDS)."""
+    """`variant`: `ours`, as train_lora.py runs it without DeepSpeed, and words joined by '-' that change it (WORDS).
+
+    `sources`: so many source images of the image's size, modulated as clean ones with `zero_cond_t`.
+    """
     import torch
 
     from bench.random_transformer import random_transformer
@@ -80,7 +92,7 @@ def our_step(
     assert words <= WORDS.keys() and variant.startswith("ours"), f"{variant}: choose from {WORDS}"
     height, width, batch = size
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    transformer = random_transformer(layers, device, dtype)
+    transformer = random_transformer(layers, device, dtype, zero_cond_t)
     if "direct" not in words:
         replace_by_table(transformer, [k / 1000 for k in range(1, 1001)])
     if "float8" in words:
@@ -110,11 +122,12 @@ def our_step(
     if padding:
         mask = torch.ones(batch, text, dtype=torch.bool, device=device)
         mask[0, text - padding :] = False
-    prompt = Prompt(torch.randn(batch, text, transformer.config.joint_attention_dim, device=device, dtype=dtype), mask)
+    embeds = torch.randn(batch, text, transformer.config.joint_attention_dim, device=device, dtype=dtype)
+    prompt = Prompt(embeds, mask, tuple(torch.randn_like(latents).to(dtype) for _ in range(sources)))
     trained = [p for p in transformer.parameters() if p.requires_grad]
     if "auto" in words:
         moments = 2 * sum(p.numel() * p.element_size() for p in trained)
-        shape = BatchShape(batch, height, width, text, padding > 0)
+        shape = BatchShape(batch, height, width, text, padding > 0, ((width, height),) * sources)
         plan = plan_checkpointing("auto", module, shape, moments, device)
         print("…", *plan.lines(), flush=True)
     through_engine = engine_step(module, (latents, noise, sigma, prompt), batch) if "engine" in words else None
@@ -225,8 +238,9 @@ def in_own_process(arguments: argparse.Namespace, name: str, size: Size, is_peer
         out = Path(folder) / "row.json"
         command = [sys.executable, __file__, "--sizes", "x".join(map(str, size)), "--out", str(out)]
         command += ["--variants", "" if is_peer else name, "--peers", name if is_peer else ""]
-        for option in ("layers", "text", "padding", "repeats"):
+        for option in ("layers", "text", "padding", "repeats", "sources"):
             command += [f"--{option}", str(getattr(arguments, option))]
+        command += ["--zero_cond_t"] * arguments.zero_cond_t
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("…", "{"))), flush=True)
         if done.returncode:
@@ -244,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", default="1024x1024x1", help="comma list of HEIGHTxWIDTHxBATCH")
     parser.add_argument("--text", type=int, default=128, help="text tokens (default 128)")
     parser.add_argument("--padding", type=int, default=0, help="of which padding in the first sample (default 0)")
+    parser.add_argument("--sources", type=int, default=0, help="source images of the image's size: an edit (default 0)")
+    parser.add_argument("--zero_cond_t", action="store_true", help="sources modulated as clean (Qwen-Image-Edit-2511)")
     parser.add_argument("--repeats", type=int, default=4, help="warm steps to take the median of (default 4)")
     parser.add_argument("--peers", default="", help="comma list of names in bench/peers.py")
     parser.add_argument("--out", type=out_file, help="JSON file for all numbers")
@@ -263,7 +279,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def run(name: str, size: Size, is_peer: bool) -> None:
         print(f"… {name} {size}", flush=True)
-        make = peer_step if is_peer else partial(our_step, padding=arguments.padding)
+        ours = partial(
+            our_step, padding=arguments.padding, sources=arguments.sources, zero_cond_t=arguments.zero_cond_t
+        )
+        make: Any = peer_step if is_peer else ours
         with make(name, arguments.layers, size, arguments.text, device=device) as step:
             row = measure(step, arguments.repeats, device)
         rows.append({"name": name, "size": size, **row})
@@ -284,7 +303,9 @@ def main(argv: list[str] | None = None) -> int:
         f"\npeak {peak:.0f} TFLOP/s, torch {torch.__version__}, {arguments.layers} blocks, {arguments.text} text tokens"
     )
     for row in rows:
-        share = needed_tflop(arguments.layers, row["size"], arguments.text) / row["seconds"] / peak
+        height, width, batch = row["size"]
+        whole = height * (1 + arguments.sources), width, batch  # source images are tokens like the image's own
+        share = needed_tflop(arguments.layers, whole, arguments.text) / row["seconds"] / peak
         print(
             f"{row['name']:>22} {'×'.join(map(str, row['size'])):>14}  {row['seconds']:.4f} s  "
             f"{row['seconds'] / rows[0]['seconds']:.2f} ×  {share:.0%} of peak  {row.get('peak_gib', 0):.2f} GiB"

@@ -75,7 +75,8 @@ def check(args: argparse.Namespace) -> list[str]:
     samples = sum(shard.samples for shard in manifest.shards)
     print(f"{shown(args.shards)}: {samples} {manifest.payload} samples in {len(manifest.shards)} shards")
     for bucket in manifest.buckets:
-        print(f"  {bucket.width:>5} x {bucket.height:<5} {bucket.count:>9}")
+        sources = "".join(f"  + {width} x {height}" for width, height in bucket.sources)
+        print(f"  {bucket.width:>5} x {bucket.height:<5} {bucket.count:>9}{sources}")
     print("everything agrees" if not problems else f"{len(problems)} problem{'s' * (len(problems) > 1)}")
     if args.report:
         from data_prep.checking.report import write_report

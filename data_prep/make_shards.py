@@ -173,6 +173,8 @@ def finish(args: argparse.Namespace, plan: Plan, payload: str, options: dict[str
         first = committed[number].get("first", {}) | first
     for reason, count in sorted(totals["reasons"].items(), key=lambda item: -item[1]):
         print(f"  {count:>8}  {reason}; first {shown(first.get(reason, '?'), 400)}")
+    for line in pair_lines(totals, options):
+        print(line)
     if totals["warned"]:
         print(f"  {totals['warned']:>8}  packed, but their decoder warned; first {shown(first.get(WARNED, '?'), 400)}")
 
@@ -206,6 +208,29 @@ def check_failures(failed: int, inputs: int, ratio: float, examples: list[str]) 
     if failed > ratio * inputs:
         first = f"; first {shown(examples[0], 400)}" if examples else ""
         raise ValueError(f"{failed} of {inputs} inputs failed, more than --max_failed_ratio {ratio:g}{first}")
+
+
+def pair_lines(totals: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """What to say of the pairs of a finished set: how many, and where training would see what inference does not do."""
+    from qwen_image.model.family import SOURCE_AREA
+
+    if not totals.get("pairs"):
+        return []
+    said = [f"  {totals['pairs']:>8}  are pairs: targets of edits with their source images"]
+    if totals["reshaped"]:
+        said.append(
+            f"  {totals['reshaped']:>8}  pairs whose target has another shape than its source images; inference takes the size"
+            " of what it makes from one of them"
+        )
+    targets = [options["fixed"]] if options["fixed"] else [area for area in options["areas"] if area != SOURCE_AREA]
+    if targets:
+        sizes = ", ".join("x".join(map(str, t)) if isinstance(t, list) else f"about {t} pixels" for t in targets)
+        said.append(f"  note: targets of {sizes}; inference makes about {SOURCE_AREA}: of another scale")
+    if (area := options.get("source_pixels", SOURCE_AREA)) != SOURCE_AREA:
+        said.append(
+            f"  note: source images of about {area} pixels, inference has {SOURCE_AREA}: --source_pixels for sampling too"
+        )
+    return said
 
 
 # ── what is printed ──────────────────────────────────────────────────────────────────────────────────────────────────

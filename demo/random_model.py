@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from files.atomic_files import whole_file
+from qwen_image.model.family import MEMBERS
 
 POOL_VALUES = 1 << 25  # random numbers that all tensors take their values from, each from another place
 FILE_BYTES = 4_900_000_000
@@ -33,9 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--hollow", action="store_true", help="holes instead of weights, read as zeros: for memory alone, in a second"
     )
+    parser.add_argument(
+        "--family", choices=MEMBERS, default="text-to-image", help="which member (default text-to-image)"
+    )
     options = parser.parse_args(argv)
     shape = options.layers, options.heads, options.text_dim
-    parameters, size = write_random_model(options.output_path, *shape, hollow=options.hollow)
+    parameters, size = write_random_model(options.output_path, *shape, hollow=options.hollow, family=options.family)
     if options.encoders:
         own = write_random_encoders(options.output_path, options.text_dim, options.text_layers, hollow=options.hollow)
         parameters, size = parameters + own[0], size + own[1]
@@ -50,10 +54,12 @@ def write_random_model(
     text_dim: int = 3584,
     file_bytes: int = FILE_BYTES,
     hollow: bool = False,
+    family: str = "text-to-image",
 ) -> tuple[int, int]:
     """Write the model and return how many parameters and bytes it has. File by file, each made durable.
 
     `hollow`: headers and sizes are the model's, but the weights are holes that take no room and no time and read as zeros.
+    `family`: one of qwen_image.model.family.MEMBERS.
     """
     import torch
 
@@ -61,7 +67,12 @@ def write_random_model(
     from qwen_image.model.sizes import TransformerConfig
     from qwen_image.model.transformer import QwenImageTransformer
 
-    config = TransformerConfig(num_layers=layers, num_attention_heads=heads, joint_attention_dim=text_dim)
+    config = TransformerConfig(
+        num_layers=layers,
+        num_attention_heads=heads,
+        joint_attention_dim=text_dim,
+        zero_cond_t=MEMBERS[family].zero_cond_t,
+    )
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in QwenImageTransformer(config).named_parameters()}
     transformer = folder / "transformer"
@@ -71,7 +82,7 @@ def write_random_model(
     write_json(transformer / "config.json", {"_class_name": "QwenImageTransformer2DModel"} | fields)
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | SCHEDULER_CONFIG
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "model_index.json", {"_class_name": "QwenImagePipeline"})
+    write_json(folder / "model_index.json", {"_class_name": MEMBERS[family].pipelines[0]})
 
     return write_component(transformer, shapes, None if hollow else random_pool(config.inner_dim), file_bytes)
 
@@ -161,11 +172,15 @@ def write_random_encoded(
     prompt_tokens: int | Sequence[int],
     text_dim: int,
     buckets: int | Sequence[tuple[int, int]] = 1,
+    family: str = "text-to-image",
+    sources: Sequence[tuple[int, int]] = (),
+    picture_tokens: int = 0,
 ) -> Path:
     """Encoded shards of noise that any model of `text_dim` accepts: `buckets` of them share the samples evenly.
 
     Bucket number b is height × (width + 32·b) pixels, unless their (width, height) are given; sample s has
-    prompt_tokens − s % 3 tokens, or those given for it.
+    prompt_tokens − s % 3 tokens, or those given for it. Pairs for `family`: `sources` are width and height of each sample's
+    source images, and its prompt begins with `picture_tokens` more tokens.
     """
     import safetensors.torch
     import torch
@@ -180,7 +195,8 @@ def write_random_encoded(
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    columns: dict[str, list[Any]] = {name: [] for name in form.INDEX_ROWS.names}
+    names = [*form.INDEX_ROWS.names, *(form.PAIR_INDEX_ROWS.names if sources else [])]
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     sizes = [(width + 32 * b, height) for b in range(buckets)] if isinstance(buckets, int) else list(buckets)
     lengths = prompt_tokens
     if isinstance(lengths, int):
@@ -188,23 +204,40 @@ def write_random_encoded(
     assert len(lengths) == samples
     with form.TarShardWriter(folder / form.tar_name(0)) as tar:
         for index in range(samples):
-            bucket, tokens, key = index % len(sizes), lengths[index], form.sample_key(0, index)
+            bucket, key = index % len(sizes), form.sample_key(0, index)
+            tokens = lengths[index] + picture_tokens
             latent = noise(LATENT_CHANNELS, sizes[bucket][1] // VAE_FACTOR, sizes[bucket][0] // VAE_FACTOR)
             tensors = {"latent": latent, "prompt_embeds": noise(tokens, text_dim)}
+            for number, size in enumerate(sources, start=1):
+                tensors[f"source_latent_{number}"] = noise(
+                    LATENT_CHANNELS, size[1] // VAE_FACTOR, size[0] // VAE_FACTOR
+                )
+            if sources:
+                tensors["empty_prompt_embeds"] = noise(picture_tokens + 5, text_dim)
+                tensors["picture_tokens"] = torch.tensor([picture_tokens], dtype=torch.int32)
             members = [("safetensors", safetensors.torch.save(tensors)), ("json", b"{}"), ("txt", b"noise")]
             places = tar.add(key, members)
             row = {"key": key, "path": key, "shard": 0, "bucket": bucket, "caption_length": 5, "prompt_tokens": tokens}
             for member, suffix in (("payload", "safetensors"), ("json", "json"), ("txt", "txt")):
                 row[f"{member}_offset"], row[f"{member}_size"] = places[suffix]
+            if sources:
+                row |= {"sources_offset": 0, "sources_size": 0, "picture_tokens": picture_tokens}
             for name, value in row.items():
                 columns[name].append(value)
     form.write_index(folder, columns)
-    safetensors.torch.save_file({"prompt_embeds": noise(5, text_dim)}, folder / form.EMPTY_PROMPT)
+    if not sources:
+        safetensors.torch.save_file({"prompt_embeds": noise(5, text_dim)}, folder / form.EMPTY_PROMPT)
     counts = [len(range(bucket, samples, len(sizes))) for bucket in range(len(sizes))]
-    listed = [form.Bucket(b, *size, count) for b, (size, count) in enumerate(zip(sizes, counts, strict=True))]
+    listed = [
+        form.Bucket(b, *size, count, tuple(sources)) for b, (size, count) in enumerate(zip(sizes, counts, strict=True))
+    ]
     shard = form.Shard(form.tar_name(0), samples, tar.bytes, tar.sha256)
-    encoding = {"model": "noise", "latents": LATENTS, "prompts": PROMPTS}
+    encoding: dict[str, Any] = {"model": "noise", "latents": LATENTS, "prompts": PROMPTS}
     fingerprint = f"{samples}x{sizes}x{prompt_tokens}x{text_dim}"
+    if sources:
+        edit = {"picture_positions": "grid", "empty_captions": True, "prompt_width": text_dim}
+        encoding |= {"family": MEMBERS[family].name} | edit
+        fingerprint += f"x{sources}x{picture_tokens}"
     manifest = form.Manifest(
         "safetensors", fingerprint, {}, listed, {"samples": samples}, [shard], {}, encoding=encoding
     )

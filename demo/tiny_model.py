@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_image.model.family import MEMBERS, TEXT_TO_IMAGE, Member
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -84,15 +86,17 @@ def build_tiny_model(
     vae_dim: int = 8,
     dtype: str = "float32",
     max_shard_size: str = "10GB",
+    family: str = "text-to-image",
 ) -> Path:
     """Write a model with random weights drawn from `seed` into `folder` and return the folder.
 
     `layers`, `heads` × `head_dim` shape the transformer (60, 24 × 128 in the real one), `text_layers` and `text_dim`
     the text encoder (28, 3584), `vae_dim` is the VAE's base width (96). `dtype` ("float32" or "bfloat16") is that of the
-    saved weights; `max_shard_size` splits them over several files, as the real checkpoint's are.
+    saved weights; `max_shard_size` splits them over several files, as the real checkpoint's are; `family` is one of
+    qwen_image.model.family.MEMBERS.
     Raises ValueError for shapes that the rotary positions cannot divide.
     """
-    axes_dims = rotary_axes(head_dim)
+    axes_dims, member = rotary_axes(head_dim), MEMBERS[family]
     if text_dim % 64:
         raise ValueError(f"text_dim {text_dim} must be a multiple of 64 (4 heads with rotary sections)")
     import torch
@@ -101,7 +105,7 @@ def build_tiny_model(
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)  # the classes' own initialization draws from the global generator
-        tokenizer = make_tokenizer(TOKENIZER_CAPTIONS, TOKENIZER_VOCABULARY)
+        tokenizer = make_tokenizer(TOKENIZER_CAPTIONS, TOKENIZER_VOCABULARY, member.template)
         parts = {
             "transformer": _transformer(layers, heads, head_dim, axes_dims, text_dim, seed),
             "text_encoder": make_text_encoder(tokenizer, text_layers, text_dim),
@@ -114,7 +118,28 @@ def build_tiny_model(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG), tokenizer=tokenizer, **parts
     )
     pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+    if member is not TEXT_TO_IMAGE:
+        make_edit_model(folder, member)
     return folder
+
+
+def make_edit_model(folder: Path, member: Member) -> None:
+    """Write into a saved text-to-image model what marks it as an edit model: the same weights, conditioned otherwise.
+
+    diffusers' own edit pipelines can't be saved here: their processor wants torchvision.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from qwen_image.encoders.text_encoder import PIXELS_OF_PICTURES
+
+    changes = {
+        "model_index.json": {"_class_name": member.pipelines[0]},
+        "transformer/config.json": {"zero_cond_t": member.zero_cond_t},
+    }
+    for name, values in changes.items():
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values, indent=2) + "\n")
+    Qwen2VLImageProcessorPil(size=PIXELS_OF_PICTURES).save_pretrained(folder / "processor")
 
 
 def rotary_axes(head_dim: int) -> tuple[int, int, int]:
@@ -125,7 +150,9 @@ def rotary_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def make_tokenizer(captions: list[str], vocabulary: int) -> Qwen2Tokenizer:
+def make_tokenizer(
+    captions: list[str], vocabulary: int, template: str = TEMPLATE_PREFIX + "{}" + TEMPLATE_SUFFIX
+) -> Qwen2Tokenizer:
     """Byte-level BPE learned from `captions`, in which every word of the template is one token, as in the real vocabulary."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
@@ -137,7 +164,7 @@ def make_tokenizer(captions: list[str], vocabulary: int) -> Qwen2Tokenizer:
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    template = TEMPLATE_PREFIX + TEMPLATE_SUFFIX
+    template = template.replace("{}", "")
     for token in SPECIAL_TOKENS:
         template = template.replace(token, "")
     trainer = trainers.BpeTrainer(
@@ -266,6 +293,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text_dim", type=int, default=64, help="width of the text encoder (default 64)")
     parser.add_argument("--vae_dim", type=int, default=8, help="base width of the VAE (default 8)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the saved weights")
+    parser.add_argument(
+        "--family", choices=MEMBERS, default="text-to-image", help="which member (default text-to-image)"
+    )
     parser.add_argument("--max_shard_size", default="10GB", help="largest weight file, such as 100MB (default 10GB)")
     options = vars(parser.parse_args(argv))
     try:

@@ -110,7 +110,7 @@ def _layout_inputs(config: TransformerConfig, dtype: torch.dtype, device: torch.
     norms = joint_layout.Norms(*(RMSNorm(config.attention_head_dim).requires_grad_(False) for _ in range(4)))
     for norm in norms:
         norm.to(device, dtype)
-    rotary = rotary_table(TEXT, ROWS, COLUMNS, config.axes_dims_rope, device)
+    rotary = rotary_table(TEXT, ((ROWS, COLUMNS),), config.axes_dims_rope, device)
     return LayoutInputs(norms, rotary, _keep(device), invertible=True)
 
 

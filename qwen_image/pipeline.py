@@ -4,38 +4,28 @@ pipeline = QwenImagePipeline.from_pretrained("Qwen/Qwen-Image", dtype=torch.bflo
 images = pipeline.generate(["a lighthouse at dusk"], height=1024, width=1024, seeds=[0])
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
+from files.shown import shown
+from qwen_image.encoders.source_images import SourceImage
 from qwen_image.encoders.text_encoder import TextEncoder
-from qwen_image.encoders.vae import VAE, uint8_from_pixels
+from qwen_image.encoders.vae import VAE, pixels_from_uint8, uint8_from_pixels
 from qwen_image.loading.model_files import ModelFiles, ModelSource, resolve_model
 from qwen_image.loading.weights import empty_transformer, load_weights
-from qwen_image.model.conditioning import Prompt
+from qwen_image.model.conditioning import Prompt, join, pack_latents, unpack_latents
 from qwen_image.model.modulation_table import Modulation
-from qwen_image.model.sizes import LATENT_CHANNELS, PATCH, PIXEL_MULTIPLE, VAE_FACTOR, check_image_size
+from qwen_image.model.sizes import LATENT_CHANNELS, PIXEL_MULTIPLE, VAE_FACTOR, check_image_size
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.noise_schedule import SigmaSchedule, euler_step
 
 DEFAULT_NEGATIVE_PROMPT = " "
 DEFAULT_MAX_TOKENS = 512
-
-
-def pack_latents(latents: torch.Tensor) -> torch.Tensor:
-    """[B, C, 1, H/8, W/8] → tokens [B, (H/16)·(W/16), 4·C]: each token holds a 2 × 2 patch, channel-major."""
-    batch, channels, _, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // PATCH) * (width // PATCH), channels * PATCH**2)
-
-
-def unpack_latents(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The inverse of `pack_latents` for an image of rows × columns tokens."""
-    batch, _, channels = tokens.shape
-    patches = tokens.reshape(batch, rows, columns, channels // PATCH**2, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, channels // PATCH**2, 1, rows * PATCH, columns * PATCH)
+DEFAULT_SIDE = 1024  # pixels of an image without sources
 
 
 def time_input(sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -56,13 +46,14 @@ def predict_velocity(
     columns: int,
     modulation: Modulation | None = None,
 ) -> torch.Tensor:
-    """Velocity of packed latents [B, rows·columns, 64] at σ [B] (float32) under a prompt; same shape and dtype.
+    """Velocity of packed latents [B, rows·columns, 64] at σ [B] (float32) under a prompt with its sources; same shape, dtype.
 
     σ may lie on the CPU: a modulation table then need not wait for the device. `modulation`: what
     `transformer.look_up(time_input(σ))` returned, if that was done before.
     """
     timestep = time_input(sigma, latents.dtype)
-    return transformer(latents, timestep, prompt.embeds.to(latents.dtype), prompt.mask, rows, columns, modulation)
+    image, grids = join(latents, prompt.sources), prompt.grids(rows, columns)
+    return transformer(image, timestep, prompt.embeds.to(latents.dtype), prompt.mask, grids, modulation)
 
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
@@ -104,8 +95,7 @@ class QwenImagePipeline:
         if "transformer" in components:
             transformer = load_transformer(files, dtype, device, progress)
         if "text_encoder" in components:
-            places = files["text_encoder"], files["tokenizer"]
-            text_encoder = TextEncoder.from_files(*places, dtype, device, streamed=stream_text_encoder)
+            text_encoder = TextEncoder.of_model(files, dtype, device, streamed=stream_text_encoder)
         if transformer is not None and text_encoder is not None:
             check_prompt_width(text_encoder, transformer.config.joint_attention_dim)
         if "vae" in components:
@@ -118,8 +108,9 @@ class QwenImagePipeline:
         prompts: list[str] | Prompt,
         *,
         negative_prompt: str | Prompt | None = DEFAULT_NEGATIVE_PROMPT,
-        height: int = 1024,
-        width: int = 1024,
+        sources: Sequence[Sequence[SourceImage]] = (),
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 50,
         true_cfg_scale: float = 4.0,
         seeds: list[int] | None = None,
@@ -132,20 +123,26 @@ class QwenImagePipeline:
 
         The noise of image i is drawn on the CPU from `seeds[i]` (default: its position), so an image doesn't depend on
         its batch or device; `noise` [B, 16, 1, H/8, W/8] replaces it. Guidance runs when `true_cfg_scale` > 1 and there
-        is a negative prompt. Prompts may be embeddings, then no text encoder is needed.
+        is a negative prompt. Prompts may be embeddings, then no text encoder is needed. `sources`: of an edit model, each
+        prompt's source images, those of a batch of equal sizes (embeddings bring them along). Without `height` and `width`
+        an edit has the size of one of them (`Member.size_from`), other images 1024 × 1024.
 
         `only_finite`: raise ValueError instead of making an image of NaN, which is black.
         """
+        if height is None or width is None:
+            height, width = self._size(sources)
         check_image_size(height, width)
         if self.transformer is None or self.vae is None:
             raise ValueError("generating images needs the components transformer and vae")
         parameter = next(self.transformer.parameters())
-        prompt = self._prompt(prompts, max_tokens).to(parameter.device, parameter.dtype)
+        latents_of_sources = encode_sources(self.vae, sources)
+        prompt = self._prompt(prompts, max_tokens, sources, latents_of_sources).to(parameter.device, parameter.dtype)
         batch = len(prompt.embeds)
         negative = None
         if true_cfg_scale > 1 and negative_prompt is not None:
             texts = [negative_prompt] * batch if isinstance(negative_prompt, str) else negative_prompt
-            negative = self._prompt(texts, max_tokens).to(parameter.device, parameter.dtype)
+            negative = self._prompt(texts, max_tokens, sources, latents_of_sources)
+            negative = negative.to(parameter.device, parameter.dtype)
         if noise is None:
             noise = draw_noise(seeds if seeds is not None else list(range(batch)), height, width, parameter.dtype)
         if len(noise) != batch:
@@ -168,12 +165,46 @@ class QwenImagePipeline:
             )
         return uint8_from_pixels(self.vae.decode(unpack_latents(latents, rows, columns)))
 
-    def _prompt(self, prompts: list[str] | Prompt, max_tokens: int) -> Prompt:
+    def _size(self, sources: Sequence[Sequence[SourceImage]]) -> tuple[int, int]:
+        """Height and width of an image for which none are given."""
+        if not sources:
+            return DEFAULT_SIDE, DEFAULT_SIDE
+        height, width, _ = sources[0][self.files.member.size_from].pixels.shape
+        return height, width
+
+    def _prompt(
+        self,
+        prompts: list[str] | Prompt,
+        max_tokens: int,
+        sources: Sequence[Sequence[SourceImage]],
+        latents: tuple[torch.Tensor, ...],
+    ) -> Prompt:
         if isinstance(prompts, Prompt):
             return prompts
         if self.text_encoder is None:
             raise ValueError("prompts in words need the component text_encoder; load it or pass embeddings")
-        return self.text_encoder.encode(prompts, max_tokens)
+        if not self.files.member.most_sources and not sources:
+            return self.text_encoder.encode(prompts, max_tokens)
+        if len(sources) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many lists of source images, got {len(sources)}")
+        embeds = []
+        for text, own in zip(prompts, sources, strict=True):
+            self.files.member.check_sources(len(own), f"the prompt {shown(repr(text), 60)}")
+            embeds.append(self.text_encoder.encode_pictures(text, own).cut(max_tokens))
+        return Prompt.from_list(embeds, sources=latents)
+
+
+def encode_sources(vae: VAE, sources: Sequence[Sequence[SourceImage]]) -> tuple[torch.Tensor, ...]:
+    """Normalized latents of the samples' first source images, of their second ones …: [B, 16, 1, h, w] each.
+
+    Raises ValueError for samples whose images are not of equal number and sizes.
+    """
+    layouts = {tuple(source.pixels.shape for source in own) for own in sources}
+    if len(layouts) > 1:
+        raise ValueError("the source images of a batch must be of equal number and sizes: make one image at a time")
+    places = zip(*sources, strict=True)
+    stacks = [torch.from_numpy(np.stack([source.pixels for source in place])) for place in places]
+    return tuple(vae.encode(pixels_from_uint8(stack.permute(0, 3, 1, 2))) for stack in stacks)
 
 
 def check_prompt_width(text_encoder: TextEncoder, width: int) -> None:

@@ -32,6 +32,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_edit_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By --model_family: folders of edit models of the real classes with equal random weights. Don't write into them."""
+    import shutil
+
+    from demo.tiny_model import build_tiny_model, make_edit_model
+    from qwen_image.model.family import MEMBERS
+
+    folder = tmp_path_factory.mktemp("tiny_edit")
+    models = {"edit": build_tiny_model(folder / "edit", family="edit")}
+    for family in ("edit-2509", "edit-2511"):
+        models[family] = shutil.copytree(models["edit"], folder / family)
+        make_edit_model(models[family], MEMBERS[family])
+    return models
+
+
+@pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Transformer and scheduler alone, one block of width 128: any encoded shards of width 64 fit. Don't write into it."""
     from demo.random_model import write_random_model

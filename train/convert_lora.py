@@ -75,7 +75,7 @@ def convert(
         raise FileNotFoundError(f"OUT: there is no folder {shown(output.absolute().parent)}")
     files = None
     if model is not None:
-        files = resolve_model(ModelSource(model, revision, transformer_path), ("transformer",))
+        files = resolve_model(ModelSource(model, revision, transformer_path=transformer_path), ("transformer",))
         transformer = empty_transformer(files)
     else:
         with torch.device("meta"):

@@ -23,6 +23,7 @@ from qwen_image.loading.model_flags import add_model_flags
 if TYPE_CHECKING:
     import torch
 
+    from qwen_image.loading.model_files import ModelFiles
     from qwen_image.loading.safetensors_ranges import StoredTensor
     from train.lora.preset_loras import Preset
 
@@ -45,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     tolerant_output()
     try:
         files, size = merge(
-            options.model, options.lora, options.output_path, options.revision, options.transformer_path
+            options.model,
+            options.lora,
+            options.output_path,
+            options.revision,
+            options.transformer_path,
+            model_family=options.model_family,
         )
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -61,6 +67,7 @@ def merge(
     revision: str | None = None,
     transformer_path: str | None = None,
     file_bytes: int = FILE_BYTES,
+    model_family: str | None = None,
 ) -> tuple[int, int]:
     """Write base + LoRAs (`FILE` or `FILE:WEIGHT`) to `output_path`; returns the number of weight files and their bytes.
 
@@ -73,12 +80,12 @@ def merge(
 
     if os.path.lexists(output_path):
         raise FileExistsError(f"output_path: {output_path} exists already")
-    found = resolve_model(ModelSource(model, revision, transformer_path), ("transformer",))
+    found = resolve_model(ModelSource(model, revision, model_family, transformer_path), ("transformer",))
     component = found["transformer"]
     transformer = empty_transformer(found)
     stored = match_weights(transformer, component.weights)
     presets = [Preset.read(text, transformer) for text in loras]
-    for note in [*float8_warning(found), *(note for preset in presets for note in preset.lora.notes)]:
+    for note in [*float8_warning(found), *(note for preset in presets for note in preset.notes(found.member))]:
         print(one_line(note), file=sys.stderr)
     size = sum(byte_size(tensor) for tensor in stored.values())
     nearest = next(path for path in output_path.absolute().parents if path.exists())
@@ -89,10 +96,11 @@ def merge(
         "base_model": found.name,
         "base_model_revision": found.revision or "",
         "base_model_fingerprint": found.fingerprint("transformer"),
+        "model_family": found.member.name,
         "merged_loras": json.dumps([{"file": p.path.name, **p.identity()} for p in presets]),
     }
     with whole_folder(output_path) as partial:
-        write_file(partial / "config.json", (component.folder / "config.json").read_bytes())
+        write_file(partial / "config.json", config_of(found))
         groups = list(split(stored, file_bytes))
         weight_map: dict[str, str] = {}
         for number, names in enumerate(groups, start=1):
@@ -104,6 +112,15 @@ def merge(
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             write_file(partial / f"{STEM}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return len(groups), size
+
+
+def config_of(files: "ModelFiles") -> bytes:
+    """The transformer's config.json; what --model_family or a file's mark says beyond it is written into it."""
+    content = (files["transformer"].folder / "config.json").read_bytes()
+    config = json.loads(content)
+    if bool(config.get("zero_cond_t")) == files.member.zero_cond_t:
+        return content
+    return json.dumps(config | {"zero_cond_t": files.member.zero_cond_t}, indent=2).encode() + b"\n"
 
 
 def merged_dtype(tensor: "StoredTensor") -> "torch.dtype":

@@ -3,6 +3,7 @@
     python train/sample.py --model Qwen/Qwen-Image --lora RUN/lora.safetensors --prompt "a lighthouse at dusk" --output_path OUT
     python train/sample.py --model MODEL --lora RUN --prompt "a lighthouse" --num_images 4 --compare --output_path OUT
     python train/sample.py --model MODEL --lora a.safetensors:0.8 --lora b.safetensors:0.5 --prompt "…" --output_path OUT
+    python train/sample.py --model Qwen/Qwen-Image-Edit-2511 --source_image cup.jpg --prompt "make it blue" --output_path OUT
     python train/sample.py --model MODEL --lora RUN --prompt prompts.yaml --output_path OUT
     python train/sample.py --model MODEL --checkpoints RUN --strengths 0 0.5 1 --prompt prompts.yaml --output_path OUT
 
@@ -16,19 +17,21 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files.shown import one_line, shown, tolerant_output
 from qwen_image.loading.model_flags import add_model_flags
+from qwen_image.model.family import SOURCE_AREA, SOURCE_STEP
 from qwen_image.out_of_memory import memory_ran_out
 from train.config.check_paths import LARGEST_WEIGHT, check_apart, split_weight
-from train.config.sample_prompts import HIGHEST_SEED, SamplePrompt, read_prompts
+from train.config.sample_prompts import HIGHEST_SEED, SamplePrompt, read_prompts, tell
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from qwen_image.encoders.source_images import SourceImage
     from qwen_image.pipeline import QwenImagePipeline
     from train.lora.lora_file import LoraFile
 
@@ -74,8 +77,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", required=True, help="repeat the flag for several; or a file, .yaml or .jsonl")
     add("--negative_prompt", default=" ", help='what guidance leads away from (default " ")')
     add("--output_path", required=True, type=Path, help="folder for the images")
-    add("--height", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
-    add("--width", type=int, default=1024, help="pixels, a multiple of 16 (default 1024)")
+    add(
+        "--source_image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="edit models: what the prompts are to change; repeat for a second and third one (-2509, -2511)",
+    )
+    add(
+        "--source_pixels",
+        type=int,
+        default=SOURCE_AREA,
+        help="area that source images are stretched to; another than 1048576 (default) is for LoRAs that were trained so",
+    )
+    add("--height", type=int, help="pixels, a multiple of 16 (default 1024; of edits as the source image)")
+    add("--width", type=int, help="pixels, a multiple of 16 (default 1024; of edits as the source image)")
     add("--num_inference_steps", type=int, default=50, help="denoising steps (default 50)")
     add("--true_cfg_scale", type=float, default=4.0, help="guidance; 1 = none (default 4)")
     add("--seed", type=int, default=0, help="seed of a prompt's first image (default 0)")
@@ -154,12 +170,16 @@ def images_asked(arguments: argparse.Namespace) -> list[SamplePrompt]:
     """Every image, prompt by prompt, the seeds of one prompt counting up. Raises ValueError, FileNotFoundError."""
     from qwen_image.model.sizes import check_image_size
 
-    check_image_size(arguments.height, arguments.width)
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("--height and --width belong together: give both or neither")
     check_numbers(arguments)
-    names = ("negative_prompt", "height", "width", "num_inference_steps", "true_cfg_scale", "seed")
-    prompts = read_prompts(
-        arguments.prompt, SamplePrompt(prompt="", **{name: getattr(arguments, name) for name in names})
-    )
+    names = ["negative_prompt", "num_inference_steps", "true_cfg_scale", "seed", "source_pixels"]
+    if arguments.height is not None:
+        check_image_size(arguments.height, arguments.width)
+        names += ["height", "width"]
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    defaults = SamplePrompt(prompt="", source_image=tuple(arguments.source_image), **given)
+    prompts = read_prompts(arguments.prompt, defaults, sized=arguments.height is not None)
     return [
         replace(prompt, seed=(prompt.seed + number) % (HIGHEST_SEED + 1))
         for prompt in prompts
@@ -178,6 +198,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
             if abs(number) > LARGEST_WEIGHT:
                 limits = f"-{LARGEST_WEIGHT:g} … {LARGEST_WEIGHT:g}"
                 raise ValueError(f"--{flag} must lie in {limits}, got {number:g}: images are lost long before")
+    if arguments.source_pixels < SOURCE_STEP**2:
+        raise ValueError(f"--source_pixels must be at least {SOURCE_STEP**2}, got {arguments.source_pixels}")
     highest = HIGHEST_SEED + 1 - arguments.num_images
     if not 0 <= arguments.seed <= highest:
         raise ValueError(
@@ -248,24 +270,28 @@ def load(
     limit_device(device, arguments.gpu_memory_limit)
     dtype = getattr(torch, arguments.dtype)
     files = resolve_model(ModelSource.from_options(arguments))
+    for job in jobs:
+        files.member.check_sources(len(job.source_image), f"the prompt {shown(repr(job.prompt), 60)}")
     empty = empty_transformer(files)
 
+    def parts(place: int) -> list[Preset]:
+        return [Preset.read(text, empty) for text in sets[place]]
+
     def read(place: int) -> "LoraFile":
-        return as_one([Preset.read(text, empty) for text in sets[place]])
+        return as_one(parts(place))
 
     work = ImageWork.of(jobs, dtype, arguments.base_precision, arguments.resident_blocks)
     notes = list(float8_warning(files))
     for place in range(len(sets)):
-        lora = read(place)
-        notes += lora.notes
-        work = work.wearing(lora)
+        loras = parts(place)
+        notes += [note for each in loras for note in each.notes(files.member)]
+        work = work.wearing(as_one(loras))  # refuses what can't be added up
     plan = SamplingPlan.of(files, work, device)
     notes += plan.lines + tuple(distrust_kernels(empty.config, dtype, device, plan.base.float8, trains=False))
     for note in notes:
         print(one_line(note), file=sys.stderr)
     schedule = SigmaSchedule.from_config_file(files["scheduler"].folder / "scheduler_config.json")
-    texts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
-    known = plan.encode(files, texts, device)
+    known = plan.encode(files, dict.fromkeys(told for job in jobs for told in tell(job)), device)
     transformer = plan.load_transformer(files, schedule, device)
     return QwenImagePipeline(transformer, known, VAE.from_files(files["vae"], dtype, device), schedule, files), read
 
@@ -334,6 +360,7 @@ def generate(
         return pipeline.generate(
             [job.prompt for job in batch],
             negative_prompt=settings.negative_prompt,
+            sources=[sources_of(settings)] * len(batch) if settings.source_image else (),
             height=settings.height,
             width=settings.width,
             num_inference_steps=settings.num_inference_steps,
@@ -347,6 +374,13 @@ def generate(
             raise
     stepped(-done * len(batch))
     return None
+
+
+def sources_of(job: SamplePrompt) -> list["SourceImage"]:
+    """Its source images, read. Raises OSError and ValueError, naming the file."""
+    from qwen_image.encoders.source_images import read_source
+
+    return [read_source(Path(name).expanduser(), job.source_pixels) for name in job.source_image]
 
 
 # ── names and sheets ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -388,12 +422,15 @@ def write_sheets(
 ) -> str:
     """Write grid.png of all images; or for --checkpoints and --strengths a sheet for each image. Returns what was written."""
     from train.watching.image_grid import make_grid
+    from train.watching.sample_images import source_rows
 
     titles = [f"{shown(job.prompt)} (seed {job.seed})" for job in jobs]
     if not is_sheet(arguments):
         names = ", ".join(Path(text).name for each in sets for text in each)
         labels = ["base" if shot.lora is None else f"with {names}, strength {shot.strength:g}" for shot in shots]
-        make_grid([found[shot] for shot in shots], labels, titles).save(arguments.output_path / "grid.png")
+        given = source_rows(jobs)
+        labels = [f"source image {n + 1}" for n in range(len(given))] + labels
+        make_grid([*given, *(found[shot] for shot in shots)], labels, titles).save(arguments.output_path / "grid.png")
         return "grid.png"
     strengths = sorted({shot.strength for shot in shots})
     columns = [f"strength {strength:g}" if strength else "base" for strength in strengths]
@@ -410,7 +447,7 @@ def write_sheets(
 
 def image_parameters(arguments: argparse.Namespace, job: SamplePrompt, lora: Sequence[str] | None) -> dict[str, Any]:
     """What is needed to make the image again."""
-    return asdict(job) | {
+    return job.facts() | {
         "model": arguments.model,
         "lora": None if lora is None else ", ".join(lora),
         "lora_strength": None if lora is None else job.lora_strength,

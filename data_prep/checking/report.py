@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.checking.report_page import page
 from data_prep.images.stored_pixels import decode_stored
-from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, read_index
+from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, members_of, read_index
 from files.atomic_files import write_file
 
 THUMBNAIL = 400  # pixels of the longer side, enough for screens of two pixels a point
@@ -91,6 +91,7 @@ def _buckets(manifest: Manifest) -> dict[str, Any]:
         {
             "width": bucket.width,
             "height": bucket.height,
+            "sources": " + ".join(f"{width}×{height}" for width, height in bucket.sources),
             "count": bucket.count,
             "share": f"{100 * bucket.count / most:.1f}",
             "shape_width": ceil(24 * bucket.width / longest),
@@ -175,18 +176,35 @@ def _pictures(folder: Path, manifest: Manifest, index: ShardIndex, count: int) -
         try:
             shard = int(index.shard[row])
             text = reader.read(shard, int(index.txt_offset[row]), int(index.txt_size[row])).decode("utf-8", "replace")
-            url = ""
+            url, ratio = "", bucket.width / bucket.height
             if manifest.payload != "safetensors":
                 data = reader.read(shard, int(index.payload_offset[row]), int(index.payload_size[row]))
-                url = _thumbnail(decode_stored(data, bucket.width, bucket.height))
+                run = reader.read(shard, int(index.sources_offset[row]), int(index.sources_size[row]))
+                pixels = [
+                    decode_stored(image, *size)
+                    for image, size in zip(
+                        [data, *members_of(run)], [(bucket.width, bucket.height), *bucket.sources], strict=True
+                    )
+                ]
+                shown_pixels = beside(pixels)
+                url, ratio = _thumbnail(shown_pixels), shown_pixels.shape[1] / shown_pixels.shape[0]
         except (ValueError, OSError) as error:
             text, url = f"cannot be shown: {error}", ""
-        note = f"{bucket.width}×{bucket.height} · {index.path[row]}"
-        pictures.append(
-            {"url": url, "ratio": bucket.width / bucket.height, "caption": text[:CAPTION_SHOWN], "note": note}
-        )
+        note = f"{str(bucket).replace('x', '×').replace('+', ' ← ')} · {index.path[row]}"
+        pictures.append({"url": url, "ratio": ratio, "caption": text[:CAPTION_SHOWN], "note": note})
     reader.close()
     return pictures
+
+
+def beside(pixels: list[np.ndarray]) -> np.ndarray:
+    """The images of a pair in one: source images in order, then their target, all of its height."""
+    target, *sources = pixels
+    height = len(target)
+    scaled = [
+        np.asarray(Image.fromarray(each).resize((max(1, round(each.shape[1] * height / len(each))), height)))
+        for each in sources
+    ]
+    return np.concatenate([*scaled, target], axis=1)
 
 
 def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:

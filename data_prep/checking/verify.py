@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,25 @@ from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     INDEX,
     INDEX_ROWS,
+    PAIR_INDEX_ROWS,
+    PAIR_ROWS,
     SHARD_ROWS,
     SIZES,
+    Bucket,
     Manifest,
     ShardIndex,
     ShardReader,
+    members_of,
     read_index,
     rows_name,
+    source_suffix,
     tar_name,
+    with_pairs,
 )
 from data_prep.sources.regular_files import read_regular
 from files.shown import one_line
 
+SOURCE = source_suffix(0)  # how the suffixes of source members begin
 ROW_FIELDS = [
     name for name in INDEX_ROWS.names if name not in ("shard", "bucket")
 ]  # in index.parquet and in NNNNNN.parquet
@@ -91,13 +99,14 @@ def _check_folder(folder: Path, manifest: Manifest) -> list[str]:
     if [bucket.id for bucket in manifest.buckets] != list(range(len(manifest.buckets))):
         problems.append("the manifest's buckets are not numbered from 0")
     for bucket in manifest.buckets:
-        if bucket.width % 16 or bucket.height % 16:
-            problems.append(f"bucket {bucket.width}x{bucket.height}: sides must be multiples of 16")
+        if any(side % 16 for size in ((bucket.width, bucket.height), *bucket.sources) for side in size):
+            problems.append(f"bucket {bucket}: sides must be multiples of 16")
     if _json(folder / SIZES) != {shard.name: shard.samples for shard in manifest.shards}:
         problems.append(f"{SIZES} does not agree with the manifest")
     unknown = {path.name for path in folder.glob("*.tar")} - {shard.name for shard in manifest.shards}
     problems += [f"{name} is not in the manifest" for name in sorted(unknown)]
-    if manifest.payload == "safetensors" and not (folder / EMPTY_PROMPT).is_file():
+    paired = any(bucket.sources for bucket in manifest.buckets)  # their empty captions stand with the samples
+    if manifest.payload == "safetensors" and not paired and not (folder / EMPTY_PROMPT).is_file():
         problems.append(f"{EMPTY_PROMPT} is missing")
     return problems + _plan_problems(folder, manifest)
 
@@ -178,19 +187,24 @@ def _row_problems(folder: Path, manifest: Manifest, position: int, index: ShardI
     elif stats.get("rows_sha256", "") not in ("", file_sha256(folder / name)):
         problems.append(f"{name} does not have the sha256 of {number:06d}_stats.json: its content changed")
     try:
-        table = pq.read_table(folder / name, schema=SHARD_ROWS)
+        table = pq.read_table(folder / name, schema=_rows_schema(folder / name))
     except (pa.ArrowException, OSError, ValueError) as error:
         return [*problems, f"{name} is damaged: {str(error).splitlines()[0]}"]
     kept = table.filter(pc.equal(table["status"], "ok"))
     if len(kept) != len(rows):
         return [*problems, f"{name} has {len(kept)} rows of samples, the index {len(rows)}"]
-    for field in ROW_FIELDS:
+    for field in [*ROW_FIELDS, *(name for name in PAIR_INDEX_ROWS.names if name in kept.schema.names)]:
         there, here = kept[field].to_pylist(), getattr(index, field)[rows].tolist()
         wrong = next((place for place in range(len(rows)) if there[place] != here[place]), None)
         if wrong is not None:
             what = f"{field} is {there[wrong]!r} in {name}, {here[wrong]!r} in index.parquet"
             problems.append(f"{shard.name}: {index.key[rows[wrong]]}: {one_line(what)}")
     return problems
+
+
+def _rows_schema(path: Path) -> pa.Schema:
+    paired = set(PAIR_ROWS.names) <= set(pq.read_schema(path).names)
+    return with_pairs(SHARD_ROWS, PAIR_ROWS) if paired else SHARD_ROWS
 
 
 @functools.lru_cache(maxsize=1)
@@ -201,6 +215,8 @@ def _index(folder: Path, changed: int) -> ShardIndex:
 
 def _place_problem(members: list[Member], index: ShardIndex, row: int, manifest: Manifest) -> str | None:
     """Members of the tar against offsets and sizes of the index. Shards of others may lack json and txt (size 0)."""
+    sources = [member for member in members if member.suffix.startswith(SOURCE)]
+    members = [member for member in members if member not in sources]
     named = {
         ("payload" if member.suffix not in ("json", "txt", "caption") else member.suffix): member for member in members
     }
@@ -215,7 +231,32 @@ def _place_problem(members: list[Member], index: ShardIndex, row: int, manifest:
     suffixes = [member.suffix for member in members]
     if "indexed_by" not in manifest.options and suffixes != [manifest.payload, "json", "txt"]:
         return f"members are {', '.join(suffixes)}, not {manifest.payload}, json, txt"
+    if "indexed_by" not in manifest.options and manifest.payload != "safetensors":
+        return _sources_problem(sources, index, row, manifest)
     return None
+
+
+def _sources_problem(sources: list[Member], index: ShardIndex, row: int, manifest: Manifest) -> str | None:
+    """The source members of a pair against its bucket, and their run against the index."""
+    expected = [
+        f"{source_suffix(number)}.{manifest.payload}" for number in range(len(bucket_of(index, row, manifest).sources))
+    ]
+    if (found := [member.suffix for member in sources]) != expected:
+        return f"source images are {', '.join(found) or 'none'}, its bucket needs {', '.join(expected) or 'none'}"
+    start = sources[0].offset - tarfile.BLOCKSIZE if sources else 0
+    run = start, sources[-1].offset + sources[-1].size - start if sources else 0
+    said = int(index.sources_offset[row]), int(index.sources_size[row])
+    if run != said:
+        return f"source images are at {run[0]} + {run[1]} bytes, the index says {said[0]} + {said[1]}"
+    return None
+
+
+def bucket_of(index: ShardIndex, row: int, manifest: Manifest) -> Bucket:
+    """Raises ValueError for a number that the manifest has not."""
+    number = int(index.bucket[row])
+    if not 0 <= number < len(manifest.buckets):
+        raise ValueError(f"the index names bucket {number}, the manifest has {len(manifest.buckets)}")
+    return manifest.buckets[number]
 
 
 def _content_problem(reader: ShardReader, index: ShardIndex, row: int, manifest: Manifest) -> str | None:
@@ -223,20 +264,19 @@ def _content_problem(reader: ShardReader, index: ShardIndex, row: int, manifest:
         offset, size = (getattr(index, f"{name}_{field}")[row] for field in ("offset", "size"))
         return reader.read(int(index.shard[row]), int(offset), int(size))
 
-    number = int(index.bucket[row])
-    if not 0 <= number < len(manifest.buckets):
-        return f"the index names bucket {number}, the manifest has {len(manifest.buckets)}"
-    bucket = manifest.buckets[number]
     try:
+        bucket = bucket_of(index, row, manifest)
         text = member("txt").decode()
         payload = member("payload")
         if manifest.payload == "safetensors":
             tokens = int(index.prompt_tokens[row])
-            problem = _tensors_problem(payload, bucket.width, bucket.height, tokens, manifest.encoding is not None)
+            problem = _tensors_problem(payload, bucket, tokens, manifest.encoding is not None)
             if problem:
                 return problem
         else:
             decode_stored(payload, bucket.width, bucket.height)
+            for source, size in zip(members_of(member("sources")), bucket.sources, strict=True):
+                decode_stored(source, *size)
         if len(text) != index.caption_length[row]:
             return f"caption has {len(text)} characters, the index says {index.caption_length[row]}"
         if "indexed_by" in manifest.options:
@@ -255,13 +295,18 @@ def _record_problem(record: dict[str, Any], index: ShardIndex, row: int, text: s
     return None
 
 
-def _tensors_problem(payload: bytes, width: int, height: int, tokens: int, counted: bool) -> str | None:
+def _tensors_problem(payload: bytes, bucket: Bucket, tokens: int, counted: bool) -> str | None:
     """Names, shapes and types in a safetensors header; the format is 8 bytes of length, then JSON."""
     length = int.from_bytes(payload[:8], "little")
     header: dict[str, Any] = json.loads(payload[8 : 8 + length])
     latent, prompt = header["latent"], header["prompt_embeds"]
-    if latent["shape"] != [16, height // 8, width // 8]:
-        return f"latent is {latent['shape']}, its bucket needs {[16, height // 8, width // 8]}"
+    sizes = {"latent": (bucket.width, bucket.height)}
+    sizes |= {f"source_latent_{number}": size for number, size in enumerate(bucket.sources, start=1)}
+    for name, (width, height) in sizes.items():
+        if name not in header:
+            return f"has no {name}, its bucket {bucket} needs one"
+        if header[name]["shape"] != [16, height // 8, width // 8]:
+            return f"{name} is {header[name]['shape']}, its bucket needs {[16, height // 8, width // 8]}"
     if len(prompt["shape"]) != 2 or tokens not in ((prompt["shape"][0],) if counted else (0, prompt["shape"][0])):
         return f"prompt_embeds is {prompt['shape']}, the index says {tokens} tokens"
     if {latent["dtype"], prompt["dtype"]} != {"BF16"}:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader
+from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, members_of, original_sizes
 from files.shown import one_line, shown
 
 if TYPE_CHECKING:
     import torch
 
     from data_prep.encoding.encoders import Encoders
+    from qwen_image.encoders.source_images import SourceImage
 
+    Images = tuple[np.ndarray, list[SourceImage]]  # the target's pixels, and the source images of a pair
     Sample = tuple[int, dict[str, torch.Tensor] | ValueError]  # row of the image index, tensors or why there are none
 
 WINDOW = 128  # captions that are sorted by length before they are cut into batches, so that little is padded
@@ -54,18 +56,19 @@ class EncodedSamples:
                     window = batches[number : number + in_window]
                     captions = {int(row): self._caption(int(row)) for part in window for row in part}
                     texts = [text for text in captions.values() if isinstance(text, str)]
-                    prompts = self.encoders.encode_captions(texts, self.batch_size)
+                    paired = bool(self.manifest.buckets[self.index.bucket[batches[number][0]]].sources)
+                    prompts = {} if paired else self.encoders.encode_captions(texts, self.batch_size)
                 images = {row: future.result() for row, future in ahead.items()}
                 ahead = self._submit(pool, batches[number + 1]) if number + 1 < len(batches) else {}
                 yield from self._encode(images, captions, prompts)
 
     def _encode(
         self,
-        images: dict[int, np.ndarray | ValueError],
+        images: dict[int, Images | ValueError],
         captions: dict[int, str | ValueError],
         prompts: dict[str, torch.Tensor],
     ) -> Iterator[Sample]:
-        pixels: dict[int, np.ndarray] = {}
+        pixels: dict[int, Images] = {}
         texts: dict[int, str] = {}
         for row, image in images.items():
             caption = captions[row]
@@ -81,23 +84,40 @@ class EncodedSamples:
             print(f"left out: {one_line(message)}", file=sys.stderr)
             yield row, broken
         if pixels:
-            latents = self.encoders.encode_images(list(pixels.values()))
+            latents = self.encoders.encode_images([target for target, _ in pixels.values()])
             for (row, text), tensors in zip(texts.items(), latents, strict=True):
-                yield row, {**tensors, "prompt_embeds": prompts[text]}
+                sources = pixels[row][1]
+                told = self.encoders.encode_pair(text, sources) if sources else {"prompt_embeds": prompts[text]}
+                yield row, tensors | told
 
-    def _submit(self, pool: ThreadPoolExecutor, batch: np.ndarray) -> dict[int, Future[np.ndarray | ValueError]]:
-        return {int(row): pool.submit(self._image, int(row)) for row in batch}
+    def _submit(self, pool: ThreadPoolExecutor, batch: np.ndarray) -> dict[int, Future[Images | ValueError]]:
+        return {int(row): pool.submit(self._images, int(row)) for row in batch}
 
-    def _image(self, row: int) -> np.ndarray | ValueError:
+    def _images(self, row: int) -> Images | ValueError:
         from data_prep.images.stored_pixels import decode_stored
+        from qwen_image.encoders.source_images import SourceImage
 
         bucket, index = self.manifest.buckets[self.index.bucket[row]], self.index
         place = int(index.shard[row]), int(index.payload_offset[row]), int(index.payload_size[row])
         data = self.reader.read(*place)
         try:
-            return decode_stored(data, bucket.width, bucket.height)
+            target = decode_stored(data, bucket.width, bucket.height)
+            stored = self._sources(row)
+            if len(stored) != len(bucket.sources):
+                return ValueError(f"it has {len(stored)} source images, its bucket {len(bucket.sources)}")
+            sizes = zip(stored, bucket.sources, strict=True)
+            return target, [SourceImage(decode_stored(one, *size), *before) for (one, before), size in sizes]
         except (ValueError, OSError, SyntaxError) as error:  # what Pillow raises for damaged files
             return ValueError(str(error))
+
+    def _sources(self, row: int) -> list[tuple[bytes, tuple[int, int]]]:
+        """The bytes of a pair's source images, each with its width and height before it was packed."""
+        if not self.index.sources_size[row]:
+            return []
+        shard = int(self.index.shard[row])
+        run = self.reader.read(shard, int(self.index.sources_offset[row]), int(self.index.sources_size[row]))
+        record = self.reader.read(shard, int(self.index.json_offset[row]), int(self.index.json_size[row]))
+        return list(zip(members_of(run), original_sizes(record), strict=True))
 
     def _caption(self, row: int) -> str | ValueError:
         place = int(self.index.shard[row]), int(self.index.txt_offset[row]), int(self.index.txt_size[row])

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.encoding.encoder_facts import IDENTITY
+from data_prep.encoding.encoder_facts import EDIT_IDENTITY, IDENTITY
 from data_prep.packing.finalize import finalize
 from data_prep.packing.pack import read_stats, stats_of
 from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     MANIFEST,
+    PAIR_ROWS,
     SHARD_ROWS,
     Manifest,
     ShardIndex,
@@ -25,8 +26,10 @@ from data_prep.shard_format.shards import (
     TarShardWriter,
     bucket_name,
     rows_name,
+    sizes_of,
     stats_name,
     tar_name,
+    with_pairs,
     write_rows,
 )
 from data_prep.sources.regular_files import read_regular
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 ENCODING = "encoding.json"  # written first: what every shard of this folder must agree with
 SETTINGS = (*IDENTITY, "latent_std", "computed_in")  # shards that differ in one of these don't go into one set
+EDIT_SETTINGS = (*EDIT_IDENTITY, "empty_captions")  # in sets for edit models
 DEFAULT_PROMPT_TOKENS = 512  # train_lora.py's --max_prompt_tokens
 FAILED = "cannot be read"  # the reason that stands in the statistics; the details stand in NNNNNN.parquet
 
@@ -59,13 +63,16 @@ class EncodedSet:
         names = [shard.name for shard in images.shards]
         ours = all(re.fullmatch(r"\d{6}\.tar", name) for name in names)  # shards made elsewhere are just counted
         self._numbers = [int(name[:6]) for name in names] if ours else list(range(len(names)))
-        identity = {name: encoding[name] for name in SETTINGS}
+        identity = {name: encoding[name] for name in (*SETTINGS, *EDIT_SETTINGS) if name in encoding}
         # Shards of one fingerprint may differ: images may have been edited, and packed again, without changing in size.
         identity["shards"] = [shard.sha256 for shard in images.shards]
         self.fingerprint = hashlib.sha256(json_bytes({"images": images.fingerprint, **identity})).hexdigest()
 
-    def prepare(self, empty_prompt: Callable[[], bytes]) -> None:
-        """Make the folder, or check that what lies there is a part of this set. Raises ValueError with the difference."""
+    def prepare(self, empty_prompt: Callable[[], bytes] | None) -> None:
+        """Make the folder, or check that what lies there is a part of this set. Raises ValueError with the difference.
+
+        `empty_prompt`: None for edit models, where the empty caption has another embedding with each picture.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.folder)
         described = self.folder / ENCODING
@@ -83,7 +90,7 @@ class EncodedSet:
                     f"{self.folder} holds shards that encode_shards.py did not write; choose another folder"
                 )
             write_file(described, json_bytes(self._identity()))
-        if not (self.folder / EMPTY_PROMPT).is_file():
+        if empty_prompt is not None and not (self.folder / EMPTY_PROMPT).is_file():
             write_file(self.folder / EMPTY_PROMPT, empty_prompt())
 
     def _ours(self, stats: Path) -> bool:
@@ -96,8 +103,8 @@ class EncodedSet:
 
     def _difference(self, there: dict[str, Any]) -> str:
         here = self._identity()
-        names = [name for name in ("images", *SETTINGS) if there.get(name) != here[name]]
-        differences = [f"{name} {there.get(name)} there, {here[name]} here" for name in names]
+        names = [name for name in ("images", *SETTINGS, *EDIT_SETTINGS) if there.get(name) != here.get(name)]
+        differences = [f"{name} {there.get(name)} there, {here.get(name)} here" for name in names]
         return ", ".join(differences) or "its image shards had other content"
 
     def is_done(self, shard: int) -> bool:
@@ -143,19 +150,18 @@ class EncodedSet:
                 for member, (offset, size) in zip(("payload", "json", "txt"), places.values(), strict=True):
                     record |= {f"{member}_offset": offset, f"{member}_size": size}
                 record["prompt_tokens"] = len(tensors["prompt_embeds"])
-                if (tokens := tokens_of(record["caption"])) > record["prompt_tokens"]:
-                    record["detail"] = f"its caption of {tokens} tokens is cut at {record['prompt_tokens']}"
+                record["picture_tokens"] = int(tensors.get("picture_tokens", 0))
+                if (tokens := tokens_of(record["caption"])) > (kept_of_it := caption_tokens(record)):
+                    record["detail"] = f"its caption of {tokens} tokens is cut at {kept_of_it}"
         ordered = [records[int(row)] for row in rows]
         kept = [record for record in ordered if record["status"] == "ok"]
         if not kept:
             tar.path.unlink()
-        write_rows(
-            self.folder / rows_name(number),
-            {name: [record[name] for record in ordered] for name in SHARD_ROWS.names},
-            SHARD_ROWS,
-        )
+        schema = with_pairs(SHARD_ROWS, PAIR_ROWS) if any(record["sources"] for record in ordered) else SHARD_ROWS
+        columns = {name: [record[name] for record in ordered] for name in schema.names}
+        write_rows(self.folder / rows_name(number), columns, schema)
         failed = len(ordered) - len(kept)
-        long = [record for record in kept if record["prompt_tokens"] > DEFAULT_PROMPT_TOKENS]
+        long = [record for record in kept if caption_tokens(record) > DEFAULT_PROMPT_TOKENS]
         cut = [record for record in kept if record["detail"]]
         stats = {
             "fingerprint": self.fingerprint,
@@ -166,12 +172,12 @@ class EncodedSet:
             "long_captions": len(long),
             "cut_captions": len(cut),
             "first": {
-                name: f"{found[0]['path']} ({found[0]['detail'] or str(found[0]['prompt_tokens']) + ' tokens'})"
+                name: f"{found[0]['path']} ({found[0]['detail'] or str(caption_tokens(found[0])) + ' tokens'})"
                 for name, found in (("long_captions", long), ("cut_captions", cut))
                 if found
             },
             "reasons": {f"failed: {FAILED}": failed} if failed else {},
-            "buckets": dict(Counter(bucket_name(record["width"], record["height"]) for record in kept)),
+            "buckets": dict(Counter(bucket_of(record) for record in kept)),
         }
         write_file(self.folder / stats_name(number), json_bytes(stats))
         return failed
@@ -214,6 +220,11 @@ class EncodedSet:
         record |= {name: known[name] for name in ("original_width", "original_height") if name in known}
         record |= dict(zip(_CROP, known.get("crop", ()), strict=False))
         record |= {"status": "ok", "reason": "", "detail": "", "sha256": str(known.get("sha256", ""))}
+        record |= dict.fromkeys(PAIR_ROWS.names, 0) | {"sources": "", "source_sha256": ""}
+        if bucket.sources:
+            (width, height), *others = bucket.sources
+            record["sources"] = bucket_name(width, height, others)
+            record["source_sha256"] = ",".join(str(source["sha256"]) for source in known.get("sources", ()))
         return text, body, record | {"copied": False, "frames": 0, "prompt_tokens": 0}
 
     def finish(self) -> Manifest:
@@ -232,6 +243,15 @@ class EncodedSet:
             versions=_versions(),
             encoding=self.encoding,
         )
+
+
+def caption_tokens(record: dict[str, Any]) -> int:
+    """Of a sample's embedding those of its caption and the template's end."""
+    return record["prompt_tokens"] - record["picture_tokens"]
+
+
+def bucket_of(record: dict[str, Any]) -> str:
+    return bucket_name(record["width"], record["height"], sizes_of(record["sources"]))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

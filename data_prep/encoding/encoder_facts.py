@@ -8,6 +8,9 @@ LATENTS = "posterior mode, normalised: (x - latents_mean) / latents_std"
 PROMPTS = "last hidden state after the final norm, template tokens dropped, valid tokens only"
 # Two sets with different values in one of these cannot be mixed, and a model that has others refuses them.
 IDENTITY = ("vae", "text_encoder", "latents", "prompts", "template_drop", "dtype")
+# Besides, of sets for edit models: the member of the family, and where its text encoder has pictures.
+EDIT_IDENTITY = ("family", "picture_positions")
+TEXT_TO_IMAGE = "Qwen-Image"  # the family of sets that name none
 
 
 def describe_encoding(
@@ -19,12 +22,14 @@ def describe_encoding(
     template_drop: int,
     latent_std: bool,
     computed_in: str,
+    edit: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`Manifest.encoding`: `vae` and `text_encoder` are fingerprints of their weights, `model` is for people.
 
-    `dtype` is that of the stored tensors, `computed_in` that of the encoders.
+    `dtype` is that of the stored tensors, `computed_in` that of the encoders. `edit`: what there is besides for an edit model:
+    EDIT_IDENTITY, `prompt_width`, `empty_captions` (whether each sample has the embedding of "" with its pictures).
     """
-    return {
+    return (edit or {}) | {
         "model": model,
         "revision": revision,
         "vae": vae,
@@ -40,7 +45,13 @@ def describe_encoding(
 
 def check_encoding(folder: str, encoding: dict[str, Any], own: dict[str, Any], model: str) -> None:
     """Raise ValueError when the set in `folder` was encoded by other rules or encoders than `own` (what is known of them)."""
-    for name in IDENTITY:
+    encoded_for = encoding.get("family", TEXT_TO_IMAGE)
+    if own.get("family", TEXT_TO_IMAGE) != encoded_for:
+        raise ValueError(
+            f"{folder} was encoded for {encoded_for}, but {model} is {own.get('family', TEXT_TO_IMAGE)}: encode the image "
+            f"shards again with data_prep/encode_shards.py --model {model}"
+        )
+    for name in (*IDENTITY, *EDIT_IDENTITY):
         if name in own and encoding.get(name) != own[name]:
             raise ValueError(
                 f"{folder} was encoded by {encoding.get('model')} with {name} = {encoding.get(name)}, but {model} has "

@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from qwen_image.encoders.source_images import SourceImage
     from qwen_image.encoders.text_encoder import TextEncoder
     from qwen_image.encoders.vae import VAE
     from qwen_image.loading.model_files import ModelFiles
@@ -39,6 +40,7 @@ class Encoders:
     vae: VAE
     text_encoder: TextEncoder
     latent_std: bool
+    empty_captions: bool = False  # of pairs: also the embedding of "" with their source images
 
     def __post_init__(self) -> None:
         self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -51,6 +53,7 @@ class Encoders:
         files: ModelFiles,
         dtype_name: str,
         latent_std: bool,
+        empty_captions: bool = False,
         batch_size: int = 1,
         gpu_memory_limit: float | None = None,
     ) -> Encoders:
@@ -68,12 +71,12 @@ class Encoders:
         device, dtype = device_of_rank(), getattr(torch, dtype_name)
         limit_device(device, gpu_memory_limit)
         vae = VAE.from_files(files["vae"], dtype, device)
-        line = streaming_line(files["text_encoder"], dtype, batch_size * MAX_TOKENS, device, TILE_BYTES)
+        asked = files["text_encoder"], dtype, batch_size * MAX_TOKENS, device, TILE_BYTES, files.member
+        line = streaming_line(*asked)
         if line is not None:
             print(f"{line} (each batch of captions moves all of them: a larger --batch_size moves them less often)")
-        places = files["text_encoder"], files["tokenizer"]
-        text_encoder = TextEncoder.from_files(*places, dtype, device, streamed=line is not None)
-        return cls(vae, text_encoder, latent_std)
+        text_encoder = TextEncoder.of_model(files, dtype, device, streamed=line is not None)
+        return cls(vae, text_encoder, latent_std, empty_captions)
 
     def encode_images(self, images: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
         """Per uint8 [H, W, 3] image: latent bf16 [16, H/8, W/8], and latent_std of that shape if asked."""
@@ -86,6 +89,22 @@ class Encoders:
         found = {"latent": mode} | ({"latent_std": std} if self.latent_std else {})
         stored = {name: tensor.squeeze(2).to(torch.bfloat16).cpu() for name, tensor in found.items()}
         return [{name: tensor[i].clone() for name, tensor in stored.items()} for i in range(len(images))]
+
+    def encode_pair(self, instruction: str, sources: list[SourceImage]) -> dict[str, torch.Tensor]:
+        """Of an instruction with its source images: prompt_embeds bf16 [T, D], picture_tokens int32 [1] (how many of them
+        stand before the instruction), source_latent_1 … bf16 [16, h, w], and empty_prompt_embeds if asked."""
+        import torch
+
+        from qwen_image.pipeline import encode_sources
+
+        prompt = self.text_encoder.encode_pictures(instruction, sources)
+        found = {"prompt_embeds": prompt.embeds}
+        if self.empty_captions:
+            found["empty_prompt_embeds"] = self.text_encoder.encode_pictures("", sources).embeds
+        for number, latent in enumerate(encode_sources(self.vae, [sources]), start=1):
+            found[f"source_latent_{number}"] = latent[0].squeeze(1)
+        stored = {name: tensor.to("cpu", torch.bfloat16).clone() for name, tensor in found.items()}
+        return stored | {"picture_tokens": torch.tensor([prompt.picture_tokens], dtype=torch.int32)}
 
     def encode_captions(self, captions: list[str], batch_size: int) -> dict[str, torch.Tensor]:
         """bf16 [T, D] of each caption, on the CPU; one that came lately is not encoded again.
@@ -109,14 +128,14 @@ class Encoders:
 
     def tokens_of(self, caption: str) -> int:
         """Tokens of the whole caption and the template's end, of which MAX_TOKENS are encoded; 0 where it is surely shorter."""
-        from qwen_image.encoders.text_encoder import MAX_TOKENS, TEMPLATE
+        from qwen_image.encoders.text_encoder import MAX_TOKENS
 
         if len(caption.encode()) <= MAX_TOKENS:  # a token is at least a byte
             return 0
         if caption not in self._counted:
             if len(self._counted) > 1000:
                 self._counted.clear()
-            whole = self.text_encoder.tokenizer(TEMPLATE.format(caption)).input_ids
+            whole = self.text_encoder.tokenizer(self.text_encoder.member.template.format(caption)).input_ids
             self._counted[caption] = len(whole) - self.text_encoder.template_drop
         return self._counted[caption]
 

@@ -3,6 +3,9 @@
 A bucket is (width, height) in pixels, both multiples of `step`, area at most that of its target. An image goes into the
 bucket of the nearest aspect ratio (|log ratio| distance), is scaled until it covers it, and its overhang is cropped
 evenly from both ends. A target that would need enlarging is passed over for a smaller one.
+
+Images of pairs are stretched instead, whole, to the size that inference itself stretches source images to: so nothing is
+shifted between a target and a source of one size, nor between training and inference.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+
+from qwen_image.model.family import SOURCE_STEP, source_size
 
 # Side of the square targets below the smallest one asked for, which take images too small for it. Finer steps keep more
 # pixels, but spread a small data set over more buckets, and a batch is always of one bucket.
@@ -27,6 +32,7 @@ class BucketOptions:
     fixed: tuple[int, int] | None = None  # (width, height): one bucket for all
     max_upscale: Fraction = Fraction(1)  # an image is never enlarged by more than this
     max_aspect_ratio: Fraction = Fraction(4)  # long side : short side, of images and of buckets
+    stretch: bool = False  # images of pairs: whole, to inference's own sizes
 
     def __post_init__(self) -> None:
         if self.step < 16 or self.step % 16:
@@ -116,11 +122,22 @@ def cover_box(width: int, height: int, bucket: tuple[int, int]) -> tuple[int, in
 def place(width: int, height: int, options: BucketOptions) -> Placement | None:
     """Bucket and crop box of an upright image; None when it would have to be enlarged beyond `max_upscale`."""
     assert width > 0 and height > 0, f"image of {width} x {height}"
+    if options.stretch:
+        return _stretched(width, height, options)
     if options.fixed is not None:
         bucket = options.fixed if upscale(width, height, options.fixed) <= options.max_upscale else None
     else:
         bucket = _largest_covered(width, height, options)
     return bucket and Placement(*bucket, *cover_box(width, height, bucket))
+
+
+def _stretched(width: int, height: int, options: BucketOptions) -> Placement | None:
+    """The whole image in the largest size of its ratio that needs no enlarging beyond `max_upscale`."""
+    sizes = [source_size(area, width, height) for area in sorted(options.areas, reverse=True)]
+    for size in sizes if options.fixed is None else [options.fixed]:
+        if upscale(width, height, size) <= options.max_upscale or size == (SOURCE_STEP, SOURCE_STEP):
+            return Placement(*size, 0, 0, width, height)
+    return None
 
 
 def _largest_covered(width: int, height: int, options: BucketOptions) -> tuple[int, int] | None:

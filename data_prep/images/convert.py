@@ -40,6 +40,8 @@ class Stored:
     frames: int
     copied: bool  # the source's bytes, unchanged
     warnings: tuple[str, ...] = ()  # of the decoder
+    sha256: str = ""  # of the source's bytes; where it is set, of a source image of a pair
+    sources: tuple[Stored, ...] = ()  # of the target of a pair
 
 
 Turn = Callable[[int], AbstractContextManager[object]]  # entered, with the bytes that it takes, to decode an image

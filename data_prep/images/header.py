@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
@@ -24,7 +25,9 @@ from data_prep.images.skip_reasons import (
     BadImage,
     of_decoder,
 )
+from qwen_image.model.family import SOURCE_AREA
 
+MAX_SIDE_PIXELS = 1 << 14  # source images may be enlarged, as inference does it, from whatever they are
 Image.MAX_IMAGE_PIXELS = None  # open_image refuses large images, from --max_image_pixels, before anything is decoded
 
 # EXIF orientation -> (quarter turns to the left, then mirrored left to right), as numpy does them. EXIF 2.32, table 6.
@@ -57,6 +60,7 @@ class ImageOptions:
     on_animation: str = "first"  # first | reject
     on_corrupt: str = "fail"  # fail | keep: what a forgiving decoder makes of damaged data
     resize: str = "torch"  # torch | pillow
+    source_pixels: int = SOURCE_AREA  # area of the source images of pairs; the default is inference's
 
     def __post_init__(self) -> None:
         for flag, value, low, high in (("quality", self.quality, 1, 100), ("min_pixels", self.min_pixels, 0, 10**12)):
@@ -64,6 +68,17 @@ class ImageOptions:
                 raise ValueError(f"--{flag} {value}: must be from {low} to {high}")
         assert self.format in ("jpg", "png") and self.on_animation in ("first", "reject"), self
         assert self.resize in ("torch", "pillow") and self.on_corrupt in ("fail", "keep"), self
+
+    def of_target(self) -> ImageOptions:
+        """For the target of a pair: the same, but stretched and not cropped."""
+        return replace(self, buckets=replace(self.buckets, stretch=True))
+
+    def of_source(self) -> ImageOptions:
+        """For source images of pairs: as inference takes them, whatever their size."""
+        buckets = replace(
+            self.buckets, areas=(self.source_pixels,), fixed=None, stretch=True, max_upscale=Fraction(MAX_SIDE_PIXELS)
+        )
+        return replace(self, buckets=buckets, min_pixels=0)
 
 
 @dataclass(frozen=True)

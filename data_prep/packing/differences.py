@@ -54,7 +54,7 @@ def check_edits(
         first, last = (bisect.bisect_left(touched, start) for start in starts[shard : shard + 2])
         if first == last:
             continue
-        packed = pq.read_table(folder / rows_name(shard), columns=["sha256"])["sha256"].to_pylist()
+        packed = sha256s(folder / rows_name(shard))
         rows = PlanRows(folder).shard(shard)
         places = [number - starts[shard] for number in touched[first:last] if packed[number - starts[shard]]]
         items = [rows[place].item for place in places]
@@ -66,6 +66,14 @@ def check_edits(
             f"{len(edited)} inputs were edited after they had been packed into {shown(folder)}, first {shown(edited[0])}:"
             " choose another --output_path"
         )
+
+
+def sha256s(rows: Path) -> list[str]:
+    """Of each row of a shard, as `workers.digest` spells them; "" where nothing was packed."""
+    names = ["sha256", *({"source_sha256"} & set(pq.read_schema(rows).names))]
+    columns = pq.read_table(rows, columns=names).to_pydict()
+    partners = columns.get("source_sha256") or [""] * len(columns["sha256"])
+    return [",".join(filter(None, pair)) for pair in zip(columns["sha256"], partners, strict=True)]
 
 
 def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, source: Iterable[Input]) -> str:
@@ -87,5 +95,6 @@ def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, sourc
     return "; ".join(changes) or "the order of the inputs"
 
 
-def _identity(item: Input) -> tuple[int, str]:
-    return item.size, item.caption or ""  # what the plan keeps of it
+def _identity(item: Input) -> tuple[object, ...]:
+    """What the plan keeps of it."""
+    return item.size, item.caption or "", tuple((partner.path, partner.size) for partner in item.sources)

@@ -14,13 +14,16 @@ from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import (
     INDEX,
     INDEX_ROWS,
+    PAIR_INDEX_ROWS,
     SIZES,
     Bucket,
     Manifest,
     Shard,
     bucket_name,
     rows_name,
+    sizes_of,
     tar_name,
+    with_pairs,
     write_manifest,
 )
 from files.atomic_files import PARTIAL, json_bytes, write_file
@@ -47,10 +50,13 @@ def finalize(
     counts: Counter[str] = Counter()
     for number in numbers:
         counts.update(stats[number]["buckets"])
-    sizes = sorted(_size(name) for name in counts)
-    buckets = [Bucket(id, *size, counts[bucket_name(*size)]) for id, size in enumerate(sizes)]
-    ids = {size: id for id, size in enumerate(sizes)}
-    write_row_groups(folder / INDEX, _index_batches(folder, numbers, ids), INDEX_ROWS)
+    names = sorted(counts, key=sizes_of)
+    sizes = [sizes_of(name) for name in names]
+    buckets = [Bucket(id, *size, counts[names[id]], tuple(others)) for id, (size, *others) in enumerate(sizes)]
+    ids = {name: id for id, name in enumerate(names)}
+    paired = any(bucket.sources for bucket in buckets)
+    schema = with_pairs(INDEX_ROWS, PAIR_INDEX_ROWS) if paired else INDEX_ROWS
+    write_row_groups(folder / INDEX, _index_batches(folder, numbers, ids, schema.names), schema)
     shards = [
         Shard(tar_name(number), *(stats[number][name] for name in ("samples", "bytes", "sha256"))) for number in numbers
     ]
@@ -64,11 +70,6 @@ def finalize(
     return manifest
 
 
-def _size(bucket: str) -> tuple[int, int]:
-    width, height = bucket.split("x")
-    return int(width), int(height)
-
-
 def _totals(stats: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Sums of every number in the shards' statistics, and of their reasons by name."""
     numbers: Counter[str] = Counter()
@@ -79,13 +80,18 @@ def _totals(stats: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return {**numbers, "reasons": dict(reasons)}
 
 
-def _index_batches(folder: Path, numbers: list[int], ids: dict[tuple[int, int], int]) -> Iterator[dict[str, Any]]:
-    wanted = [name for name in INDEX_ROWS.names if name not in ("shard", "bucket")]
+def _index_batches(folder: Path, numbers: list[int], ids: dict[str, int], names: list[str]) -> Iterator[dict[str, Any]]:
     for position, number in enumerate(numbers):
-        table = pq.read_table(folder / rows_name(number), columns=[*wanted, "status", "width", "height"])
+        path = folder / rows_name(number)
+        there = set(pq.read_schema(path).names)  # a shard without pairs has no columns of theirs
+        wanted = [name for name in names if name not in ("shard", "bucket") and name in there]
+        extra = ["status", "width", "height", *({"sources"} & there)]
+        table = pq.read_table(path, columns=[*wanted, *extra])
         table = table.filter(np.asarray(table["status"].to_numpy() == "ok"))
-        sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
-        columns: dict[str, Any] = {name: table[name].combine_chunks() for name in wanted}
+        sources = table["sources"].to_pylist() if "sources" in there else [""] * len(table)
+        sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), sources, strict=True)
+        columns: dict[str, Any] = {name: np.zeros(len(table), np.int64) for name in names}
+        columns |= {name: table[name].combine_chunks() for name in wanted}
         columns["shard"] = np.full(len(table), position, np.int32)
-        columns["bucket"] = [ids[size] for size in sizes]
+        columns["bucket"] = [ids[bucket_name(width, height, sizes_of(others))] for width, height, others in sizes]
         yield columns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from data_prep.images.skip_reasons import BadImage
 from data_prep.packing.plan import Row, file_sha256
 from data_prep.packing.workers import Job, Workers, store
 from data_prep.shard_format.shards import (
+    PAIR_ROWS,
     SHARD_ROWS,
     TarShardWriter,
     bucket_name,
     rows_name,
     sample_key,
+    source_suffix,
     stats_name,
     tar_name,
+    with_pairs,
     write_rows,
 )
 from data_prep.sources.regular_files import read_regular
@@ -92,7 +96,8 @@ def pack_shard(
     """
     (folder / stats_name(shard)).unlink(missing_ok=True)
     payload = job.options.format
-    columns: dict[str, list[Any]] = {name: [] for name in SHARD_ROWS.names}
+    schema = with_pairs(SHARD_ROWS, PAIR_ROWS) if any(row.item.sources for row in rows) else SHARD_ROWS
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     counts: Counter[str] = Counter(samples=0, filtered=0, failed=0, copied=0, animated=0, empty_captions=0, warned=0)
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -110,17 +115,24 @@ def pack_shard(
                     fields = _sample_fields(record["key"], row, stored, sha256)
                     text = (row.item.caption or "").encode()
                     body = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-                    places = tar.add(record["key"], [(payload, stored.data), ("json", body), ("txt", text)])
-                    for member, (offset, size) in zip(_MEMBERS, places.values(), strict=True):
+                    members = [(payload, stored.data), ("json", body), ("txt", text)]
+                    members += [(f"{source_suffix(i)}.{payload}", each.data) for i, each in enumerate(stored.sources)]
+                    places = list(tar.add(record["key"], members).values())
+                    for member, (offset, size) in zip(_MEMBERS, places[:3], strict=True):
                         record |= {f"{member}_offset": offset, f"{member}_size": size}
                     place = stored.placement
+                    sources = [(each.placement.width, each.placement.height) for each in stored.sources]
+                    record |= _of_pair(sources, stored, places[3:])
                     record |= {name: getattr(place, name) for name in _PLACEMENT}
                     record |= {"original_width": stored.original_width, "original_height": stored.original_height}
                     record |= {"copied": stored.copied, "frames": stored.frames, "sha256": sha256}
-                    record["detail"] = "; ".join(stored.warnings)
-                    buckets[bucket_name(place.width, place.height)] += 1
+                    record["detail"] = "; ".join([*stored.warnings, *(w for s in stored.sources for w in s.warnings)])
+                    buckets[bucket_name(place.width, place.height, sources)] += 1
                     counts.update(copied=stored.copied, animated=stored.frames > 1, empty_captions=not text)
-                    counts["warned"] += bool(stored.warnings)
+                    counts["warned"] += bool(record["detail"])
+                    if sources:
+                        counts["pairs"] += 1
+                        counts["reshaped"] += _is_reshaped(stored)
             counts["samples" if record["status"] == "ok" else record["status"]] += 1
             if record["status"] != "ok":
                 why = f"{record['status']}: {record['reason']}"
@@ -134,7 +146,7 @@ def pack_shard(
             progress.failed(counts["failed"])
     if not counts["samples"]:
         tar.path.unlink()
-    write_rows(folder / rows_name(shard), columns, SHARD_ROWS)
+    write_rows(folder / rows_name(shard), columns, schema)
     stats = {
         "fingerprint": fingerprint,
         "inputs": len(rows),
@@ -159,13 +171,32 @@ def _blank(key: str, row: Row) -> dict[str, Any]:
     record |= {"key": key, "path": row.item.path, "caption": row.item.caption, "sha256": ""}
     record |= {"status": row.status, "reason": row.reason, "detail": row.detail, "copied": False, "frames": 0}
     record |= {"caption_length": len(row.item.caption or ""), "prompt_tokens": 0}
-    return record
+    return record | dict.fromkeys(PAIR_ROWS.names, 0) | {"sources": "", "source_sha256": ""}
+
+
+def _of_pair(sources: list[tuple[int, int]], stored: Any, places: list[tuple[int, int]]) -> dict[str, Any]:
+    """What the record of a pair has besides; `places` of its source members, each behind its header."""
+    if not sources:
+        return {}
+    start, end = places[0][0] - tarfile.BLOCKSIZE, places[-1][0] + places[-1][1]
+    return {
+        "sources": bucket_name(*sources[0], sources[1:]),
+        "source_sha256": ",".join(each.sha256 for each in stored.sources),
+        "sources_offset": start,
+        "sources_size": end - start,
+    }
+
+
+def _is_reshaped(stored: Any) -> bool:
+    """Whether no source image has the target's size in the shard: inference takes the target's size from one of them."""
+    target = stored.placement.width, stored.placement.height
+    return all((each.placement.width, each.placement.height) != target for each in stored.sources)
 
 
 def _sample_fields(key: str, row: Row, stored: Any, sha256: str) -> dict[str, Any]:
     """The json member. sha256 is of the source's bytes, the crop box in the source's upright pixels."""
     place = stored.placement
-    return {
+    fields = {
         "key": key,
         "path": row.item.path,
         "caption": row.item.caption or "",
@@ -177,3 +208,16 @@ def _sample_fields(key: str, row: Row, stored: Any, sha256: str) -> dict[str, An
         "bucket": bucket_name(place.width, place.height),
         "crop": [place.crop_left, place.crop_top, place.crop_width, place.crop_height],
     }
+    if stored.sources:
+        fields["sources"] = [
+            {
+                "path": partner.path,
+                "width": source.placement.width,
+                "height": source.placement.height,
+                "original_width": source.original_width,
+                "original_height": source.original_height,
+                "sha256": source.sha256,
+            }
+            for partner, source in zip(row.item.sources, stored.sources, strict=True)
+        ]
+    return fields

@@ -11,6 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_image.model.family import SOURCE_AREA, SOURCE_STEP
+
 if TYPE_CHECKING:
     from data_prep.images.header import ImageOptions
     from data_prep.packing.plan import PlanOptions
@@ -35,6 +37,11 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--dataset_metadata_path", type=Path, help="csv, jsonl, json or parquet; else metadata.* in the folder is used")
     add("--image_column", help="default: image, file_name or image_path")
     add("--caption_column", help="default: prompt, text or caption")
+    add(
+        "--source_columns",
+        help="columns of source images of edits, with commas; none: pack no pairs (default: source_image, source_image_2 …, "
+        "edit_image or control_path, where there are any, and folders target/ and source/, source_2/ … with equal names)",
+    )
     add("--allow_links", action="store_true", help="follow links that lead out of the folder")
     add = parser.add_argument_group("output").add_argument
     add("--output_path", type=Path, required=True, help="folder for the shards; made if it isn't there")
@@ -48,6 +55,12 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--max_pixels", type=int, help="area of the buckets (default: 1048576)")
     add("--resolutions", help="several areas by the side of their square, as in 512,768,1024; the largest that fits")
     add("--bucket_step", type=int, default=16, choices=(16, 32, 64), help="sides are multiples of it")
+    add(
+        "--source_pixels",
+        type=int,
+        default=SOURCE_AREA,
+        help="area of source images of edits; another than the default of 1048576 is not what inference gives the model",
+    )
     add("--max_upscale", type=_fraction, default=Fraction(1), help="images are never enlarged by more (default: 1)")
     add(
         "--resize", choices=("auto", "torch", "pillow"), default="auto", help="auto: torch where it has the fast kernel"
@@ -106,7 +119,14 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
         min_pixels=args.min_pixels,
         on_animation=args.on_animation,
         on_corrupt=args.on_corrupt,
+        source_pixels=_source_pixels(args.source_pixels),
     )
+
+
+def _source_pixels(value: int) -> int:
+    if not SOURCE_STEP**2 <= value <= 1 << 24:
+        raise ValueError(f"--source_pixels {value}: must be from {SOURCE_STEP**2} to {1 << 24}")
+    return value
 
 
 def plan_options(args: argparse.Namespace) -> PlanOptions:
@@ -136,7 +156,14 @@ def sources(args: argparse.Namespace) -> Sources:
         exclude=args.output_path,
         allow_links=args.allow_links,
         on_duplicate_stem=args.on_duplicate_stem,
+        source_columns=_source_columns(args.source_columns),
     )
+
+
+def _source_columns(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return () if text == "none" else tuple(name.strip() for name in text.split(","))
 
 
 def manifest_options(images: ImageOptions, planning: PlanOptions) -> dict[str, Any]:
@@ -148,6 +175,9 @@ def manifest_options(images: ImageOptions, planning: PlanOptions) -> dict[str, A
 
     options = dataclasses.asdict(images) | dataclasses.asdict(planning)
     buckets = options.pop("buckets")
+    buckets.pop("stretch")  # of pairs, by their nature
+    if options["source_pixels"] == SOURCE_AREA:
+        options.pop("source_pixels")
     ratios = {name: float(buckets.pop(name)) for name in ("max_upscale", "max_aspect_ratio")}
     buckets = {name: list(value) if isinstance(value, tuple) else value for name, value in buckets.items()}
     options["background"] = list(options["background"])

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from data_prep.packing.workers import Job, Probe, Workers, probe
 from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import bucket_name
 from data_prep.sources.find_inputs import Sources
-from data_prep.sources.found_input import Input
+from data_prep.sources.found_input import Input, Partner
 from data_prep.sources.regular_files import open_regular, read_regular
 from files.atomic_files import commit, json_bytes, partial_path, write_file
 from files.shown import shown
@@ -40,6 +41,7 @@ BYTES_PER_PIXEL = {"jpg": 0.5, "png": 2.0}
 PLAN_ROWS = pa.schema(
     [("path", pa.string()), ("file", pa.binary()), ("offset", pa.int64()), ("size", pa.int64())]
     + [(name, pa.string()) for name in ("caption", "kind", "status", "reason", "detail")]
+    + [("sources", pa.string())]  # of a pair: JSON of its source images; else empty
 )
 ITEM_COLUMNS = ("path", "file", "offset", "size", "caption", "kind")
 
@@ -128,6 +130,8 @@ class HashedInputs:
 
 def digest_of(item: Input) -> bytes:
     fields = [item.path, item.offset, item.size, item.caption, item.problem, item.kind]
+    if item.sources:
+        fields.append([[partner.path, partner.size] for partner in item.sources])
     return hashlib.sha256(json.dumps(fields).encode()).digest()
 
 
@@ -245,15 +249,19 @@ def _shards(
         tally.shard_samples.append(samples)
         tally.bytes += size
         columns: dict[str, list[Any]] = {name: [getattr(row.item, name) for row in shard] for name in ITEM_COLUMNS}
+        columns["sources"] = [write_partners(row.item.sources) for row in shard]
         return columns | {name: [getattr(row, name) for row in shard] for name in ("status", "reason", "detail")}
 
     for row, found in rows:
         expected = 0.0
         if found is not None:
-            place = found.placement
-            tally.buckets[bucket_name(place.width, place.height)] += 1
+            places = [found.placement, *found.sources]
+            sizes = [(place.width, place.height) for place in places]
+            tally.buckets[bucket_name(*sizes[0], sizes[1:])] += 1
+            given = row.item.size + sum(partner.size for partner in row.item.sources)
             # 4 kB: three tar headers with padding, json and text.
-            expected = 4096 + (row.item.size if found.copied else bytes_per_pixel * place.width * place.height)
+            pixels = sum(width * height for width, height in sizes)
+            expected = 4096 + 1024 * len(found.sources) + (given if found.copied else bytes_per_pixel * pixels)
         full = samples >= options.samples_per_shard or (samples and size + expected > options.shard_bytes)
         if (found is not None and full) or len(shard) >= MAX_ROWS_PER_SAMPLE * options.samples_per_shard:
             yield close()
@@ -262,6 +270,16 @@ def _shards(
         samples, size = samples + (found is not None), size + expected
     if shard:
         yield close()
+
+
+def write_partners(sources: tuple[Partner, ...]) -> str:
+    """A pair's source images as the plan keeps them."""
+    return json.dumps([[p.path, os.fsdecode(p.file), p.size] for p in sources]) if sources else ""
+
+
+def read_partners(text: str | None) -> tuple[Partner, ...]:
+    """The inverse; plans of earlier versions have none."""
+    return tuple(Partner(path, os.fsencode(file), size) for path, file, size in json.loads(text or "[]"))
 
 
 # ── reading it ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -340,7 +358,7 @@ class PlanRows:
     def shard(self, number: int) -> list[Row]:
         return [
             Row(
-                Input(**{name: values[name] for name in ITEM_COLUMNS}),
+                Input(**{name: values[name] for name in ITEM_COLUMNS}, sources=read_partners(values.get("sources"))),
                 values["status"],
                 values["reason"],
                 values["detail"],

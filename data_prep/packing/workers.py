@@ -19,16 +19,25 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, Self
 
 from data_prep.images import convert, header, resizing
 from data_prep.images.buckets import Placement
 from data_prep.images.convert import Stored
 from data_prep.images.header import ImageOptions
-from data_prep.images.skip_reasons import CHANGED, FAILED, KILLED, NOT_REGULAR, UNREADABLE, BadImage, of_decoder
+from data_prep.images.skip_reasons import (
+    CHANGED,
+    FAILED,
+    KILLED,
+    NOT_REGULAR,
+    SOURCE_UNUSABLE,
+    UNREADABLE,
+    BadImage,
+    of_decoder,
+)
 from data_prep.shard_format.tar_members import sparse_content
-from data_prep.sources.found_input import ROW, SPARSE, Input
+from data_prep.sources.found_input import ROW, SPARSE, Input, Partner
 from data_prep.sources.parquet_images import with_bytes
 from data_prep.sources.regular_files import NotRegular, open_regular
 
@@ -46,6 +55,7 @@ class Probe:
     copied: bool  # as far as the header tells
     memory: int  # bytes that decoding it takes at its peak, about
     digest: str = ""  # for finding duplicates
+    sources: tuple[Placement, ...] = ()  # of a pair
 
 
 @dataclass(frozen=True)
@@ -61,39 +71,89 @@ class Job:
 def probe(job: Job, item: Input) -> Probe | BadImage:
     """Judge one input by its header. Whatever goes wrong is a BadImage: no decoder's exception ends a run."""
     try:
+        options = job.options.of_target() if item.sources else job.options
+        sources = [_probe_partner(job, partner) for partner in item.sources]
         if item.kind or item.offset or job.duplicates != "none":
-            return _probe(job, io.BytesIO(data := _content(job, item)), data)
-        with open_regular(os.path.join(job.base, item.file), buffering=1 << 13) as file:
-            return _probe(job, file, b"")
+            found = _probe(job, options, io.BytesIO(data := _content(job, item)), data)
+        else:
+            with open_regular(os.path.join(job.base, item.file), buffering=1 << 13) as file:
+                found = _probe(job, options, file, b"")
+        if not sources:
+            return found
+        memory = max(found.memory, *(each.memory for each in sources))
+        digest = hashlib.sha256("".join([found.digest, *(each.digest for each in sources)]).encode()).hexdigest()
+        if job.duplicates == "perceptual":  # compared bit by bit; an edit's target tells it well enough
+            digest = found.digest
+        return replace(
+            found,
+            memory=memory,
+            copied=found.copied and all(each.copied for each in sources),
+            digest=digest if found.digest else "",
+            sources=tuple(each.placement for each in sources),
+        )
     except BaseException as error:
         return _failure(error)
 
 
-def _probe(job: Job, file: Any, data: bytes) -> Probe:
-    found = header.read_header(file, job.options)
-    placement = header.judge(found.width, found.height, found.frames, job.options)
+def _probe_partner(job: Job, partner: Partner) -> Probe:
+    """Of a source image. Raises BadImage, which names it."""
+    try:
+        options, data = job.options.of_source(), b""
+        if job.duplicates == "exact":
+            data = _content_of_partner(job, partner)
+        with open_regular(os.path.join(job.base, partner.file), buffering=1 << 13) as file:
+            return _probe(job, options, file, data, perceptual=False)
+    except BaseException as error:
+        raise _of_partner(error, partner) from None
+
+
+def _of_partner(error: BaseException, partner: Partner) -> BadImage:
+    bad = _failure(error)
+    return BadImage(bad.status, SOURCE_UNUSABLE, f"{partner.path}: {bad}")
+
+
+def _content_of_partner(job: Job, partner: Partner) -> bytes:
+    return _content(job, Input(partner.path, partner.file, 0, partner.size, None))
+
+
+def _probe(job: Job, options: ImageOptions, file: Any, data: bytes, perceptual: bool = True) -> Probe:
+    found = header.read_header(file, options)
+    placement = header.judge(found.width, found.height, found.frames, options)
     digest = ""
     if job.duplicates == "exact":
         digest = hashlib.sha256(data).hexdigest()
-    elif job.duplicates == "perceptual":
+    elif job.duplicates == "perceptual" and perceptual:
         with _turn(found.memory):
-            digest = convert.perceptual_hash(data, job.options)
-    return Probe(placement, header.looks_copied(found, placement, job.options), found.memory, digest)
+            digest = convert.perceptual_hash(data, options)
+    return Probe(placement, header.looks_copied(found, placement, options), found.memory, digest)
 
 
 def store(job: Job, item: Input) -> tuple[Stored, str] | BadImage:
     """Read and convert one input; also the sha256 of its source bytes. Whatever goes wrong is a BadImage."""
     try:
         data = _content(job, item)
-        return convert.store(data, job.options, _turn), hashlib.sha256(data).hexdigest()
+        options = job.options.of_target() if item.sources else job.options
+        stored = convert.store(data, options, _turn)
+        sources = tuple(_store_partner(job, partner) for partner in item.sources)
+        return replace(stored, sources=sources) if sources else stored, hashlib.sha256(data).hexdigest()
     except BaseException as error:
         return _failure(error)
 
 
-def digest(job: Job, item: Input) -> str | BadImage:
-    """sha256 of one input's source bytes."""
+def _store_partner(job: Job, partner: Partner) -> Stored:
     try:
-        return hashlib.sha256(_content(job, item)).hexdigest()
+        data = _content_of_partner(job, partner)
+        stored = convert.store(data, job.options.of_source(), _turn)
+        return replace(stored, sha256=hashlib.sha256(data).hexdigest())
+    except BaseException as error:
+        raise _of_partner(error, partner) from None
+
+
+def digest(job: Job, item: Input) -> str | BadImage:
+    """sha256 of one input's source bytes; of a pair those of all its images, with commas between them."""
+    try:
+        contents = [_content(job, item), *(_content_of_partner(job, partner) for partner in item.sources)]
+        return ",".join(hashlib.sha256(content).hexdigest() for content in contents)
     except BaseException as error:
         return _failure(error)
 

@@ -2,12 +2,16 @@
 
 A data set is a folder:
 
-    000000.tar              members KEY.jpg KEY.json KEY.txt (or .safetensors .json .txt), adjacent, in this order
+    000000.tar              members KEY.jpg KEY.json KEY.txt (or .safetensors .json .txt), adjacent, in this order; of a pair
+                            (target and source images of an edit) also KEY.source_image.jpg, KEY.source_image_2.jpg …
     000000.parquet          one row an INPUT of this shard, failed and filtered ones with their reason (SHARD_ROWS)
     000000_stats.json       counts, bytes and hashes; written last: a shard without it does not exist
     index.parquet           one row a SAMPLE of the whole set (INDEX_ROWS)
     manifest.json           what the set is: class Manifest
     sizes.json              {"000000.tar": samples}, which open_clip reads
+
+In a set with pairs the bucket of a sample tells the sizes of its source images too, and rows and index have PAIR_ROWS and
+PAIR_INDEX_ROWS besides.
 """
 
 from __future__ import annotations
@@ -57,6 +61,13 @@ SHARD_ROWS = pa.schema(
     + _OFFSETS
     + [("caption_length", pa.int32()), ("prompt_tokens", pa.int32())]
 )
+# Besides, in sets with pairs. sources: "1024x768+512x512", or "" without; sources_offset, _size: the run of the tar that holds
+# the source members, their headers included (encoded sets have none); picture_tokens: those of prompt_tokens that are the
+# pictures'; source_sha256: of the source images' files, with commas between them.
+PAIR_INDEX_ROWS = pa.schema(
+    [("sources_offset", pa.int64()), ("sources_size", pa.int64()), ("picture_tokens", pa.int32())]
+)
+PAIR_ROWS = pa.schema([("sources", pa.string()), ("source_sha256", pa.string()), *PAIR_INDEX_ROWS])
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -81,9 +92,20 @@ def stats_name(shard: int) -> str:
     return f"{shard:06d}_stats.json"
 
 
-def bucket_name(width: int, height: int) -> str:
-    """The bucket as it stands in a sample's json: '1024x768' (width x height, pixels)."""
-    return f"{width}x{height}"
+def bucket_name(width: int, height: int, sources: Iterable[tuple[int, int]] = ()) -> str:
+    """The bucket as it stands in a sample's json: '1024x768' (width x height, pixels); of a pair '1024x768+512x512'."""
+    return "+".join(f"{width}x{height}" for width, height in [(width, height), *sources])
+
+
+def sizes_of(bucket: str) -> list[tuple[int, int]]:
+    """The inverse: the sizes of a bucket's image and of its source images; none for ""."""
+    sides = [size.split("x") for size in bucket.split("+")] if bucket else []
+    return [(int(width), int(height)) for width, height in sides]
+
+
+def source_suffix(number: int) -> str:
+    """The `number`-th source image's member, from 0: source_image, source_image_2 …"""
+    return "source_image" + (f"_{number + 1}" if number else "")
 
 
 # ── manifest ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -95,6 +117,10 @@ class Bucket:
     width: int  # pixels, also in encoded sets (latents are width/8 wide)
     height: int
     count: int
+    sources: tuple[tuple[int, int], ...] = ()  # width and height of each source image
+
+    def __str__(self) -> str:
+        return bucket_name(self.width, self.height, self.sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +148,11 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json. It is written last: a folder with a manifest is complete."""
-    write_file(folder / MANIFEST, json_bytes(dataclasses.asdict(manifest)))
+    fields = dataclasses.asdict(manifest)
+    for bucket in fields["buckets"]:
+        if not bucket["sources"]:  # as manifests were before there were pairs
+            del bucket["sources"]
+    write_file(folder / MANIFEST, json_bytes(fields))
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -140,7 +170,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: pack again")
-        fields["buckets"] = [Bucket(**bucket) for bucket in fields["buckets"]]
+        fields["buckets"] = [_bucket(**bucket) for bucket in fields["buckets"]]
         fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
         for shard in fields["shards"]:
             if not plain_name(shard.name, path).endswith(".tar") or shard.name.startswith("."):
@@ -152,6 +182,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ValueError(f"{path} is damaged ({error}): run the program that made it again") from None
 
 
+def _bucket(sources: Iterable[Iterable[int]] = (), **fields: Any) -> Bucket:
+    return Bucket(**fields, sources=tuple((width, height) for width, height in sources))
+
+
 def _typed(manifest: Manifest) -> Manifest:
     """The manifest, if its values are of their types. Raises TypeError that names one that isn't."""
     values: list[tuple[str, type, Any]] = [
@@ -160,9 +194,11 @@ def _typed(manifest: Manifest) -> Manifest:
     ]
     values += [(name, dict, getattr(manifest, name)) for name in ("options", "totals", "versions")]
     for bucket in manifest.buckets:
-        values += [(f"a bucket's {name}", int, value) for name, value in vars(bucket).items()]
-        if any(type(side) is int and side > MAX_SIDE for side in (bucket.width, bucket.height)):
-            raise TypeError(f"a bucket has {bucket.width}x{bucket.height} pixels, more than {MAX_SIDE} on a side")
+        values += [(f"a bucket's {name}", int, value) for name, value in vars(bucket).items() if name != "sources"]
+        values += [("a source image's side", int, side) for size in bucket.sources for side in size]
+        for sides in ((bucket.width, bucket.height), *bucket.sources):
+            if any(type(side) is int and side > MAX_SIDE for side in sides):
+                raise TypeError(f"a bucket has {sides[0]}x{sides[1]} pixels, more than {MAX_SIDE} on a side")
     for shard in manifest.shards:
         values += [(f"{shard.name}'s {name}", int, getattr(shard, name)) for name in ("samples", "bytes")]
         values.append((f"{shard.name}'s sha256", str, shard.sha256))
@@ -191,6 +227,9 @@ class ShardIndex:
     txt_size: np.ndarray
     caption_length: np.ndarray  # int32, characters
     prompt_tokens: np.ndarray  # int32; 0 when unknown
+    sources_offset: np.ndarray  # int64; this and what follows: 0 in sets without pairs
+    sources_size: np.ndarray  # int64
+    picture_tokens: np.ndarray  # int32: so many of prompt_tokens are source images'
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -202,8 +241,14 @@ def write_rows(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> Non
 
 
 def write_index(folder: Path, columns: Mapping[str, Any]) -> None:
-    """Write index.parquet from sequences of equal length, one for each column of INDEX_ROWS."""
-    write_rows(folder / INDEX, columns, INDEX_ROWS)
+    """Write index.parquet from sequences of equal length, one for each column of INDEX_ROWS; with PAIR_INDEX_ROWS if given."""
+    paired = set(PAIR_INDEX_ROWS.names) <= columns.keys()
+    write_rows(folder / INDEX, columns, with_pairs(INDEX_ROWS, PAIR_INDEX_ROWS) if paired else INDEX_ROWS)
+
+
+def with_pairs(schema: pa.Schema, more: pa.Schema) -> pa.Schema:
+    """The schema of rows or index in a set with pairs."""
+    return pa.schema([*schema, *more])
 
 
 _REMAKE = "delete it and run the program that made it again"
@@ -214,9 +259,11 @@ def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
     path = Path(folder) / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {INDEX}: make it with data_prep/make_shards.py or scan.build_index")
-    names = [name for name in INDEX_ROWS.names if strings or name not in ("key", "path")]
     try:
-        table = pq.read_table(path, columns=names, schema=pa.schema([INDEX_ROWS.field(name) for name in names]))
+        paired = set(PAIR_INDEX_ROWS.names) <= set(pq.read_schema(path).names)
+        schema = with_pairs(INDEX_ROWS, PAIR_INDEX_ROWS) if paired else INDEX_ROWS
+        names = [name for name in schema.names if strings or name not in ("key", "path")]
+        table = pq.read_table(path, columns=names, schema=pa.schema([schema.field(name) for name in names]))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): {_REMAKE}") from None
     if any(table[name].null_count for name in names):
@@ -225,6 +272,8 @@ def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
     blank = np.zeros(len(table), "U1")
     columns["key"] = columns["key"].astype("U12") if strings else blank
     columns.setdefault("path", blank)
+    for field in PAIR_INDEX_ROWS:
+        columns.setdefault(field.name, np.zeros(len(table), field.type.to_pandas_dtype()))
     return ShardIndex(**columns)
 
 
@@ -237,7 +286,7 @@ def check_index(index: ShardIndex, manifest: Manifest, folder: object) -> None:
     wrong = ~np.isin(index.bucket, bucket_ids) | (index.shard < 0) | (index.shard >= len(manifest.shards))
     known = np.clip(index.shard, 0, max(len(manifest.shards) - 1, 0))
     ends = np.array([shard.bytes for shard in manifest.shards] or [0], dtype=np.int64)[known]
-    for name in ("payload", "json", "txt"):
+    for name in ("payload", "json", "txt", "sources"):
         offset, size = (getattr(index, f"{name}_{field}") for field in ("offset", "size"))
         inside = (size >= 0) & (offset >= tarfile.BLOCKSIZE) & (size <= ends) & (offset <= ends - size)
         wrong |= ~inside & ((size != 0) | (name == "payload"))
@@ -314,6 +363,26 @@ class TarShardWriter:
                     self._file.close()
                 self._file = None
                 self._partial.unlink(missing_ok=True)
+
+
+def members_of(run: bytes) -> list[bytes]:
+    """The contents of tar members, of a run of whole ones with their headers. Raises ValueError for what is none."""
+    found, position = [], 0
+    while position < len(run):
+        try:
+            header = tarfile.TarInfo.frombuf(run[position : position + tarfile.BLOCKSIZE], "utf-8", "strict")
+        except tarfile.HeaderError as error:
+            raise ValueError(f"no tar member where the index says one ({error})") from None
+        position += tarfile.BLOCKSIZE
+        found.append(run[position : position + header.size])
+        position += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return found
+
+
+def original_sizes(record: bytes) -> list[tuple[int, int]]:
+    """Width and height of a pair's source images before they were packed, from its json member."""
+    sources = json.loads(record)["sources"]
+    return [(int(source["original_width"]), int(source["original_height"])) for source in sources]
 
 
 class ShardReader:

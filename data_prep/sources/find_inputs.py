@@ -27,12 +27,15 @@ from data_prep.images.skip_reasons import (
     NO_IMAGE_PATH,
     NOT_REGULAR,
     OUTSIDE,
+    SOURCE_MISSING,
+    SOURCE_UNUSABLE,
     UNREADABLE_FOLDER,
 )
 from data_prep.shard_format.shards import MANIFEST
 from data_prep.sources import captions, missing_files, parquet_images, remarks, tar_files
 from data_prep.sources import metadata_files as metadata
-from data_prep.sources.found_input import Input
+from data_prep.sources.found_input import Input, Partner
+from data_prep.sources.pair_folders import PairFolders
 from data_prep.sources.regular_files import NotRegular, check_regular, open_regular
 from data_prep.sources.remarks import Remarks
 from files.shown import one_line, shown
@@ -62,6 +65,9 @@ class Sources:
     exclude: Path | None = None  # the output folder, which may lie within the base
     allow_links: bool = False  # follow links that lead out of the base folder
     on_duplicate_stem: str = "warn"  # warn | error
+    source_columns: tuple[str, ...] | None = (
+        None  # of source images; None: those that are known by name; empty: no pairs
+    )
     files_seen: int = 0
     ignored: Counter[str] = field(default_factory=Counter)  # by extension
     remarks: Remarks = field(default_factory=Remarks)
@@ -90,6 +96,8 @@ class Sources:
         else:
             found = self._folder(str(self.base))
         for item in found:
+            if item.sources:
+                self.remarks.add(remarks.PAIRS_FOUND, item.path)
             if item.caption:
                 self._remark_caption(item.path, item.caption)
             yield item
@@ -107,10 +115,11 @@ class Sources:
 
     # ── a folder tree ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _folder(self, folder: str, beside: tuple[str, ...] = ()) -> Iterator[Input]:
+    def _folder(self, folder: str, beside: tuple[str, ...] = (), pairs: PairFolders | None = None) -> Iterator[Input]:
         """Inputs of one directory, then of those in it. A metadata file speaks for the whole tree below it.
 
-        `beside`: the other folders of its parent, where captions may lie that people expect to be found.
+        `beside`: the other folders of its parent, where captions may lie that people expect to be found; `pairs`: the
+        folder is target/ or lies in it.
         """
         names: list[str] = []
         folders: list[str] = []
@@ -134,9 +143,16 @@ class Sources:
             self.files_seen += len(names) - 1
             yield from self._found_listing(folder, listing)
             return
-        yield from self._files(folder, names, [*folders, *beside])
+        if pairs is None:
+            yield from self._files(folder, names, [*folders, *beside])
+        else:
+            for item in self._files(folder, names, [*folders, *beside]):
+                yield self._with_partners(item, pairs)
+        below = PairFolders.among(folder, folders) if pairs is None and self.source_columns != () else None
         for name in sorted(folders, key=os.fsencode):
             path = os.path.join(folder, name)
+            if below is not None and path in below.sources:
+                continue
             if os.path.realpath(path) == self._excluded:
                 continue
             if os.path.islink(path):
@@ -149,7 +165,33 @@ class Sources:
             if _is_own_set(path):
                 self.remarks.add(remarks.OWN_FOLDERS, self._relative(path))
                 continue
-            yield from self._folder(path, tuple(f"../{other}" for other in folders if other != name))
+            others = tuple(f"../{other}" for other in folders if other != name)
+            yield from self._folder(path, others, below if below is not None and path == below.target else pairs)
+        if below is not None:
+            for lonely in below.lonely():
+                self.remarks.add(remarks.LONELY_SOURCES, self._relative(lonely))
+
+    def _with_partners(self, item: Input, pairs: PairFolders) -> Input:
+        """The image of target/ as a pair, with the images of equal stem in source/, source_2/ …"""
+        if item.problem is not None or item.kind or item.offset:  # images in tars and parquet have no folders
+            return item
+        try:
+            return self._pair(item, pairs.partners(os.path.join(str(self.base), os.fsdecode(item.file))))
+        except FileNotFoundError as error:
+            return dataclasses.replace(item, problem=(SOURCE_MISSING, str(error)))
+
+    def _pair(self, item: Input, paths: list[str]) -> Input:
+        """`item` with these files as its source images; with the problem of the first that can't be one."""
+        partners, changed = [], item.changed
+        for path in paths:
+            found = self._input(path, "", unread(_split(path)[1]))
+            if found.problem is not None:
+                reason, detail = found.problem
+                kind = SOURCE_MISSING if reason == FILE_MISSING else SOURCE_UNUSABLE
+                return dataclasses.replace(item, problem=(kind, f"{found.path}: {reason}: {detail}".rstrip(": ")))
+            partners.append(Partner(found.path, found.file, found.size))
+            changed = max(changed, found.changed)
+        return dataclasses.replace(item, sources=tuple(partners), changed=changed)
 
     def _found_listing(self, folder: str, names: list[str]) -> Iterator[Input]:
         """Rows of a folder's metadata file. One that can't be read is an error in the base folder, and counted elsewhere."""
@@ -275,9 +317,13 @@ class Sources:
         listed: set[int] = set()  # hashes, of 10 M paths still no more than half a GB
         empty = True
         try:
-            for cells in metadata.rows(path, self.image_column, self.caption_column, self.remarks):
+            columns = self.image_column, self.caption_column, self.remarks, self.source_columns
+            for cells in metadata.rows(path, *columns):
                 empty = False
                 item, place = self._row(cells, roots)
+                if place is not None and cells.sources:
+                    item, partners = self._row_of_pair(item, cells, roots)
+                    listed.update(map(hash, partners))
                 if place is not None:
                     if hash(place) in listed:
                         self.remarks.add(remarks.LISTED_TWICE, f"{cells.where}: {item.path}")
@@ -299,20 +345,11 @@ class Sources:
 
         if row.problem:
             return failed(BAD_ROW, row.problem)
-        if not isinstance(row.image, str) or not row.image.strip():
-            return failed(NO_IMAGE_PATH, f"the image column holds {shown(repr(row.image))}")
-        name = row.image.strip()
         try:
-            if b"\0" in os.fsencode(name):
-                return failed(NO_IMAGE_PATH, f"a NUL in {shown(name)}")
-        except UnicodeEncodeError:
-            return failed(NO_IMAGE_PATH, f"not valid Unicode: {shown(name)}")
-        spellings = [name] + ([name.replace("\\", "/")] if "\\" in name else [])
-        places = [os.path.normpath(os.path.join(root, spelling)) for spelling in spellings for root in roots]
+            name, places = self._named(row.image, row.where, roots)
+        except _BadCell as error:
+            return failed(*error.problem)
         place = next((place for place in places if os.path.exists(place)), places[0])
-        if not _contains(str(self.base), place):
-            detail = f"{row.where}: image {shown(repr(name))} lies outside of --dataset_base_path {shown(self.base)}"
-            return failed(OUTSIDE, detail)
         try:
             text, problem = captions.from_cell(row.caption), None
         except ValueError as error:
@@ -323,6 +360,46 @@ class Sources:
             detail = missing_files.advice(name, places)
             item = dataclasses.replace(item, problem=(FILE_MISSING, f"{item.problem[1]} ({row.where}); {detail}"))
         return item, place
+
+    def _row_of_pair(self, item: Input, row: metadata.MetadataRow, roots: list[str]) -> tuple[Input, list[str]]:
+        """The input of a row with its source images, and the paths that it names for them."""
+        chosen: list[str] = []
+        if item.problem is not None:
+            return item, chosen
+        if len(row.sources) > metadata.MOST_SOURCES:
+            detail = f"{row.where} names {len(row.sources)} source images, models take {metadata.MOST_SOURCES} at most"
+            return dataclasses.replace(item, problem=(SOURCE_UNUSABLE, detail)), chosen
+        for number, cell in enumerate(row.sources, start=1):
+            try:
+                name, places = self._named(cell, row.where, roots)
+            except _BadCell as error:
+                problem = (SOURCE_MISSING, f"source image {number} of {row.where}: {error.problem[1]}")
+                return dataclasses.replace(item, problem=problem), chosen
+            found = [place for place in places if os.path.exists(place)]
+            if not found:
+                advice = missing_files.advice(name, places)
+                problem = (SOURCE_MISSING, f"{shown(name)}, source image {number} of {row.where}; {advice}")
+                return dataclasses.replace(item, problem=problem), chosen
+            chosen.append(found[0])
+        return self._pair(item, chosen), chosen
+
+    def _named(self, cell: Any, where: str, roots: list[str]) -> tuple[str, list[str]]:
+        """The file name in a cell and the places where it may lie. Raises _BadCell for what is no name within the base."""
+        if not isinstance(cell, str) or not cell.strip():
+            raise _BadCell(NO_IMAGE_PATH, f"the image column holds {shown(repr(cell))}")
+        name = cell.strip()
+        try:
+            if b"\0" in os.fsencode(name):
+                raise _BadCell(NO_IMAGE_PATH, f"a NUL in {shown(name)}")
+        except UnicodeEncodeError:
+            raise _BadCell(NO_IMAGE_PATH, f"not valid Unicode: {shown(name)}") from None
+        spellings = [name] + ([name.replace("\\", "/")] if "\\" in name else [])
+        places = [os.path.normpath(os.path.join(root, spelling)) for spelling in spellings for root in roots]
+        place = next((place for place in places if os.path.exists(place)), places[0])
+        if not _contains(str(self.base), place):
+            detail = f"{where}: image {shown(repr(name))} lies outside of --dataset_base_path {shown(self.base)}"
+            raise _BadCell(OUTSIDE, detail)
+        return name, places
 
     # ── paths ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -358,6 +435,14 @@ class Sources:
             f"{shown(self._relative(path))} is a link to {shown(os.path.realpath(path))}, outside of --dataset_base_path"
             f" {shown(self.base)}: copy the files in, or allow it with --allow_links"
         )
+
+
+class _BadCell(Exception):
+    """A cell that names no image: `problem` as in Input."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.problem = reason, detail
 
 
 def _unlisted_kind(path: str) -> str:

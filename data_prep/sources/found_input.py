@@ -11,6 +11,15 @@ ROW = "row"  # row `offset` of a parquet file of `size` bytes
 
 
 @dataclass(frozen=True)
+class Partner:
+    """A source image of a pair: what an edit starts from."""
+
+    path: str  # as Input's
+    file: bytes
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
 class Input:
     """An image and its caption. `problem` is (reason, detail) when it is known already that it cannot be used."""
 
@@ -24,3 +33,4 @@ class Input:
     kind: str = PLAIN
     hint: str = ""  # where a caption was looked for; no part of a data set's identity
     data: bytes | None = None  # of a ROW, while it is on its way to a worker
+    sources: tuple[Partner, ...] = ()  # the image is then the target of an edit, the caption its instruction

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 # DiffSynth: image, prompt; Hugging Face imagefolder: file_name, text or caption; musubi-tuner: image_path, caption.
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filename", "file_path", "filepath", "file", "path", "img")
 CAPTION_COLUMNS = ("prompt", "text", "caption")
+# Of the source images of edits, with a number for the second and further ones: ours; DiffSynth's, whose cell may be a list;
+# musubi-tuner's, which begins with _0. The first kind that a row has is taken.
+SOURCE_COLUMNS = ("source_image", "edit_image", "control_path")
+MOST_SOURCES = 3  # what any model takes
 REPEATED = object()  # in the cells of a column whose name the header holds more than once
 LONGEST_CELL = 1 << 24  # characters: long captions; the csv module's own limit is 128 KiB
 
@@ -35,6 +40,7 @@ class MetadataRow:
     image: Any = None
     caption: Any = None
     problem: str = ""
+    sources: tuple[Any, ...] = ()  # cells of source images; a pair if there are any
 
 
 class BadRow(ValueError):
@@ -45,11 +51,16 @@ Cells = tuple[str, Mapping[str, Any] | BadRow]  # where, and {column: cell}
 
 
 def rows(
-    path: Path, image_column: str | None = None, caption_column: str | None = None, remarks: Remarks | None = None
+    path: Path,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    remarks: Remarks | None = None,
+    source_columns: tuple[str, ...] | None = (),
 ) -> Iterator[MetadataRow]:
     """Yield the rows; the columns are found by name (in any case, spaces around them aside) where they aren't given.
 
-    JSON's objects may each have other names. Raises ValueError for an unknown file type, a column that no row has, and
+    `source_columns`: of source images; None: SOURCE_COLUMNS, where there are any. JSON's objects may each have other names.
+    Raises ValueError for an unknown file type, a column that no row has, and
     what isn't of the file's type as a whole; OSError for what is no regular file.
     """
     reader = READERS.get(path.suffix.lower())
@@ -57,7 +68,7 @@ def rows(
         raise ValueError(f"{shown(path)}: metadata must be one of {', '.join(READERS)}")
     objects = path.suffix.lower() in (".jsonl", ".json")
     names: list[str] = []
-    images = texts = several = False
+    images = texts = several = pairs = False
     with open_regular(path) as file:
         for where, cells in reader(file, path):
             if isinstance(cells, BadRow):
@@ -75,7 +86,14 @@ def rows(
                 remarks.add(SEVERAL_COLUMNS, f"{path.name}: {said}")
             if not objects and not (images and texts):
                 break
-            yield MetadataRow(where, cells.get(image or ""), cells.get(text or ""))
+            sources = source_cells(cells, source_columns)
+            pairs = pairs or bool(sources)
+            yield MetadataRow(where, cells.get(image or ""), cells.get(text or ""), sources=sources)
+    if names and source_columns and not pairs:
+        raise ValueError(
+            f"{shown(path)} has no column {' or '.join(map(shown, source_columns))} (--source_columns), only "
+            f"{shown(', '.join(names))}"
+        )
     for kind, found, wanted, known in (
         ("image", images, image_column, IMAGE_COLUMNS),
         ("caption", texts, caption_column, CAPTION_COLUMNS),
@@ -97,6 +115,31 @@ def find_column(wanted: str | None, known: tuple[str, ...], cells: Mapping[str, 
     for name in cells:  # of equals the first
         spelled.setdefault(str(name).strip().lower(), name)
     return next((spelled[name] for name in ([wanted.lower()] if wanted else known) if name in spelled), None)
+
+
+def source_cells(cells: Mapping[str, Any], wanted: tuple[str, ...] | None) -> tuple[Any, ...]:
+    """The cells of a row's source images in order, lists taken apart, empty ones at the end left out.
+
+    Where the columns are there and all of them empty, one cell is left, so that the row is no image without sources.
+    """
+    spelled = {str(name).strip().lower(): name for name in cells}
+    names = [spelled[name.lower()] for name in wanted or () if name.lower() in spelled]
+    if wanted is None:
+        numbered = ([name for name in spelled if re.fullmatch(rf"{base}(_\d+)?", name)] for base in SOURCE_COLUMNS)
+        kind = next((names for names in numbered if names), [])
+        names = [spelled[name] for name in sorted(kind, key=_number)]
+    found: list[Any] = []
+    for name in names:
+        cell = cells[name]
+        found += cell if isinstance(cell, list) else [cell]
+    while len(found) > 1 and (found[-1] is None or found[-1] == ""):
+        found.pop()
+    return tuple(found)
+
+
+def _number(column: str) -> int:
+    digits = column.rpartition("_")[2]
+    return int(digits) if digits.isdigit() else -1
 
 
 def ambiguous(cells: Iterable[str], image_column: str | None, caption_column: str | None) -> str:

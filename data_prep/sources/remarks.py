@@ -32,6 +32,10 @@ PACKED_ARCHIVES = "packed archives not read: unpack them (plain .tar is read in 
 NAMED_TWICE = "images in tars have a name that came before: a sample each"
 OTHER_MEMBERS = "members of tars are neither images nor captions"
 OTHER_PARQUET = "parquet files without images"
+LONELY_SOURCES = "images in source/ folders belong to no image in target/, and are left out"
+PAIRS_FOUND = (
+    "images are packed as targets of edits, with their source images (--source_columns none packs them without)"
+)
 
 
 class Remarks:

@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from demo.drawing.course import Course
 from qwen_image.encoders.text_encoder import TextEncoder
-from qwen_image.model.conditioning import Prompt
+from qwen_image.model.conditioning import Prompt, pack_latents
 from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.noise_schedule import SigmaSchedule, shift_sigma
-from qwen_image.pipeline import DEFAULT_NEGATIVE_PROMPT, pack_latents, predict_velocity
+from qwen_image.pipeline import DEFAULT_NEGATIVE_PROMPT, predict_velocity
 from train.flow.objective import add_noise, flow_matching_loss, velocity_target
 
 LAYERS, HEADS, HEAD_DIM = 5, 4, 32

@@ -1,26 +1,27 @@
 """From a hub id, a local folder, single files or globs to the files of a model's components; no weight is read.
 
-Only Qwen-Image and Qwen-Image-2512 (the 60-block text-to-image MMDiT) are supported; relatives are refused before
-anything large is read.
+The family with Qwen-Image's transformer is supported (qwen_image/model/family.py); relatives are refused before anything large
+is read.
 """
 
 import glob
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from files.json_object import read_json_object
 from files.plain_name import plain_name
 from files.shown import shown
+from qwen_image.model.family import EDIT_2509, EDIT_2511, MEMBERS, TEXT_TO_IMAGE, Member
 from qwen_image.model.sizes import TransformerConfig
 
 FINGERPRINT_PIECES = 64
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
-_TEXT_TO_IMAGE_PIPELINES = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
-_UNSUPPORTED_FAMILIES = re.compile(r"qwen-image-(2\.1|edit|layered)", re.IGNORECASE)
+_UNSUPPORTED_FAMILIES = re.compile(r"qwen-image-(2\.1|layered)", re.IGNORECASE)
+TIMESTEP_ZERO = "__index_timestep_zero__"  # an empty tensor by which ComfyUI marks files of Qwen-Image-Edit-2511
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class ModelFiles:
     name: str  # the hub id, or the local folder's name
     revision: str | None  # commit hash of a hub snapshot; None for local folders
     components: dict[str, Component]
+    member: Member = TEXT_TO_IMAGE
+    preprocessor: Path | None = None  # an edit model's preprocessor_config.json
+    picture_positions: Literal["grid", "consecutive"] = "grid"  # qwen_image/encoders/text_encoder.py
 
     def __getitem__(self, component: str) -> Component:
         return self.components[component]
@@ -73,15 +77,18 @@ def weights_fingerprint(files: Iterable[Path], blocks: int = FINGERPRINT_PIECES)
 class ModelSource:
     """What a user says of the model: a folder in the Hugging Face layout or a hub id, and overrides of components.
 
-    A `*_path` is a folder, a safetensors file or a glob of them; files take their configuration from `model`.
+    A `*_path` is a folder, a safetensors file or a glob of them; files take their configuration from `model`. `model_family`
+    is a key of qwen_image.model.family.MEMBERS, or "auto" (None too): as the files tell.
     """
 
     model: str
     revision: str | None = None
+    model_family: str | None = None
     transformer_path: str | None = None
     text_encoder_path: str | None = None
     vae_path: str | None = None
     tokenizer_path: str | None = None
+    picture_positions: Literal["grid", "consecutive"] | None = None
 
     @classmethod
     def from_options(cls, options: Any) -> "ModelSource":
@@ -104,8 +111,16 @@ def resolve_model(
     Raises FileNotFoundError for what is missing and ValueError for models of other families.
     """
     root, name, commit = _model_folder(source, components, local_only)
-    _check_family(root, source.model)
-    return ModelFiles(name, commit, {c: _component(root, c, source.override(c)) for c in components})
+    found = {c: _component(root, c, source.override(c)) for c in components}
+    preprocessor = root / "processor" / "preprocessor_config.json"
+    return ModelFiles(
+        name,
+        commit,
+        found,
+        _member(root, source, found.get("transformer")),
+        preprocessor if preprocessor.is_file() else None,
+        source.picture_positions or "grid",
+    )
 
 
 def _model_folder(source: ModelSource, components: tuple[str, ...], local_only: bool) -> tuple[Path, str, str | None]:
@@ -119,7 +134,7 @@ def _model_folder(source: ModelSource, components: tuple[str, ...], local_only: 
         )
     if _UNSUPPORTED_FAMILIES.search(model):
         raise ValueError(
-            f"{model} is not supported: only Qwen/Qwen-Image and Qwen/Qwen-Image-2512 can be trained so far"
+            f"{model} is not supported: only Qwen-Image, Qwen-Image-2512 and Qwen-Image-Edit, -2509, -2511 can be trained"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -139,7 +154,7 @@ def _model_folder(source: ModelSource, components: tuple[str, ...], local_only: 
 
 def _patterns(source: ModelSource, components: tuple[str, ...]) -> list[str]:
     """Of a hub repository's files, those that `components` need."""
-    patterns = ["model_index.json"]
+    patterns = ["model_index.json", "transformer/config.json", "processor/preprocessor_config.json"]
     for component in components:
         patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*.jinja"]
         if not source.override(component):
@@ -179,18 +194,65 @@ def to_download(source: ModelSource, components: tuple[str, ...]) -> list[tuple[
     return [(name, sizes[name]) for name in wanted if name not in there]
 
 
-def _check_family(root: Path, model: str) -> None:
+def presumed_member(source: ModelSource) -> Member:
+    """Of a hub id whose files are not here yet: by --model_family, else by its name."""
+    if source.model_family not in (None, "auto"):
+        return MEMBERS[source.model_family or ""]
+    named = re.search(r"edit(-25(09|11))?", source.model, re.IGNORECASE)
+    return MEMBERS[named[0].lower()] if named else TEXT_TO_IMAGE
+
+
+def _member(root: Path, source: ModelSource, transformer: Component | None) -> Member:
+    """Which member of the family: by --model_family, else by ComfyUI's mark, the pipeline's class and `zero_cond_t`.
+
+    Raises ValueError for another family, and where the files contradict each other or the flag.
+    """
     index = root / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(
-            f"{model}: model_index.json is missing, so this is no model folder in the Hugging Face layout"
+            f"{source.model}: model_index.json is missing, so this is no model folder in the Hugging Face layout"
         )
     pipeline = read_json_object(index).get("_class_name")
-    if pipeline not in _TEXT_TO_IMAGE_PIPELINES:
+    if not any(pipeline in member.pipelines for member in MEMBERS.values()):
         raise ValueError(
-            f"{model} is a {pipeline}; only text-to-image models of QwenImagePipeline (Qwen-Image, Qwen-Image-2512) "
-            "can be trained so far"
+            f"{source.model} is a {pipeline}; only models of QwenImagePipeline (Qwen-Image, Qwen-Image-2512), "
+            "QwenImageEditPipeline and QwenImageEditPlusPipeline can be trained so far"
         )
+    asked = MEMBERS[source.model_family] if source.model_family not in (None, "auto") else None
+    if transformer is not None and source.transformer_path and _is_marked(transformer):
+        if asked not in (None, EDIT_2511):
+            raise ValueError(
+                f"{source.transformer_path} holds {TIMESTEP_ZERO}, which marks {EDIT_2511.name}, but --model_family says "
+                f"{source.model_family}"
+            )
+        return EDIT_2511
+    if asked is not None:
+        return asked
+    config = (transformer.folder if transformer is not None else root / "transformer") / "config.json"
+    zero_cond_t = bool(config.is_file() and read_json_object(config).get("zero_cond_t"))
+    if pipeline in EDIT_2511.pipelines:
+        if not config.is_file():
+            raise FileNotFoundError(
+                f"{config} is missing, which would tell {EDIT_2509.name} from {EDIT_2511.name}: say --model_family edit-2509 "
+                "or edit-2511"
+            )
+        return EDIT_2511 if zero_cond_t else EDIT_2509
+    if zero_cond_t:
+        raise ValueError(
+            f"{config}: zero_cond_t is set, which marks {EDIT_2511.name}, but {index} names a {pipeline}: say --model_family "
+            "edit-2511 if it is one"
+        )
+    return next(member for member in MEMBERS.values() if pipeline in member.pipelines)
+
+
+def _is_marked(transformer: Component) -> bool:
+    """Whether the weights carry ComfyUI's mark of Qwen-Image-Edit-2511; reads headers alone."""
+    from qwen_image.loading.safetensors_ranges import read_headers
+
+    try:
+        return TIMESTEP_ZERO in read_headers(transformer.weights)
+    except ValueError:  # a damaged file is told of by whoever reads it
+        return False
 
 
 def _component(root: Path, component: str, override: str | None) -> Component:
@@ -242,4 +304,4 @@ def transformer_config(files: ModelFiles) -> TransformerConfig:
         raise FileNotFoundError(
             f"{config_file} is missing; single files take their configuration from --model's folder"
         )
-    return TransformerConfig.from_config_file(config_file)
+    return replace(TransformerConfig.from_config_file(config_file), zero_cond_t=files.member.zero_cond_t)

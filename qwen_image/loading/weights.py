@@ -15,7 +15,7 @@ from torch import nn
 
 from files.shown import shown
 from qwen_image.loading.float8_scales import attach_scales, unscaled
-from qwen_image.loading.model_files import ModelFiles, transformer_config
+from qwen_image.loading.model_files import TIMESTEP_ZERO, ModelFiles, transformer_config
 from qwen_image.loading.safetensors_ranges import RangeReader, StoredTensor, read_headers
 from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
@@ -77,6 +77,7 @@ def match_weights(
     """
     expected = {name: parameter.shape for name, parameter in module.named_parameters()}
     stored = _renamed(attach_scales(read_headers(files)), rename)
+    stored.pop(TIMESTEP_ZERO, None)
     where = shown(files[0].parent if len(files) > 1 else files[0])
     for name, tensor in stored.items():
         if name in expected and tensor.shape != expected[name]:

@@ -34,7 +34,8 @@ class TableBuilder:
     ):
         parameter = transformer.proj_out.weight
         self.transformer = transformer
-        self.times = time_inputs(sigmas, parameter.dtype)
+        zero = [0.0] if transformer.config.zero_cond_t else []  # of source images, which are clean
+        self.times = time_inputs([*sigmas, *zero], parameter.dtype)
         self.freed = 0
         self.device = parameter.device
         inputs = torch.tensor(self.times, device=self.device, dtype=parameter.dtype)
@@ -75,7 +76,8 @@ class TableBuilder:
         self._drop(self.transformer.norm_out, self.transformer.time_text_embed)
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the last blocks may still be on their way
-        table = ModulationTable(self.rows, self.final, self.times, self.device, self.freed)
+        zero_cond_t = self.transformer.config.zero_cond_t
+        table = ModulationTable(self.rows, self.final, self.times, self.device, self.freed, zero_cond_t)
         self.transformer.modulation_table = table
         return self.freed
 

@@ -31,13 +31,27 @@ class ModulationTable:
 
     Bit-equal to computing a batch of one in place: each row was computed by itself, by the same modules. Raises
     ValueError on a time input that it was not built for. `replaced`: bytes of weights that it stands in for.
+
+    Attributes:
+        clean: the image modulation at the time input 0, [blocks, 1, 1, 6·D] on `device`: that of source images in models with
+            `zero_cond_t` (the table then knows 0); None in others.
     """
 
     def __init__(
-        self, rows: torch.Tensor, final: torch.Tensor, times: list[float], device: torch.device, replaced: int = 0
+        self,
+        rows: torch.Tensor,
+        final: torch.Tensor,
+        times: list[float],
+        device: torch.device,
+        replaced: int = 0,
+        zero_cond_t: bool = False,
     ):
         self.rows, self.final, self.device, self.replaced = rows, final, device, replaced
         self.places = {time: place for place, time in enumerate(times)}
+        self.clean: torch.Tensor | None = None
+        if zero_cond_t:
+            row = rows[:, self.places[0.0]]  # [blocks, 12·D], image before text
+            self.clean = row[:, None, None, : row.shape[1] // 2].clone().to(device)
 
     def lookup(self, timestep: torch.Tensor) -> Modulation:
         """Time inputs [B] (on the CPU, else the device is waited for) → all blocks' rows and norm_out's."""

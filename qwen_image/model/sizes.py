@@ -33,6 +33,7 @@ class TransformerConfig:
     num_attention_heads: int = 24
     joint_attention_dim: int = 3584
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    zero_cond_t: bool = False  # source images are modulated as at the noise level 0 (Qwen-Image-Edit-2511)
 
     @property
     def inner_dim(self) -> int:
@@ -44,7 +45,6 @@ class TransformerConfig:
         config = read_json_object(path)
         check_class(config, path, "QwenImageTransformer2DModel", "transformer")
         for flag, family in (
-            ("zero_cond_t", "Qwen-Image-Edit-2511"),
             ("use_additional_t_cond", "Qwen-Image-Layered"),
             ("use_layer3d_rope", "Qwen-Image-Layered"),
             ("guidance_embeds", "a guidance-distilled model"),

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qwen_image.model.conditioning import Grids, source_tokens, target_tokens
 from qwen_image.model.joint_attention import JointAttention
 from qwen_image.model.joint_layout import can_invert
 from qwen_image.model.layers import NORM_EPS, FeedForward, Linear, RMSNorm, TimestepEmbedder
@@ -71,9 +72,16 @@ class Block(nn.Module):
         rotary: Rotary,
         keep: torch.Tensor | None,
         dense_padding: bool,
+        clean: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """image [B,S,D] and text [B,T,D] → the same shapes."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = image_modulation.chunk(6, dim=-1)
+        """image [B,S,D] and text [B,T,D] → the same shapes.
+
+        Modulations are [B, 1, 6·D]. With `clean` (bool [1, S, 1]) the image's is [B, 2, 6·D]: its second row is that of the
+        tokens where `clean` is True.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            by_token(part, clean) for part in image_modulation.chunk(6, dim=-1)
+        )
         text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_modulation.chunk(6, dim=-1)
         image_attended, text_attended = self.attn(
             self.norm(image) * (1 + scale1) + shift1,
@@ -89,6 +97,11 @@ class Block(nn.Module):
             text = text + text_gate1 * text_attended
             text = text + text_gate2 * self.txt_mlp(self.norm(text) * (1 + text_scale2) + text_shift2)
         return image, text
+
+
+def by_token(rows: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
+    """Each token's row: of rows [B, 2, D] the second where `second` [1, S, 1] is True; without it the only one [B, 1, D]."""
+    return rows if second is None else torch.where(second, rows[:, 1:], rows[:, :1])
 
 
 class QwenImageTransformer(nn.Module):
@@ -130,13 +143,13 @@ class QwenImageTransformer(nn.Module):
         timestep: torch.Tensor,
         prompt_embeds: torch.Tensor,
         prompt_mask: torch.Tensor | None,
-        rows: int,
-        columns: int,
+        grids: Grids,
         modulation: Modulation | None = None,
     ) -> torch.Tensor:
-        """Packed latents [B, rows·columns, 64], timestep [B], embeddings [B,T,3584], mask bool [B,T] or None → [B, S, 64].
+        """Packed latents [B, S, 64], timestep [B], embeddings [B,T,3584], mask [B,T] or None → velocity of the first image.
 
-        `modulation`: what `look_up(timestep)` returned, if that was done before.
+        `grids`: rows and columns of the images that the S tokens are of (model/conditioning.py); the velocity has the first
+        one's tokens. `modulation`: what `look_up(timestep)` returned, if that was done before.
         """
         image = self.img_in(latents)
         text = self.txt_in(self.txt_norm(prompt_embeds))
@@ -145,16 +158,20 @@ class QwenImageTransformer(nn.Module):
         if modulation is None:
             temb = self.embed_time(timestep.to(image.device, image.dtype))
         final = self.final_modulation(temb) if modulation is None else modulation.final
-        rotary = rotary_table(text.shape[1], rows, columns, self.config.axes_dims_rope, image.device)
+        clean = source_tokens(grids, image.device) if self.config.zero_cond_t else None
+        rotary = rotary_table(text.shape[1], grids, self.config.axes_dims_rope, image.device)
         keep = None if prompt_mask is None else F.pad(prompt_mask, (0, image.shape[1]), value=True)
         for index, block in enumerate(self.transformer_blocks):
             assert isinstance(block, Block)
             if self.block_stream is not None:
                 self.block_stream.enter(index)
             if self.dynamic_lengths:
-                mark_lengths(image, text, rotary, keep)
-            streams = block.modulation(temb) if modulation is None else modulation.blocks[index].unbind()
-            arguments = (image, text, *streams, rotary, keep, self.dense_padding)
+                mark_lengths(image, text, rotary, keep, clean)
+            of_image, of_text = block.modulation(temb) if modulation is None else modulation.blocks[index].unbind()
+            if clean is not None:
+                of_clean = self.clean_modulation(index, block)
+                of_image = torch.cat([of_image, of_clean.expand(len(of_image), -1, -1)], 1)
+            arguments = (image, text, of_image, of_text, rotary, keep, self.dense_padding, clean)
             if index < self.checkpointed_blocks and torch.is_grad_enabled():
                 with self.saved_inputs():
                     image, text = checkpoint(
@@ -164,6 +181,8 @@ class QwenImageTransformer(nn.Module):
                 image, text = block(*arguments)
             if self.block_stream is not None:
                 image, text = self.block_stream.leave(index, image, text)
+        if len(grids) > 1:
+            image = image[:, : target_tokens(grids)]
         scale, shift = final.chunk(2, dim=-1)
         image = F.layer_norm(image, image.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
         return self.proj_out(image)
@@ -179,6 +198,13 @@ class QwenImageTransformer(nn.Module):
     def final_modulation(self, temb: torch.Tensor) -> torch.Tensor:
         """temb [B, D] → scale and shift before the output layer, [B, 1, 2·D]."""
         return self.norm_out["linear"](F.silu(temb)).unsqueeze(1)
+
+    def clean_modulation(self, index: int, block: Block) -> torch.Tensor:
+        """The image modulation [1, 1, 6·D] of clean tokens: that of the time input 0, from the table where there is one."""
+        if self.modulation_table is not None:
+            assert self.modulation_table.clean is not None, "a table for zero_cond_t holds the time input 0"
+            return self.modulation_table.clean[index]
+        return block.img_mod(self.embed_time(self.proj_out.bias.new_zeros(1))).unsqueeze(1)
 
     def compile_blocks(self, dynamic: bool = False) -> None:
         """Compile the blocks' forward, one graph for all and one for the last: once for each shape, or for all `dynamic`ally.
@@ -201,7 +227,9 @@ class QwenImageTransformer(nn.Module):
             block.compile(dynamic=None if dynamic else False, options=options)
 
 
-def mark_lengths(image: torch.Tensor, text: torch.Tensor, rotary: Rotary, keep: torch.Tensor | None) -> None:
+def mark_lengths(
+    image: torch.Tensor, text: torch.Tensor, rotary: Rotary, keep: torch.Tensor | None, clean: torch.Tensor | None
+) -> None:
     """Tell the compiler that the number of tokens varies: it then compiles for all of them at once."""
-    for tensor in (image, text, *rotary, *(() if keep is None else (keep,))):
+    for tensor in (image, text, *rotary, *(each for each in (keep, clean) if each is not None)):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)

@@ -16,6 +16,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 MACHINES = {  # ranks, and the ZeRO stage
     "one_24gb_card": (1, 2),
     "one_80gb_card": (1, 2),
+    "edit": (1, 2),
     "eight_gpus_zero2": (8, 2),
     "zero3": (4, 3),
 }

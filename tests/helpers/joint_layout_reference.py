@@ -58,7 +58,7 @@ def make(case, dtype, weight_spread=1.5, seed=0):
         for length in (tokens if text_query else rows * columns, tokens, tokens)
     ]
     axes = (dim - 2 * (3 * dim // 8), 3 * dim // 8, 3 * dim // 8)
-    rotary = rotary_table(text_tokens, rows, columns, axes, torch.device("cpu"))
+    rotary = rotary_table(text_tokens, ((rows, columns),), axes, torch.device("cpu"))
     return image, text, norms, rotary, keep, grads
 
 

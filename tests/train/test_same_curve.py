@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from demo.random_model import write_random_encoded
+from demo.random_model import write_random_encoded, write_random_model
 from tests.helpers.forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
 from train import train_lora
 
@@ -103,3 +104,24 @@ def test_resuming_with_other_numbers_of_ranks_follows_the_curve(paths, whole, tm
         zero = "zero3" if turn == 2 else "zero2"
         assert run_ranks(world, train, [command(paths, tmp_path / "moved", zero, 6 // world, 2 * turn)]) == [0]
     assert_same([whole, tmp_path / "moved"])
+
+
+@pytest.mark.parametrize("family", ["edit-2511"])
+def test_edits_give_one_curve_too(family, tmp_path):
+    """Pairs with two source images in batches of two, dropped captions with their own pictures, the second row of 2511: over
+    ranks, accumulation, ZeRO-2 and 3; and a run that was interrupted has the uninterrupted one's bits."""
+    write_random_model(tmp_path / "model", layers=2, heads=1, text_dim=64, family=family)
+    write_random_encoded(
+        tmp_path / "data", 20, 32, 48, 6, 64, buckets=2, family=family, sources=((48, 32), (16, 32)), picture_tokens=4
+    )
+    paths = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
+    runs = run_splits(paths, tmp_path, ("zero2",), [(1, 2)])
+    assert_same([*runs, *run_splits(paths, tmp_path, ("zero2", "zero3"), [(2, 1)])])
+    again = tmp_path / "again"
+    for steps in (3, STEPS):
+        assert run_ranks(1, train, [command(paths, again, "zero2", 2, steps)]) == [0]
+    assert curve(again) == curve(runs[0])
+    weights = load_file(runs[0] / "lora.safetensors")
+    assert all((tensor == weights[name]).all() for name, tensor in load_file(again / "lora.safetensors").items())
+    with safe_open(again / "lora.safetensors", "pt") as file:
+        assert file.metadata()["model_family"] == "Qwen-Image-Edit-2511"

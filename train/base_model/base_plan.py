@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from qwen_image.float8.linear import FLOAT8, check_float8, float8_bytes
-from qwen_image.loading.model_files import ModelSource, is_here, resolve_model
+from qwen_image.loading.model_files import ModelSource, is_here, presumed_member, resolve_model
 from qwen_image.loading.weights import empty_transformer, float8_warning, full_size_transformer, match_weights
 from qwen_image.model.dtypes import DTYPES
+from qwen_image.model.family import TEXT_TO_IMAGE, Member
 from qwen_image.model.modulation import modulation_layers
 from qwen_image.model.sizes import PIXEL_MULTIPLE
 from qwen_image.model.transformer import QwenImageTransformer
@@ -62,6 +63,7 @@ class BasePlan:
     sampled: frozenset[tuple[int, int]] = frozenset()
     notes: tuple[str, ...] = ()
     here: bool = True
+    member: Member = TEXT_TO_IMAGE
 
     @classmethod
     def from_config(cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec, ranks: Ranks) -> "BasePlan":
@@ -91,11 +93,12 @@ class BasePlan:
             (sample.num_inference_steps, (sample.height // PIXEL_MULTIPLE) * (sample.width // PIXEL_MULTIPLE))
             for sample in config.samples()
         )
+        member = presumed_member(source) if files is None else files.member
         notes = (
             *(() if files is None else float8_warning(files)),
-            *(note for preset in presets for note in preset.lora.notes),
+            *(note for preset in presets for note in preset.notes(member)),
         )
-        notes += check_starting_file(config.lora_checkpoint, empty, spec)
+        notes += check_starting_file(config.lora_checkpoint, empty, spec, member)
         return cls(
             source,
             empty,
@@ -111,6 +114,7 @@ class BasePlan:
             sampled,
             notes,
             here,
+            member,
         )
 
     def lines(self, device: torch.device) -> list[str]:
@@ -163,6 +167,7 @@ class BasePlan:
             | ({"presets": [preset.identity() for preset in self.presets]} if self.presets else {})
             | ({"base_precision": "float8"} if self.float8 else {})
             | ({"base_precision": "int8"} if self.int8 else {})
+            | ({"family": files.member.name} if files.member is not TEXT_TO_IMAGE else {})
         )
         return {"model": model}
 

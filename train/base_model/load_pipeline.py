@@ -8,6 +8,7 @@ from qwen_image.loading.model_files import (
     ModelSource,
     resolve_model,
 )
+from qwen_image.model.family import Member
 from qwen_image.pipeline import QwenImagePipeline, check_prompt_width
 from train.base_model.base_plan import BasePlan
 from train.base_model.import_ahead import import_ahead
@@ -37,8 +38,7 @@ def load_pipeline(
     """
     start_clock.reached("plan")
     source = base.source
-    if dataset.encoded:
-        check_data(source, dataset, base.empty.config.joint_attention_dim)
+    check_data(source, dataset, base)
     base = on_local_disks(base, dataset.encoded, local_model_copy, ranks)
     files = resolve_model(base.source, ("transformer", "scheduler"))
     pipeline = QwenImagePipeline.from_pretrained(
@@ -56,10 +56,21 @@ def load_pipeline(
     return replace(pipeline, transformer=transformer, files=files)
 
 
-def check_data(source: ModelSource, dataset: DataSet, prompt_width: int) -> None:
-    """Refuse encoded shards of another model: by their conventions, the prompts' width, and the encoders if at hand."""
+def check_data(source: ModelSource, dataset: DataSet, base: BasePlan) -> None:
+    """Refuse data for another model: pairs or none, and of encoded shards their conventions, the prompts' width, and the
+    encoders if at hand."""
+    if dataset.encoded:
+        check_encoded(source, dataset, base.member, base.empty.config.joint_attention_dim)
+    for bucket in dataset.manifest.buckets:
+        base.member.check_sources(len(bucket.sources), f"{dataset.name}: each of {bucket.count} samples ({bucket})")
+
+
+def check_encoded(source: ModelSource, dataset: DataSet, member: Member, prompt_width: int) -> None:
+    """Of encoded shards: what was encoded, by which rules and encoders."""
     encoding = dataset.manifest.encoding or {}
     own: dict[str, str] = {"latents": LATENTS, "prompts": PROMPTS}
+    if member.most_sources:
+        own |= {"family": member.name, "picture_positions": source.picture_positions or "grid"}
     for component in ("vae", "text_encoder"):
         try:
             files = resolve_model(source, (component,), local_only=True)
@@ -67,9 +78,8 @@ def check_data(source: ModelSource, dataset: DataSet, prompt_width: int) -> None
         except FileNotFoundError:
             continue  # training needs no encoder, so it may well lie elsewhere
     check_encoding(dataset.name, encoding, own, source.model)
-    assert dataset.empty_prompt is not None
-    if dataset.empty_prompt.shape[1] != prompt_width:
+    if dataset.prompt_width != prompt_width:
         raise ValueError(
-            f"{dataset.name}: prompt embeddings are {dataset.empty_prompt.shape[1]} wide, but {source.model} takes "
+            f"{dataset.name}: prompt embeddings are {dataset.prompt_width} wide, but {source.model} takes "
             f"{prompt_width}: the shards were encoded for another model"
         )

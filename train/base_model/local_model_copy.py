@@ -65,7 +65,7 @@ def on_local_disks(base: BasePlan, encoded: bool, option: Path | None, ranks: Ra
     for line, times in Counter(one.line for one in first).items():
         ranks.say(line + (f" (on {times} nodes)" if times > 1 else ""))
     here = next((one.folders for one in first if one.node == node), {})
-    paths = {f"{component}_path": str(folder) for component, folder in here.items()}
+    paths: dict[str, Any] = {f"{component}_path": str(folder) for component, folder in here.items()}
     return replace(base, source=replace(base.source, **paths))
 
 

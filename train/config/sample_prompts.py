@@ -9,19 +9,25 @@
       num_inference_steps: 20
       seed: 7
       lora_strength: 0.8
+    - prompt: make the cup blue                   # for edit models
+      source_image: [cup.jpg]                     # or one name; up to three for -2509 and -2511
+      source_pixels: 1048576                      # the area that they are stretched to
 
-The same as JSON, one object (or text) a line, in prompts.jsonl. What isn't given is as the flags say. No torch here.
+The same as JSON, one object (or text) a line, in prompts.jsonl. What isn't given is as the flags say; an image with a source
+image and no size of its own has that image's, as inference does it. No torch here.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from annotated_types import Ge, Interval
 
 from files.shown import shown
+from qwen_image.encoders.source_images import size_as_source
+from qwen_image.model.family import SOURCE_AREA, SOURCE_STEP
 from train.config.typed_fields import Count, Number, Pixels, convert, did_you_mean
 
 SUFFIXES = (".yaml", ".yml", ".jsonl")
@@ -43,6 +49,8 @@ class SamplePrompt:
     true_cfg_scale: Annotated[Annotated[float, Ge(1.0)], "guidance"] = 4.0
     seed: Annotated[Annotated[int, Interval(ge=0, le=HIGHEST_SEED)], "of the noise"] = 0
     lora_strength: Annotated[Number, "of the LoRA"] = 1.0
+    source_image: Annotated[tuple[str, ...], "files"] = ()
+    source_pixels: Annotated[Annotated[int, Ge(SOURCE_STEP**2)], "area of source images"] = SOURCE_AREA
 
     @property
     def guided(self) -> bool:
@@ -54,6 +62,35 @@ class SamplePrompt:
         """Forward passes of the transformer."""
         return self.num_inference_steps * (1 + self.guided)
 
+    def facts(self) -> dict[str, Any]:
+        """As it stands in the image's file; JSON."""
+        found = asdict(self) | {"source_image": list(self.source_image)}
+        return found if self.source_image else {n: v for n, v in found.items() if not n.startswith("source_")}
+
+    def of_its_source(self) -> "SamplePrompt":
+        """With the size that inference gives an edit: the last source image's (Qwen-Image-Edit has but one).
+
+        Raises FileNotFoundError or ValueError for a file that isn't there or is no image.
+        """
+        if not self.source_image:
+            return self
+        width, height = size_as_source(Path(self.source_image[-1]).expanduser(), self.source_pixels)
+        return replace(self, width=width, height=height)
+
+
+class Told(NamedTuple):
+    """A text with the source images that it is encoded with."""
+
+    text: str
+    source_image: tuple[str, ...]
+    source_pixels: int
+
+
+def tell(sample: SamplePrompt) -> tuple[Told, Told]:
+    """A sample's prompt and negative prompt."""
+    sources = sample.source_image, sample.source_pixels
+    return Told(sample.prompt, *sources), Told(sample.negative_prompt, *sources)
+
 
 HINTS: dict[str, Any] = get_type_hints(SamplePrompt, include_extras=True)
 
@@ -63,10 +100,13 @@ def is_prompt_file(text: str) -> bool:
     return text.endswith(SUFFIXES)
 
 
-def read_prompts(texts: Sequence[str], defaults: SamplePrompt, count_seeds: bool = False) -> tuple[SamplePrompt, ...]:
+def read_prompts(
+    texts: Sequence[str], defaults: SamplePrompt, count_seeds: bool = False, sized: bool = True
+) -> tuple[SamplePrompt, ...]:
     """The images that `texts` ask for: prompts, or files of them. `count_seeds`: those not given count up from the default's.
 
-    Raises FileNotFoundError, and ValueError with one line that names the file, the line and what is wrong there.
+    `sized`: the default's size is meant for edits, too. Raises FileNotFoundError, and ValueError with one line that names the
+    file, the line and what is wrong there.
     """
     found: list[SamplePrompt] = []
     for text in texts:
@@ -74,7 +114,8 @@ def read_prompts(texts: Sequence[str], defaults: SamplePrompt, count_seeds: bool
         for entry, place in entries:
             given = {name: _checked(name, value, place) for name, value in entry.items()}
             seed = (defaults.seed + len(found) * count_seeds) % (HIGHEST_SEED + 1)
-            found.append(replace(defaults, **({"seed": seed} | given)))
+            asked = replace(defaults, **({"seed": seed} | given))
+            found.append(asked if sized or {"height", "width"} & given.keys() else asked.of_its_source())
     return tuple(found)
 
 

@@ -56,10 +56,14 @@ class TrainConfig:
     # ---- model
     model: Annotated[str, MODEL_HELP["model"]]
     revision: Annotated[str | None, MODEL_HELP["revision"]] = None
+    model_family: Annotated[
+        Literal["auto", "text-to-image", "edit", "edit-2509", "edit-2511"], MODEL_HELP["model_family"]
+    ] = "auto"
     transformer_path: Annotated[str | None, MODEL_HELP["transformer_path"]] = None
     text_encoder_path: Annotated[str | None, MODEL_HELP["text_encoder_path"]] = None
     vae_path: Annotated[str | None, MODEL_HELP["vae_path"]] = None
     tokenizer_path: Annotated[str | None, MODEL_HELP["tokenizer_path"]] = None
+    picture_positions: Annotated[Literal["grid", "consecutive"], MODEL_HELP["picture_positions"]] = "grid"
     dtype: Annotated[Precision, "of the frozen weights and the activations"] = "bfloat16"
     base_precision: Annotated[
         Literal["auto", "dtype", "float8", "int8"],
@@ -299,7 +303,9 @@ class TrainConfig:
     sample_steps: Annotated[Whole | None, "steps between sample images; 0 = at the end only; not given: save_steps"] = (
         None
     )
-    sample_height: Annotated[Pixels, "height of sample images in pixels"] = 1024
+    sample_height: Annotated[
+        Pixels, "height of sample images in pixels; both left at 1024: edits have their source's"
+    ] = 1024
     sample_width: Annotated[Pixels, "width of sample images in pixels"] = 1024
     sample_num_inference_steps: Annotated[Count, "denoising steps of sample images"] = 30
     sample_true_cfg_scale: Annotated[Annotated[float, Ge(1.0)], "guidance; 1 = none"] = 4.0
@@ -379,7 +385,8 @@ class TrainConfig:
             num_inference_steps=self.sample_num_inference_steps,
             true_cfg_scale=self.sample_true_cfg_scale,
         )
-        return read_prompts(self.sample_prompts, defaults, count_seeds=True)
+        sized = (self.sample_height, self.sample_width) != (1024, 1024)
+        return read_prompts(self.sample_prompts, defaults, count_seeds=True, sized=sized)
 
     def to_dict(self, **decided: Any) -> dict[str, Any]:
         """The fields as plain values (str, int, float, bool, list, None), for YAML, JSON and W&B.

@@ -38,16 +38,20 @@ class Batch:
     pixels: torch.Tensor | None = None  # uint8 [B, 3, H, W]
     prompt_embeds: torch.Tensor | None = None  # [B, T, D], zeros right of each prompt
     prompt_mask: torch.Tensor | None = None  # bool [B, T]; None: no padding
+    sources: tuple[torch.Tensor, ...] = ()  # of pairs: latents or pixels of the first source images, the second …
+    source_sizes: list[tuple[tuple[int, int], ...]] = field(
+        default_factory=list
+    )  # each sample's, before they were packed
     broken: list[str] = field(default_factory=list)  # members that were replaced, and why
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The same batch with `function` applied to every tensor but σ."""
         tensors = {n: v for n, v in vars(self).items() if isinstance(v, torch.Tensor) and n != "sigma"}
         moved: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
-        return replace(self, **moved)
+        return replace(self, **moved, sources=tuple(map(function, self.sources)))
 
     def tensors(self) -> list[torch.Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+        return [*self.sources, *(value for value in vars(self).values() if isinstance(value, torch.Tensor))]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -59,7 +63,7 @@ class Batch:
 def collate(
     samples: Sequence[Sample], draws: Sequence[Draws], empty_prompt: torch.Tensor | None = None, text_padding: int = 1
 ) -> dict[str, Any]:
-    """The fields of Batch from `keys` to `prompt_mask`; prompts are padded to a multiple of `text_padding` tokens."""
+    """The fields of Batch from `keys` on but for `broken`; prompts are padded to a multiple of `text_padding` tokens."""
     drop = [draw.drop_caption for draw in draws]
     batch: dict[str, Any] = {
         "keys": [sample.key for sample in samples],
@@ -70,13 +74,23 @@ def collate(
         "sigma": torch.tensor([draw.sigma for draw in draws], dtype=torch.float32),
         "drop": torch.tensor(drop),
     }
+    batch["source_sizes"] = [sample.source_sizes for sample in samples if sample.source_sizes]
+    sources = tuple(torch.stack(place) for place in zip(*(sample.sources for sample in samples), strict=True))
     if samples[0].pixels is not None:
-        return batch | {"pixels": torch.stack([s.pixels for s in samples if s.pixels is not None])}
-    assert empty_prompt is not None, "encoded samples need the embedding of the empty caption"
-    prompts = [empty_prompt if d else s.prompt_embeds for s, d in zip(samples, drop, strict=True)]
-    embeds, mask = Prompt.from_list([prompt for prompt in prompts if prompt is not None], text_padding)
+        return batch | {"pixels": torch.stack([s.pixels for s in samples if s.pixels is not None]), "sources": sources}
+    prompts = [prompt_of(sample, dropped, empty_prompt) for sample, dropped in zip(samples, drop, strict=True)]
+    embeds, mask, _ = Prompt.from_list(prompts, text_padding)
     latents = torch.stack([s.latent for s in samples if s.latent is not None]).unsqueeze(2)
-    return batch | {"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask}
+    sources = tuple(each.unsqueeze(2) for each in sources)
+    return batch | {"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask, "sources": sources}
+
+
+def prompt_of(sample: Sample, dropped: bool, empty_prompt: torch.Tensor | None) -> torch.Tensor:
+    """[T, D] of an encoded sample; of one whose caption is `dropped` that of the empty caption, with its own source images."""
+    empty = empty_prompt if sample.empty_prompt is None else sample.empty_prompt
+    found = empty if dropped else sample.prompt_embeds
+    assert found is not None, "encoded samples need the embedding of the empty caption"
+    return found
 
 
 def make_batch(

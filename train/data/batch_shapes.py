@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from qwen_image.encoders.text_encoder import text_tokens_of
 from qwen_image.model.conditioning import Prompt
+from qwen_image.model.family import TEXT_TO_IMAGE, Member
 from qwen_image.model.sizes import LATENT_CHANNELS, PIXEL_MULTIPLE, VAE_FACTOR
 from train.data.batch import STORED_DTYPE
 from train.data.sample import DataSet
@@ -24,6 +26,7 @@ class BatchOptions(NamedTuple):
     batch_size: int = 1
     max_prompt_tokens: int = 512
     caption_dropout: float = 0.0  # the empty caption has a length of its own
+    member: Member = TEXT_TO_IMAGE  # for pairs that aren't encoded: it tells how many tokens their pictures are
 
 
 class BatchShapes(NamedTuple):
@@ -40,22 +43,32 @@ def batch_shapes(options: BatchOptions, dataset: DataSet, text_padding: int) -> 
         return BatchShapes(len(dataset.manifest.buckets) * -(-longest // text_padding), maybe_padded)
     index = dataset.index
     bucket = np.asarray(index.bucket)[dataset.training].astype(np.int64)
-    if dataset.encoded:
-        tokens = np.asarray(index.prompt_tokens)[dataset.training]
-    else:
-        tokens = np.asarray(index.caption_length)[dataset.training] // CHARACTERS_A_TOKEN
-    tokens = tokens.clip(1, longest).astype(np.int64)
+    pictures, told = token_counts(options, dataset)
+    tokens = pictures + told.clip(1, longest)
     if options.caption_dropout > 0:
         empty = 1 if dataset.empty_prompt is None else len(dataset.empty_prompt)
-        ids = np.unique(bucket)
-        bucket = np.concatenate([bucket, ids])
-        tokens = np.concatenate([tokens, np.full(len(ids), empty)])
+        bucket, pictures = np.concatenate([bucket, bucket]), np.concatenate([pictures, pictures])
+        tokens = np.concatenate([tokens, pictures[len(tokens) :] + empty])
     steps = -(-tokens // text_padding)
-    shapes = len(np.unique(bucket * (longest + 1) + steps))
-    lengths = len(np.unique(bucket * (longest + 1) + tokens))
+    base = int(tokens.max(initial=0)) + 1
+    shapes = len(np.unique(bucket * base + steps))
+    lengths = len(np.unique(bucket * base + tokens))
     mixed = options.batch_size > 1 and lengths > len(np.unique(bucket))  # a batch then holds prompts of several lengths
     padded = mixed or bool((tokens % text_padding).any())
     return BatchShapes(shapes, padded if dataset.encoded else maybe_padded)
+
+
+def token_counts(options: BatchOptions, dataset: DataSet) -> tuple[np.ndarray, np.ndarray]:
+    """Of each training sample the tokens of its pictures and those of its caption, int64; estimated where not encoded yet."""
+    index = dataset.index
+    assert index is not None
+    if dataset.encoded:
+        pictures = np.asarray(index.picture_tokens)[dataset.training].astype(np.int64)
+        return pictures, np.asarray(index.prompt_tokens)[dataset.training].astype(np.int64) - pictures
+    told = np.asarray(index.caption_length)[dataset.training].astype(np.int64) // CHARACTERS_A_TOKEN
+    of_bucket = {bucket.id: text_tokens_of(options.member, bucket.sources) for bucket in dataset.manifest.buckets}
+    buckets = np.asarray(index.bucket)[dataset.training]
+    return np.array([of_bucket[int(bucket)] for bucket in buckets], dtype=np.int64), told
 
 
 def choose_text_padding(options: BatchOptions, dataset: DataSet, device: torch.device) -> int:
@@ -73,34 +86,39 @@ SIGMA = 0.5  # on the grid of the modulation table
 
 
 class BatchShape(NamedTuple):
-    """Samples, pixels of each, padded text tokens, and whether any of these are padding."""
+    """Samples, pixels of each, padded text tokens, whether any of these are padding, and width and height of source images."""
 
     batch: int
     height: int
     width: int
     text: int
     padded: bool
+    sources: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Image and text tokens of all samples."""
-        return self.batch * (self.height * self.width // PIXEL_MULTIPLE**2 + self.text)
+        """Image tokens, those of source images included, and text tokens of all samples."""
+        pixels = self.height * self.width + sum(width * height for width, height in self.sources)
+        return self.batch * (pixels // PIXEL_MULTIPLE**2 + self.text)
 
 
 def largest_batch(options: BatchOptions, dataset: DataSet, text_padding: int) -> BatchShape:
     """The micro-batch with the most tokens that this run can meet: a bucket with the longest prompt that occurs in it."""
-    longest = {bucket.id: options.max_prompt_tokens for bucket in dataset.manifest.buckets}
+    longest = {
+        bucket.id: options.max_prompt_tokens + text_tokens_of(options.member, bucket.sources)
+        for bucket in dataset.manifest.buckets
+    }
     if dataset.encoded and dataset.index is not None:
         buckets = np.asarray(dataset.index.bucket)[dataset.training]
-        tokens = np.asarray(dataset.index.prompt_tokens)[dataset.training]
+        pictures, told = token_counts(options, dataset)
+        tokens = pictures + told.clip(max=options.max_prompt_tokens)
         longest = {int(bucket): int(tokens[buckets == bucket].max()) for bucket in np.unique(buckets)}
 
     padded = batch_shapes(options, dataset, text_padding).padded
 
     def shape(bucket: Any) -> BatchShape:
-        text = min(longest[bucket.id], options.max_prompt_tokens)
-        text = -(-text // text_padding) * text_padding
-        return BatchShape(options.batch_size, bucket.height, bucket.width, text, padded)
+        text = -(-longest[bucket.id] // text_padding) * text_padding
+        return BatchShape(options.batch_size, bucket.height, bucket.width, text, padded, tuple(bucket.sources))
 
     shapes = [shape(bucket) for bucket in dataset.manifest.buckets if bucket.id in longest]
     return max(shapes, key=lambda each: (each.tokens, each))
@@ -117,5 +135,9 @@ def random_arguments(shape: BatchShape, prompt_width: int, device: torch.device)
         mask = torch.ones(shape.batch, shape.text, dtype=torch.bool)
         mask[0, -1] = False
         mask = mask.to(device)
-    prompt = Prompt(embeds.to(device, STORED_DTYPE), mask)
+    sources = tuple(
+        torch.randn(shape.batch, LATENT_CHANNELS, 1, h // VAE_FACTOR, w // VAE_FACTOR, generator=generator)
+        for w, h in shape.sources
+    )
+    prompt = Prompt(embeds.to(device, STORED_DTYPE), mask, tuple(each.to(device, STORED_DTYPE) for each in sources))
     return latents.to(device, STORED_DTYPE), noise.to(device), torch.full((shape.batch,), SIGMA), prompt

@@ -11,6 +11,8 @@ import numpy as np
 from data_prep.shard_format.shards import MANIFEST
 from files.shown import shown
 from qwen_image.encoders.text_encoder import MAX_TOKENS
+from qwen_image.loading.model_files import ModelSource, is_here, presumed_member, resolve_model
+from qwen_image.model.family import TEXT_TO_IMAGE, Member
 from train.config.train_config import TrainConfig
 from train.data.batch_shapes import (
     BatchOptions,
@@ -20,6 +22,7 @@ from train.data.batch_shapes import (
     largest_batch,
 )
 from train.data.indexed_loader import BatchLoader
+from train.data.sample import DataSet
 from train.data.sample_order import Order, steps_of
 from train.data.shard_dataset import ShardDataset
 from train.data.webdataset_stream import StreamedSet, StreamLoader
@@ -64,7 +67,11 @@ class RunData:
         """Open the data set and count. Raises FileNotFoundError, ValueError or another OSError with one line."""
         dataset = open_data(config, ranks.say)
         order = make_order(config, dataset)
-        options = BatchOptions(config.batch_size, config.max_prompt_tokens, config.caption_dropout)
+        member = TEXT_TO_IMAGE
+        if dataset.paired:
+            check_empty_captions(dataset, config.caption_dropout)
+            member = member_of(ModelSource.from_options(config), config.dry_run)
+        options = BatchOptions(config.batch_size, config.max_prompt_tokens, config.caption_dropout, member)
         text_padding = config.text_padding or choose_text_padding(options, dataset, ranks.device)
         accumulation, steps = config.gradient_accumulation_steps, config.max_steps
         if steps is None:
@@ -186,13 +193,29 @@ def without_traces(data: str, opened: Callable[[str, Path], ShardDataset | Strea
     return dataset
 
 
+def member_of(source: ModelSource, dry_run: bool) -> Member:
+    """Which member of the family the model is; a dry run downloads nothing to know it."""
+    parts = ("transformer",)
+    return resolve_model(source, parts).member if not dry_run or is_here(source, parts) else presumed_member(source)
+
+
+def check_empty_captions(dataset: DataSet, caption_dropout: float) -> None:
+    """Raise ValueError where captions of encoded pairs shall be dropped and what is trained instead was not encoded."""
+    encoding = dataset.manifest.encoding or {}
+    if caption_dropout > 0 and dataset.encoded and not encoding.get("empty_captions"):
+        raise ValueError(
+            f"caption_dropout {caption_dropout:g}: {dataset.name} lacks the embeddings of the empty caption with each sample's "
+            "source images: encode it again with encode_shards.py --empty_captions, or train without"
+        )
+
+
 def cut_captions(dataset: ShardDataset, max_prompt_tokens: int) -> str | None:
     """What to say of captions that training cuts; None when there are none.
 
     Encoded sets know their tokens. Image sets know characters, of which English has about four a token: an estimate.
     """
     index = dataset.index
-    tokens = index.prompt_tokens if dataset.encoded else index.caption_length // 4
+    tokens = index.prompt_tokens - index.picture_tokens if dataset.encoded else index.caption_length // 4
     long = np.flatnonzero(tokens > max_prompt_tokens)
     if not len(long):
         return None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import safetensors.torch
@@ -19,7 +19,10 @@ class BrokenSample(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it stands in the shard: encoded (`latent`, `prompt_embeds`) or an image (`pixels`)."""
+    """One sample as it stands in the shard: encoded (`latent`, `prompt_embeds`) or an image (`pixels`).
+
+    A pair has source images besides: latents or pixels, as the target is.
+    """
 
     index: int
     key: str
@@ -29,39 +32,57 @@ class Sample:
     latent: torch.Tensor | None = None  # [16, H/8, W/8], normalized, as stored (bf16)
     prompt_embeds: torch.Tensor | None = None  # [T, D], cut to max_prompt_tokens
     pixels: torch.Tensor | None = None  # uint8 [3, H, W], RGB
+    sources: tuple[torch.Tensor, ...] = ()  # of a pair, each [16, h, w] or uint8 [3, h, w]
+    source_sizes: tuple[tuple[int, int], ...] = ()  # their widths and heights before they were packed; for images
+    empty_prompt: torch.Tensor | None = None  # [T, D]: that of the empty caption with the sources, if it was encoded
 
 
-def read_encoded(payload: bytes, prompt_width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """latent [16, H/8, W/8] and prompt_embeds [T, D] of an encoded sample, as encode_shards.py writes them.
+class Encoded(NamedTuple):
+    """The tensors of an encoded sample, as encode_shards.py writes them."""
+
+    latent: torch.Tensor  # [16, H/8, W/8]
+    prompt_embeds: torch.Tensor  # [T, D]
+    picture_tokens: int = 0  # so many of T are source images', and stand first
+    sources: tuple[torch.Tensor, ...] = ()  # [16, h, w] each
+    empty_prompt: torch.Tensor | None = None  # [T, D] of the empty caption with the source images
+
+    def cut(self, max_prompt_tokens: int) -> "Encoded":
+        """With at most so many tokens of the caption, the pictures' not counted."""
+        return self._replace(prompt_embeds=self.prompt_embeds[: self.picture_tokens + max_prompt_tokens])
+
+
+def read_encoded(payload: bytes, prompt_width: int) -> Encoded:
+    """The tensors of an encoded sample.
 
     Raises ValueError for other names, types or shapes than these, and for values that are not finite: bytes that mean
     something else would train all the same.
     """
     tensors = safetensors.torch.load(payload)
-    if set(tensors) != {"latent", "prompt_embeds"}:
+    names = [f"source_latent_{number + 1}" for number in range(sum(n.startswith("source_latent") for n in tensors))]
+    wanted = {"latent", "prompt_embeds", *names, *(["picture_tokens"] if names else [])}
+    if set(tensors) - ({"empty_prompt_embeds"} if names else set()) != wanted:
         raise ValueError(
             f"it holds {', '.join(map(shown, sorted(tensors))) or 'nothing'}, not latent and prompt_embeds"
         )
+    pictures = tensors.pop("picture_tokens", torch.zeros(1, dtype=torch.int32))
     for name, tensor in tensors.items():
         if tensor.dtype != torch.bfloat16:
             raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, encoded shards hold bfloat16")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} is not finite: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values")
-    latent, embeds = tensors["latent"], tensors["prompt_embeds"]
-    if (
-        latent.ndim != 3
-        or latent.shape[0] != LATENT_CHANNELS
-        or 0 in latent.shape
-        or any(s % 2 for s in latent.shape[1:])
-    ):
-        raise ValueError(
-            f"latent has shape {tuple(latent.shape)}, must be ({LATENT_CHANNELS}, H/8, W/8) with even sides"
-        )
-    if embeds.ndim != 2 or len(embeds) == 0 or embeds.shape[1] != prompt_width:
-        raise ValueError(
-            f"prompt_embeds has shape {tuple(embeds.shape)}, must be (T, {prompt_width}) with T at least 1"
-        )
-    return latent, embeds
+    for name in ("latent", *names):
+        shape = tuple(tensors[name].shape)
+        if len(shape) != 3 or shape[0] != LATENT_CHANNELS or 0 in shape or any(side % 2 for side in shape[1:]):
+            raise ValueError(f"{name} has shape {shape}, must be ({LATENT_CHANNELS}, H/8, W/8) with even sides")
+    for name in ("prompt_embeds", *({"empty_prompt_embeds"} & set(tensors))):
+        embeds = tensors[name]
+        if embeds.ndim != 2 or len(embeds) == 0 or embeds.shape[1] != prompt_width:
+            raise ValueError(f"{name} has shape {tuple(embeds.shape)}, must be (T, {prompt_width}) with T at least 1")
+    embeds = tensors["prompt_embeds"]
+    if pictures.shape != (1,) or pictures.dtype != torch.int32 or not bool(names) <= int(pictures) < len(embeds):
+        raise ValueError(f"picture_tokens says {pictures.tolist()} of {len(embeds)} tokens")
+    sources = tuple(tensors[name] for name in names)
+    return Encoded(tensors["latent"], embeds, int(pictures), sources, tensors.get("empty_prompt_embeds"))
 
 
 def read_empty_prompt(path: Path) -> torch.Tensor:
@@ -88,9 +109,12 @@ class DataSet(Protocol):
         name: where it lies, as it was given, for messages.
         encoded: the shards hold latents and prompt embeddings.
         fingerprint: names this data set; a checkpoint of another one is refused.
-        empty_prompt: [5, D] embedding of the empty caption for caption dropout; None for image shards.
+        empty_prompt: [5, D] embedding of the empty caption for caption dropout; None for image shards and for pairs, whose
+            samples have their own.
         index: each sample's place, bucket and lengths; None for a stream, of which nothing is known but the buckets.
         training: int64 indices of the samples that are not held out; none for a stream.
+        paired: the samples are pairs, of a target and its source images.
+        prompt_width: D of an encoded set's embeddings.
     """
 
     name: str
@@ -98,6 +122,8 @@ class DataSet(Protocol):
     encoded: bool
     empty_prompt: torch.Tensor | None
     training: np.ndarray
+    paired: bool
+    prompt_width: int
 
     @property
     def fingerprint(self) -> str: ...

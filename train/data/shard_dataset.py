@@ -29,7 +29,10 @@ from data_prep.shard_format.shards import (
     Manifest,
     ShardIndex,
     ShardReader,
+    bucket_name,
     check_index,
+    members_of,
+    original_sizes,
     read_index,
     read_manifest,
 )
@@ -60,7 +63,9 @@ class ShardDataset:
         name: `folder` as it was given, for messages.
         encoded: the shards hold latents and prompt embeddings.
         training, validation: int64 arrays of sample indices; together all samples.
-        empty_prompt: [5, D] embedding of the empty caption for caption dropout; None for image shards.
+        empty_prompt: [5, D] embedding of the empty caption for caption dropout; None for image shards and for pairs, whose
+            samples have their own.
+        paired: the samples are pairs, of a target and its source images.
 
     Raises:
         FileNotFoundError: no such folder, no shards, a shard or the empty prompt is missing.
@@ -82,6 +87,8 @@ class ShardDataset:
         self.max_prompt_tokens = max_prompt_tokens
         self.encoded = self.manifest.payload == "safetensors"
         self._sizes = {bucket.id: (bucket.width, bucket.height) for bucket in self.manifest.buckets}
+        self._sources = {bucket.id: bucket.sources for bucket in self.manifest.buckets}
+        self.paired = any(self._sources.values())
         self.reader = remote[1] if remote else ShardReader(self.folder, self.manifest)
         if len(self) <= validation_samples:
             raise ValueError(
@@ -91,8 +98,9 @@ class ShardDataset:
         self.validation = held_out(self.folder, validation_samples)
         self.training = np.delete(np.arange(len(self), dtype=np.int64), self.validation)
         self.empty_prompt: torch.Tensor | None = None
-        if self.encoded:
+        if self.encoded and not self.paired:
             self.empty_prompt = read_empty_prompt(self.folder / EMPTY_PROMPT)
+        self.prompt_width = prompt_width(self.manifest, self.empty_prompt)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -142,24 +150,45 @@ class ShardDataset:
             width, height = self.size(index)
             sample = Sample(int(index), key, width, height, members["txt"].decode("utf-8"))
             if not self.encoded:
-                pixels = torch.from_numpy(decode_stored(members["payload"], width, height).copy())
-                return replace(sample, pixels=pixels.permute(2, 0, 1).contiguous())
-            assert self.empty_prompt is not None
-            latent, embeds = read_encoded(members["payload"], self.empty_prompt.shape[1])
-            expected = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
-            if tuple(latent.shape) != expected:
+                sample = replace(sample, pixels=pixels_of(members["payload"], width, height))
+                return self._with_sources(sample, int(index)) if self.paired else sample
+            found = read_encoded(members["payload"], self.prompt_width)
+            sizes = [(width, height), *self._sources[int(self.index.bucket[index])]]
+            shapes = [tuple(latent.shape) for latent in (found.latent, *found.sources)]
+            expected = [(LATENT_CHANNELS, h // VAE_FACTOR, w // VAE_FACTOR) for w, h in sizes]
+            if shapes != expected:
+                bucket = bucket_name(width, height, sizes[1:])
                 raise ValueError(
-                    f"latent has shape {tuple(latent.shape)}, its bucket {width}x{height} needs {expected}"
+                    f"latent has shape {', '.join(map(str, shapes))}, its bucket {bucket} needs "
+                    f"{', '.join(map(str, expected))}"
                 )
-            if (tokens := int(self.index.prompt_tokens[index])) not in (0, len(embeds)):
-                raise ValueError(f"prompt_embeds has {len(embeds)} tokens, the index says {tokens}")
-            return replace(sample, latent=latent, prompt_embeds=embeds[: self.max_prompt_tokens])
+            if (tokens := int(self.index.prompt_tokens[index])) not in (0, len(found.prompt_embeds)):
+                raise ValueError(f"prompt_embeds has {len(found.prompt_embeds)} tokens, the index says {tokens}")
+            embeds = found.cut(self.max_prompt_tokens).prompt_embeds
+            return replace(
+                sample,
+                latent=found.latent,
+                prompt_embeds=embeds,
+                sources=found.sources,
+                empty_prompt=found.empty_prompt,
+            )
         except Exception as error:  # decoders raise whatever they like; nothing is hidden, the message carries it all
             if isinstance(error, Unreachable):
                 raise
             shard = self.reader.names[int(self.index.shard[index])]
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise BrokenSample(f"{key} in {self.folder / shard}: {why}") from error
+
+    def _with_sources(self, sample: Sample, index: int) -> Sample:
+        """An image sample with the source images that the shard holds for it."""
+        i, shard = self.index, int(self.index.shard[index])
+        run = self.reader.read(shard, int(i.sources_offset[index]), int(i.sources_size[index]))
+        record = self.reader.read(shard, int(i.json_offset[index]), int(i.json_size[index]))
+        sizes, images = self._sources[int(i.bucket[index])], members_of(run)
+        if len(images) != len(sizes):
+            raise ValueError(f"it has {len(images)} source images, its bucket {len(sizes)}")
+        pixels = tuple(pixels_of(image, *size) for image, size in zip(images, sizes, strict=True))
+        return replace(sample, sources=pixels, source_sizes=tuple(original_sizes(record)))
 
     def source(self, index: int) -> str:
         """Where the sample came from (the path in its json), for messages."""
@@ -190,6 +219,18 @@ class ShardDataset:
         caption = data[txt - start :] if one_read else self.reader.read(shard, txt, txt_size) if txt_size else b""
         name = data[: data.index(b"\0")].rpartition(b"/")[2] if data[0] else b""
         return {"key": name.split(b".")[0], "payload": data[payload - start : end - start], "txt": caption}
+
+
+def pixels_of(image: bytes, width: int, height: int) -> torch.Tensor:
+    """uint8 [3, H, W] of a stored image. Raises ValueError for one that is damaged or of another size."""
+    return torch.from_numpy(decode_stored(image, width, height).copy()).permute(2, 0, 1).contiguous()
+
+
+def prompt_width(manifest: Manifest, empty_prompt: torch.Tensor | None) -> int:
+    """D of an encoded set's embeddings; 0 for images."""
+    if empty_prompt is not None:
+        return empty_prompt.shape[1]
+    return int((manifest.encoding or {}).get("prompt_width", 0))
 
 
 def open_folder(folder: Path, say: Callable[[str], None], local: bool = True) -> tuple[Manifest, ShardIndex]:

@@ -70,13 +70,18 @@ class StreamedSet:
                 f"{data} has no {MANIFEST}: the memory plan takes {largest.width}×{largest.height}, the largest of its "
                 f"first {LOOK} images, for the largest of all"
             )
-        self.encoded = self.manifest.payload == "safetensors"
+        self.encoded, self.paired = self.manifest.payload == "safetensors", False
+        if any(bucket.sources for bucket in self.manifest.buckets):
+            raise ValueError(
+                f"data: {data} holds pairs (source images), which loader webdataset does not read: use indexed"
+            )
         self.fingerprint = self.manifest.fingerprint
         self.index = None
         self.training = np.array([], dtype=np.int64)
         self.empty_prompt: torch.Tensor | None = None
         if self.encoded:
             self.empty_prompt = read_empty_prompt(folder / EMPTY_PROMPT)
+        self.prompt_width = 0 if self.empty_prompt is None else self.empty_prompt.shape[1]
 
     def __len__(self) -> int:
         """Samples of the whole set; 0 where nobody knows."""
@@ -110,6 +115,8 @@ def look(urls: list[str] | str) -> Manifest:
                 f"{raw['__url__']} holds encoded samples, but no {MANIFEST} says for which model: give the folder that "
                 "encode_shards.py wrote"
             )
+        if "source_image.jpg" in raw or "source_image.png" in raw:
+            raise ValueError(f"{raw['__url__']} holds pairs (source images), which loader webdataset does not read")
         size = image_size(next(raw[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in raw))
         width, height = max(width, size[0]), max(height, size[1])
     if not width:
@@ -217,7 +224,7 @@ class StreamedBatches(IterableDataset[Any]):
         key, caption = raw["__key__"], raw.get("txt", b"").decode("utf-8")
         if "safetensors" in raw:
             assert self.empty_prompt is not None
-            latent, embeds = read_encoded(raw["safetensors"], self.empty_prompt.shape[1])
+            latent, embeds, *_ = read_encoded(raw["safetensors"], self.empty_prompt.shape[1])
             embeds = embeds[: self.max_prompt_tokens]
             height, width = (side * VAE_FACTOR for side in latent.shape[-2:])
             return Sample(0, key, width, height, caption, latent=latent, prompt_embeds=embeds)

@@ -240,8 +240,8 @@ def _out_of_memory(
     else:
         todo = "use a smaller --batch_size or pictures, or --offload_activations true"
     return (
-        f"{asked}, a step of {shape.batch} × {shape.height}×{shape.width} pixels with {shape.text} text tokens runs out of "
-        f"memory ({room}): {todo}"
+        f"{asked}, a step of {shape.batch} × {shape.height}×{shape.width} pixels with {shape.text} text tokens"
+        f"{f' and {len(shape.sources)} source images' if shape.sources else ''} runs out of memory ({room}): {todo}"
     )
 
 
@@ -258,8 +258,8 @@ class PeakWatch:
 
     def saw(self, latents: torch.Tensor, prompt: Prompt) -> None:
         """Call it after a micro-batch of latents [B, 16, 1, H/8, W/8]. Waits for nothing."""
-        batch, rows, columns = latents.shape[0], latents.shape[-2] // 2, latents.shape[-1] // 2
-        tokens = batch * (rows * columns + prompt.embeds.shape[1])
+        grids = prompt.grids(latents.shape[-2] // 2, latents.shape[-1] // 2)
+        tokens = len(latents) * (sum(rows * columns for rows, columns in grids) + prompt.embeds.shape[1])
         self.largest = max(self.largest, tokens)
         self.seen += tokens >= self.tokens
         if self.seen == REPORTED_AFTER:

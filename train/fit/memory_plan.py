@@ -39,7 +39,7 @@ GRAPHS_BYTES = 128 << 20  # CUDA graphs: what their own pool of memory takes mor
 
 
 class EncoderSizes(NamedTuple):
-    """Parameters that stay in memory: the text encoder's without its vision tower and vocabulary head.
+    """Parameters that stay in memory: the text encoder's without its vocabulary head, its vision tower for edit models.
 
     `arriving`: of it, what is on the device while its layers come from host memory.
     """
@@ -51,7 +51,9 @@ class EncoderSizes(NamedTuple):
     @classmethod
     def from_files(cls, files: ModelFiles) -> "EncoderSizes":
         """From the headers of the weight files; reads no weights."""
-        text = EncoderBytes.of(files["text_encoder"], torch.uint8)  # a byte each: numbers of parameters
+        text = EncoderBytes.of(
+            files["text_encoder"], torch.uint8, sees=files.member.most_sources > 0
+        )  # a byte each: numbers of parameters
         vae = sum(stored.numel for stored in read_headers(files["vae"].weights).values())
         return cls(text.whole, vae, text.streamed)
 

@@ -9,14 +9,17 @@ doesn't fit, its layers come from host memory. The VAE falls back to tiles by it
 """
 
 import gc
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 
-from qwen_image.encoders.encoder_room import TILE_BYTES, streaming_line
-from qwen_image.encoders.text_encoder import MAX_TOKENS, TextEncoder
+from qwen_image.encoders.encoder_room import PICTURE_TOKENS, TILE_BYTES, streaming_line
+from qwen_image.encoders.source_images import SourceImage, read_source
+from qwen_image.encoders.text_encoder import MAX_TOKENS, PicturePrompt, TextEncoder
 from qwen_image.float8.linear import check_float8
 from qwen_image.free_memory import CONTEXT_BYTES, GIB, device_bytes
 from qwen_image.loading.model_files import ModelFiles, ModelSource
@@ -31,7 +34,7 @@ from qwen_image.pipeline import DEFAULT_MAX_TOKENS, check_prompt_width
 from qwen_image.streaming.stream_blocks import load_streamed
 from train.base_model.base_home import BaseHome
 from train.base_model.base_plan import BasePlan
-from train.config.sample_prompts import SamplePrompt
+from train.config.sample_prompts import SamplePrompt, Told
 from train.config.zero_plan import ZeroPlan
 from train.fit.activation_checkpointing import MARGIN_SHARE
 from train.fit.base_choice import fastest_base, fits
@@ -52,6 +55,7 @@ class ImageWork:
         height, width: of the largest image; schedules: every (steps, image tokens) that occurs.
         adapted: the layers of the LoRAs, with how many parameters the largest has; dora: some of them are DoRA.
         resident_blocks: None leaves it open.
+        source_tokens: of the most source images together, their latents' and those that they are in the prompt.
     """
 
     height: int
@@ -63,6 +67,7 @@ class ImageWork:
     dora: bool = False
     precision: Precision = "auto"
     resident_blocks: int | None = None
+    source_tokens: int = 0
 
     @classmethod
     def of(
@@ -71,8 +76,10 @@ class ImageWork:
         """Of images of any sizes, one at a time; more at once are halved where they run out of memory."""
         largest = max(jobs, key=lambda job: job.height * job.width)
         schedules = dict.fromkeys((job.num_inference_steps, image_tokens(job.height, job.width)) for job in jobs)
-        own = {"precision": precision, "resident_blocks": resident_blocks}
-        return cls(largest.height, largest.width, tuple(schedules), dtype, **own)  # type: ignore[arg-type]
+        own: dict[str, Any] = {"precision": precision, "resident_blocks": resident_blocks}
+        sources = max(len(job.source_image) * job.source_pixels // PIXEL_MULTIPLE**2 for job in jobs)
+        own["source_tokens"] = sources + (PICTURE_TOKENS if sources else 0)
+        return cls(largest.height, largest.width, tuple(schedules), dtype, **own)
 
     def wearing(self, lora: LoraFile) -> "ImageWork":
         """With this LoRA as well, at its time."""
@@ -87,18 +94,32 @@ class ImageWork:
 
     @property
     def tokens(self) -> int:
-        """Of the image and the longest prompt."""
-        return image_tokens(self.height, self.width) + MAX_TOKENS
+        """Of the image, the longest prompt and the source images."""
+        return image_tokens(self.height, self.width) + MAX_TOKENS + self.source_tokens
 
 
 class KnownPrompts:
-    """Embeddings [T, D] by their prompt, which can be asked for as a text encoder is."""
+    """Embeddings by their prompt and its source images, which can be asked for as a text encoder is."""
 
-    def __init__(self, embeds: dict[str, torch.Tensor]) -> None:
-        self.embeds = embeds
+    def __init__(self, encoder: TextEncoder, asked: Iterable[Told]) -> None:
+        self.embeds: dict[str, torch.Tensor] = {}
+        self.with_pictures: dict[tuple[bytes | str, ...], PicturePrompt] = {}
+        for told in asked:
+            if told.source_image:
+                sources = [read_source(Path(name).expanduser(), told.source_pixels) for name in told.source_image]
+                self.with_pictures[identity(told.text, sources)] = encoder.encode_pictures(told.text, sources)
+            else:
+                self.embeds[told.text] = encoder.encode_list([told.text], DEFAULT_MAX_TOKENS)[0]
 
     def encode(self, captions: list[str], max_tokens: int) -> Prompt:
         return Prompt.from_list([self.embeds[caption] for caption in captions])
+
+    def encode_pictures(self, instruction: str, sources: Sequence[SourceImage]) -> PicturePrompt:
+        return self.with_pictures[identity(instruction, sources)]
+
+
+def identity(instruction: str, sources: Sequence[SourceImage]) -> tuple[bytes | str, ...]:
+    return instruction, *(hashlib.sha256(source.pixels.tobytes()).digest() for source in sources)
 
 
 def image_tokens(height: int, width: int) -> int:
@@ -131,17 +152,16 @@ class SamplingPlan:
             lines.append(base_line(setup, chosen, own, vae + TILE_BYTES))
         elif (streamed := chosen.base.home.line(chosen.base.blocks)) is not None:
             lines.append(streamed)
-        streaming = streaming_line(files["text_encoder"], work.dtype, MAX_TOKENS, device)
+        streaming = streaming_line(files["text_encoder"], work.dtype, MAX_TOKENS, device, member=files.member)
         if streaming is not None:
             lines.append(streaming)
         return cls(chosen.base, work, streaming is not None, tuple(lines))
 
-    def encode(self, files: ModelFiles, texts: Iterable[str], device: torch.device) -> TextEncoder:
+    def encode(self, files: ModelFiles, asked: Iterable[Told], device: torch.device) -> TextEncoder:
         """The prompts' embeddings, in the place of the text encoder, which is there for that alone."""
-        places = files["text_encoder"], files["tokenizer"]
-        encoder = TextEncoder.from_files(*places, self.work.dtype, device, streamed=self.streams_text_encoder)
+        encoder = TextEncoder.of_model(files, self.work.dtype, device, streamed=self.streams_text_encoder)
         check_prompt_width(encoder, self.base.empty.config.joint_attention_dim)
-        known = KnownPrompts({text: encoder.encode_list([text], DEFAULT_MAX_TOKENS)[0] for text in texts})
+        known = KnownPrompts(encoder, asked)
         del encoder
         gc.collect()  # its hooks refer to it
         if device.type == "cuda":

@@ -103,5 +103,6 @@ def _measured_step(module: FlowMatchingModule, arguments: tuple[Any, ...], devic
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    flat = [item for each in arguments for item in (each if isinstance(each, tuple) else (each,))]
-    return [item for item in flat if isinstance(item, torch.Tensor)]
+    """Those among the arguments, and in tuples of them."""
+    nested = [_tensors(each) for each in arguments if isinstance(each, tuple)]
+    return [item for each in nested for item in each] + [item for item in arguments if isinstance(item, torch.Tensor)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qwen_image.model.family import Member
 from qwen_image.model.transformer import QwenImageTransformer
 from train.lora.dora import magnitude
 from train.lora.spec import ADAPTER, LoraSpec
@@ -124,18 +125,20 @@ def check_start(lora: "LoraFile", spec: LoraSpec, adapted: Collection[str]) -> N
             )
 
 
-def check_starting_file(path: Path | None, empty: QwenImageTransformer, spec: LoraSpec) -> tuple[str, ...]:
+def check_starting_file(
+    path: Path | None, empty: QwenImageTransformer, spec: LoraSpec, member: Member
+) -> tuple[str, ...]:
     """Read `--lora_checkpoint`, if there is one, before the model is; lines for people about it.
 
     Raises what `read_lora` and `check_start` raise. `empty`: the transformer on the meta device.
     """
-    from train.lora.lora_file import read_lora
+    from train.lora.lora_file import read_lora, trained_for_another
 
     if path is None:
         return ()
     lora = read_lora(path, empty)
     check_start(lora, spec, resolve_targets(empty, spec.target_modules))
-    return lora.notes
+    return (*lora.notes, *trained_for_another(path, lora.metadata, member))
 
 
 def magnitude_of(transformer: nn.Module, name: str, layer: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from files.atomic_files import whole_file
 from files.shown import shown
 from qwen_image.loading.safetensors_writer import safetensors_blocks
+from qwen_image.model.family import Member
 from train.config.run_files import lora_file
 from train.lora.adapter_metadata import AdapterMetadata
 from train.lora.checkpoint_lora import checkpoint_spelling
@@ -29,6 +30,7 @@ from train.lora.targets import base_layer
 
 Layer = dict[str, torch.Tensor]
 MAGNITUDES = ("lora_magnitude_vector", "dora_scale")  # kept in float32: a rounded one changes every weight of its row
+FAMILY = "model_family"  # in the header: which member of the family the LoRA was trained for
 _NO_ALPHA = ("BOOL", "C64")  # torch would make 1 and the real part of them
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -135,6 +137,17 @@ def read_lora(path: Path, transformer: nn.Module) -> LoraFile:
     dtypes = [layer[kind].dtype for layer in stored.values() for kind in ("lora_A", "lora_B")]
     dtype = dtypes[0] if len(set(dtypes)) == 1 and dtypes[0].itemsize > 1 else torch.float32
     return LoraFile(layers, metadata, dtype, (*said, *notes, *_without_effect(path, layers)))
+
+
+def trained_for_another(path: Path, metadata: dict[str, str], member: Member) -> tuple[str, ...]:
+    """A line for people when the file says that it was trained for another member of the family than `member`."""
+    said = metadata.get(FAMILY, member.name)
+    if said == member.name:
+        return ()
+    return (
+        f"warning: {shown(path)} was trained for {shown(said)}, and this model is {member.name}: names and shapes fit, the "
+        "result may not",
+    )
 
 
 def _without_effect(path: Path, layers: dict[str, Layer]) -> tuple[str, ...]:

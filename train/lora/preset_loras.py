@@ -14,9 +14,10 @@ from torch import nn
 
 from files.shown import shown
 from qwen_image.loading.model_files import weights_fingerprint
+from qwen_image.model.family import Member
 from train.config.check_paths import split_weight
 from train.lora.dora import magnitude
-from train.lora.lora_file import LoraFile, read_lora
+from train.lora.lora_file import LoraFile, read_lora, trained_for_another
 from train.lora.targets import base_layer
 
 
@@ -36,6 +37,10 @@ class Preset:
         if weight != 1 and lora.is_dora:
             raise ValueError(f"{shown(path)} is a DoRA: it has no weight but 1, got {weight:g}")
         return cls(path, weight, lora)
+
+    def notes(self, member: Member) -> tuple[str, ...]:
+        """Lines for people about its use with a model that is `member` of the family."""
+        return (*self.lora.notes, *trained_for_another(self.path, self.lora.metadata, member))
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of it."""

@@ -71,8 +71,7 @@ def dry_run(
     """
     accumulation, source, steps_done = config.gradient_accumulation_steps, ModelSource.from_options(config), 0
     if setup.base.here:
-        if data.dataset.encoded:
-            check_data(source, data.dataset, setup.base.empty.config.joint_attention_dim)
+        check_data(source, data.dataset, setup.base)
         identity = setup.base.identity() | spec.identity() | data.identity() | config.identity(**data.decided)
         checkpoints = Checkpoints.from_config(config, ranks.say)
         found = checkpoints.find(config.resume)
@@ -131,7 +130,8 @@ def data_lines(data: RunData) -> Iterator[str]:
 
 def bucket_line(bucket: Bucket, micro_batches: int | None) -> str:
     count = "" if micro_batches is None else f"  {micro_batches:>8,} micro-batches an epoch"
-    return f"  {bucket.width:>5} × {bucket.height:<5} {bucket.count:>9,} samples{count}"
+    sources = "".join(f" + {width} × {height}" for width, height in bucket.sources)
+    return f"  {bucket.width:>5} × {bucket.height:<5} {bucket.count:>9,} samples{count}{sources and '  with sources' + sources}"
 
 
 def lora_lines(spec: LoraSpec, setup: Setup) -> list[str]:

@@ -17,7 +17,7 @@ from train.engine.ema import EMA
 from train.engine.optimizer_state import WEIGHT, ema_of
 from train.lora.dora import dora_scale
 from train.lora.inject import short_name
-from train.lora.lora_file import save_lora
+from train.lora.lora_file import FAMILY, save_lora
 from train.lora.spec import LoraSpec
 from train.lora.targets import base_layer
 from train.process.ranks import Ranks
@@ -72,12 +72,14 @@ class LoraExport:
         cls, config: TrainConfig, spec: LoraSpec, files: ModelFiles, data_fingerprint: str, ranks: Ranks
     ) -> "LoraExport":
         versions = collect_versions()
+        architecture = "qwen-image-edit" if files.member.most_sources else "qwen-image"
         metadata = {
             "base_model": files.name,
+            FAMILY: files.member.name,
             "base_model_revision": files.revision or "",
             "base_model_fingerprint": files.fingerprint("transformer"),
             "preset_loras": ", ".join(config.preset_lora_path),
-            "modelspec.architecture": "qwen-image/lora",
+            "modelspec.architecture": f"{architecture}/lora",
             "data_fingerprint": data_fingerprint,
             "timestep_sampling": config.timestep_sampling,
             "loss_weighting": config.loss_weighting,

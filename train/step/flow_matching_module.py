@@ -6,15 +6,17 @@ from typing import cast
 import torch
 from torch import nn
 
-from qwen_image.model.conditioning import Prompt
+from qwen_image.model.conditioning import Prompt, pack_latents, source_tokens
 from qwen_image.model.modulation_table import Modulation
 from qwen_image.model.rotary import Rotary, rotary_table
 from qwen_image.model.transformer import QwenImageTransformer
-from qwen_image.pipeline import pack_latents, predict_velocity, time_input
+from qwen_image.pipeline import predict_velocity, time_input
 from qwen_image.streaming.block_stream import BlockStream
 from train.flow.objective import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
 from train.step.cuda_graphs import Inputs, StepGraphs, few_blocks
 from train.step.flat_parameter import FlatGradient, flatten
+
+FIXED_INPUTS = 7  # latents, noise, σ, embeddings, mask, and a modulation's two parts
 
 
 class FlowMatchingModule(nn.Module):
@@ -42,7 +44,7 @@ class FlowMatchingModule(nn.Module):
         mask = prompt.mask
         if mask is None and self.graphs is not None and self.always_masked:
             mask = torch.ones(prompt.embeds.shape[:2], dtype=torch.bool, device=latents.device)
-        inputs = latents, noise, on_device, prompt.embeds, mask, *modulation
+        inputs = latents, noise, on_device, prompt.embeds, mask, *modulation, *prompt.sources
         if not torch.is_grad_enabled():
             return self.losses(inputs)
         if self.graphs is not None:
@@ -53,12 +55,13 @@ class FlowMatchingModule(nn.Module):
 
     def losses(self, inputs: Inputs) -> torch.Tensor:
         """The same from tensors on the device alone: what a graph can hold."""
-        latents, noise, sigma, embeds, mask, blocks, final = inputs
+        latents, noise, sigma, embeds, mask, blocks, final, *_ = inputs
         assert latents is not None and noise is not None and sigma is not None and embeds is not None
+        prompt = Prompt(embeds, mask, sources_of(inputs))
         modulation = None if blocks is None or final is None else Modulation(blocks, final)
         rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
         noised = pack_latents(add_noise(latents, noise, sigma)).to(self.dtype)
-        prediction = predict_velocity(self.transformer, noised, sigma, Prompt(embeds, mask), rows, columns, modulation)
+        prediction = predict_velocity(self.transformer, noised, sigma, prompt, rows, columns, modulation)
         target = pack_latents(velocity_target(latents, noise))
         return flow_matching_loss(prediction, target, loss_weight(self.weighting, sigma))
 
@@ -75,14 +78,20 @@ class FlowMatchingModule(nn.Module):
         """Replay CUDA graphs from now on. The trained parameters must stay where they are."""
         self.always_masked = always_masked
 
-        def positions(inputs: Inputs) -> Rotary:
+        def positions(inputs: Inputs) -> tuple[Rotary, torch.Tensor | None]:
             latents, _, _, embeds, *_ = inputs
             assert latents is not None and embeds is not None
-            shape = embeds.shape[1], latents.shape[-2] // 2, latents.shape[-1] // 2
-            return rotary_table(*shape, self.transformer.config.axes_dims_rope, latents.device)
+            grids = Prompt(embeds, None, sources_of(inputs)).grids(latents.shape[-2] // 2, latents.shape[-1] // 2)
+            rotary = rotary_table(embeds.shape[1], grids, self.transformer.config.axes_dims_rope, latents.device)
+            return rotary, source_tokens(grids, latents.device)
 
         source = self.transformer.block_stream
         assert source is None or isinstance(source, BlockStream)
         self.graphs = StepGraphs(
             self.transformer, self.flat, self.losses, partial(few_blocks, self.transformer), positions, source
         )
+
+
+def sources_of(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """The source images' latents among the inputs of `losses`: the last ones."""
+    return tuple(each for each in inputs[FIXED_INPUTS:] if each is not None)

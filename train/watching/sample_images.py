@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +11,15 @@ import torch.distributed as dist
 from PIL import Image
 
 from files.shown import shown
+from qwen_image.encoders.source_images import read_source
 from qwen_image.loading.model_files import ModelSource
 from qwen_image.model.conditioning import Prompt
 from qwen_image.model.dtypes import DTYPES
 from qwen_image.model.sizes import LATENT_CHANNELS, PATCH
 from qwen_image.out_of_memory import memory_ran_out
-from qwen_image.pipeline import QwenImagePipeline, predict_velocity
+from qwen_image.pipeline import QwenImagePipeline, encode_sources, predict_velocity
 from train.base_model.online_encoder import OnlineEncoder
-from train.config.sample_prompts import SamplePrompt
+from train.config.sample_prompts import SamplePrompt, Told, tell
 from train.config.train_config import TrainConfig
 from train.lora.strength import lora_at
 from train.process.ranks import Ranks
@@ -82,15 +82,24 @@ class Preview:
         self.stream = None if transformer is None else transformer.block_stream
         self.base_made = False  # in this process; what did not fit then is not tried again
         self.jobs = deal(samples, ranks.rank, ranks.world, self.stream is not None)
-        self.embeds: dict[str, Prompt] = {}
+        self.embeds: dict[Told, Prompt] = {}
         if not samples:
             return
         assert encoder.vae is not None
-        for text in dict.fromkeys(text for each in samples for text in (each.prompt, each.negative_prompt)):
-            self.embeds[text] = Prompt(encoder.encode_prompts([text])[0][None].cpu(), None)
+        self.vae_home = encoder.vae.device
+        if any(each.source_image for each in samples):
+            encoder.vae.to(ranks.device)
+        for told in dict.fromkeys(told for each in samples for told in tell(each)):
+            sources = [read_source(Path(name).expanduser(), told.source_pixels) for name in told.source_image]
+            if sources:
+                embeds = encoder.encode_pictures([told.text], [sources])[0]
+            else:
+                embeds = encoder.encode_prompts([told.text])[0]
+            latents = encode_sources(encoder.vae, [sources]) if sources else ()
+            self.embeds[told] = Prompt(embeds[None].cpu(), None, tuple(latent.cpu() for latent in latents))
+        encoder.vae.to(self.vae_home)
         self.vae = encoder.vae
         self.vae.say = ranks.say
-        self.vae_home = self.vae.device
 
     @classmethod
     def from_config(
@@ -98,6 +107,9 @@ class Preview:
     ) -> "Preview":
         """With the encoders that training has, or with its own where the shards are encoded."""
         samples = config.samples()
+        for each in samples:
+            where = f"sample_prompts: {shown(repr(each.prompt), 60)}"
+            pipeline.files.member.check_sources(len(each.source_image), where)
         if samples and pipeline.text_encoder is None:
             parts, source = ("text_encoder", "vae"), ModelSource.from_options(config)
             loaded = QwenImagePipeline.from_pretrained(
@@ -157,14 +169,16 @@ class Preview:
                if (path := folder / f"{name}.png").is_file()]  # fmt: skip
         sheet = Sheet(folder / "grid.png", own)
         if self.ranks.is_main:
+            sources = source_rows(self.samples)
             rows = [("base", [self.output_path / "samples" / "base" / f"{name}.png" for name in names])]
             for suffix in suffixes:
                 label = f"step {step}{', moving average' if suffix else ''}"
                 rows.append((label, [folder / f"{name}{suffix}.png" for name in names]))
             images = [[opened(path) for path in paths] for _, paths in rows]
             try:
-                labels = [label for label, _ in rows], [sample.prompt for sample in self.samples]
-                make_grid(images, *labels).save(sheet.grid)
+                given = [f"source image {number + 1}" for number in range(len(sources))]
+                labels = [*given, *(label for label, _ in rows)], [sample.prompt for sample in self.samples]
+                make_grid([*sources, *images], *labels).save(sheet.grid)
             except OSError as error:
                 problem = error
         return sheet if settle(problem, "sample sheet not written", self.on_save_error, self.ranks.say) else None
@@ -184,7 +198,7 @@ class Preview:
 
     def _parameters(self, sample: SamplePrompt, facts: dict[str, Any]) -> dict[str, Any]:
         strength = {"lora_strength": 0.0} if "base" in facts else {}
-        return asdict(sample) | strength | facts
+        return sample.facts() | strength | facts
 
     def _missing_base(self) -> bool:
         """Whether an image of the base isn't there as it is asked for now: main looks, all learn it."""
@@ -251,8 +265,8 @@ class Preview:
         try:
             self.vae.to(self.ranks.device)
             return pipeline.generate(
-                self.embeds[sample.prompt],
-                negative_prompt=self.embeds[sample.negative_prompt],
+                self.embeds[tell(sample)[0]],
+                negative_prompt=self.embeds[tell(sample)[1]],
                 height=sample.height,
                 width=sample.width,
                 num_inference_steps=steps,
@@ -272,7 +286,7 @@ class Preview:
         assert transformer is not None
         parameter = next(transformer.parameters())
         tokens = torch.zeros(1, 1, LATENT_CHANNELS * PATCH**2, device=self.ranks.device, dtype=parameter.dtype)
-        prompt = self.embeds[sample.negative_prompt].to(self.ranks.device, parameter.dtype)
+        prompt = self.embeds[tell(sample)[1]]._replace(sources=()).to(self.ranks.device, parameter.dtype)
         for _ in range(sample.passes):
             predict_velocity(transformer, tokens, torch.ones(1), prompt, 1, 1)
 
@@ -280,6 +294,15 @@ class Preview:
         if self.ranks.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def source_rows(samples: Sequence[SamplePrompt]) -> list[list[Image.Image | None]]:
+    """The samples' first source images, their second ones …, as they are given to the model."""
+    found = [
+        [read_source(Path(name).expanduser(), each.source_pixels) for name in each.source_image] for each in samples
+    ]
+    most = max(map(len, found))
+    return [[Image.fromarray(own[n].pixels) if n < len(own) else None for own in found] for n in range(most)]
 
 
 def parameters_of(path: Path) -> dict[str, Any] | None:

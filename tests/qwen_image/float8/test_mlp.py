@@ -218,7 +218,7 @@ def transformer_with(targets, fuse=True):
 def run(transformer):
     generator = torch.Generator().manual_seed(1)
     latents, prompt = torch.randn(2, 6, 64, generator=generator), torch.randn(2, 3, 24, generator=generator)
-    velocity = transformer(latents, torch.tensor([0.3, 0.7]), prompt, None, 2, 3)
+    velocity = transformer(latents, torch.tensor([0.3, 0.7]), prompt, None, ((2, 3),))
     gradients = torch.autograd.grad(velocity.square().sum(), list(lora_parameters(transformer).values()))
     return [velocity.detach(), *gradients]
 

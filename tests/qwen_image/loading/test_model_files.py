@@ -99,11 +99,6 @@ def damage_no_index(model):
     return "model_index.json is missing"
 
 
-def damage_edit_model(model):
-    edit_json(model / "model_index.json", _class_name="QwenImageEditPlusPipeline")
-    return "is a QwenImageEditPlusPipeline; only text-to-image models"
-
-
 def damage_flux(model):
     edit_json(model / "model_index.json", _class_name="FluxPipeline")
     return "is a FluxPipeline"
@@ -131,9 +126,9 @@ def damage_schedule(model):
     return r"scheduler_config\.json is no readable JSON"
 
 
-def damage_edit_2511(model):
+def damage_contradiction(model):
     edit_json(model / "transformer" / "config.json", zero_cond_t=True)
-    return "zero_cond_t is set, which marks Qwen-Image-Edit-2511"
+    return "zero_cond_t is set, which marks Qwen-Image-Edit-2511, but .* names a QwenImagePipeline: say --model_family"
 
 
 def damage_layered(model):
@@ -229,8 +224,7 @@ def test_what_is_no_qwen_image_is_refused_in_one_line(copy, damage):
     [
         ("/no/such/folder", "model folder /no/such/folder does not exist"),
         ("./missing", "does not exist; give a folder"),
-        ("Qwen/Qwen-Image-Edit-2509", "is not supported: only Qwen/Qwen-Image and Qwen/Qwen-Image-2512"),
-        ("Qwen/Qwen-Image-2.1", "is not supported"),
+        ("Qwen/Qwen-Image-2.1", "is not supported: only Qwen-Image, Qwen-Image-2512 and Qwen-Image-Edit"),
         ("Qwen/Qwen-Image-Layered", "is not supported"),
         ("nobody/no-such-model", "is no local folder and could not be fetched from the hub"),
     ],
@@ -255,9 +249,66 @@ def test_hub_id_takes_the_snapshot_and_its_commit(tiny_model, tmp_path, monkeypa
     assert files.name == "Qwen/Qwen-Image" and files.revision == commit
     assert asked["repo"] == "Qwen/Qwen-Image" and asked["revision"] == "main"
     assert "transformer/*.safetensors" in asked["allow_patterns"]
+    assert "transformer/config.json" in asked["allow_patterns"]
     assert not any("vae" in pattern or "text_encoder" in pattern for pattern in asked["allow_patterns"])
 
 
 def test_a_path_that_matches_nothing(tiny_model):
     with pytest.raises(FileNotFoundError, match=r"--transformer_path /no/file-\*\.safetensors matches no file"):
         resolve_model(ModelSource(str(tiny_model), transformer_path="/no/file-*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "pipeline,zero_cond_t,name",
+    [
+        ("QwenImagePipeline", False, "Qwen-Image"),
+        ("QwenImageImg2ImgPipeline", None, "Qwen-Image"),
+        ("QwenImageEditPipeline", False, "Qwen-Image-Edit"),
+        ("QwenImageEditInpaintPipeline", None, "Qwen-Image-Edit"),
+        ("QwenImageEditPlusPipeline", False, "Qwen-Image-Edit-2509"),
+        ("QwenImageEditPlusPipeline", None, "Qwen-Image-Edit-2509"),
+        ("QwenImageEditPlusPipeline", True, "Qwen-Image-Edit-2511"),
+    ],
+)
+def test_the_member_of_the_family_is_recognized_by_the_folders_files(copy, pipeline, zero_cond_t, name):
+    edit_json(copy / "model_index.json", _class_name=pipeline)
+    config = copy / "transformer" / "config.json"
+    content = json.loads(config.read_text())
+    content.pop("zero_cond_t", None)
+    config.write_text(json.dumps(content | ({} if zero_cond_t is None else {"zero_cond_t": zero_cond_t})))
+    for components in (("transformer",), ("text_encoder", "tokenizer", "vae")):
+        assert resolve_model(ModelSource(str(copy)), components).member.name == name
+    transformer = QwenImagePipeline.from_pretrained(str(copy), components=("transformer",)).transformer
+    assert transformer.config.zero_cond_t == bool(zero_cond_t)
+
+
+def test_encoders_alone_cannot_tell_2509_from_2511(copy):
+    edit_json(copy / "model_index.json", _class_name="QwenImageEditPlusPipeline")
+    shutil.rmtree(copy / "transformer")
+    with pytest.raises(FileNotFoundError, match="say --model_family edit-2509 or edit-2511"):
+        resolve_model(ModelSource(str(copy)), ("vae",))
+    files = resolve_model(ModelSource(str(copy), model_family="edit-2511"), ("vae",))
+    assert files.member.name == "Qwen-Image-Edit-2511"
+
+
+def test_a_single_file_is_what_the_flag_or_comfyuis_mark_says(copy, tmp_path):
+    weights = {f"model.diffusion_model.{name}": tensor for name, tensor in weights_of(copy).items()}
+    plain, marked = tmp_path / "edit.safetensors", tmp_path / "edit_2511.safetensors"
+    save_file(weights, plain)
+    save_file(weights | {"model.diffusion_model.__index_timestep_zero__": torch.empty(0)}, marked)
+
+    def member(path, family=None):
+        source = ModelSource(str(copy), model_family=family, transformer_path=str(path))
+        return resolve_model(source, ("transformer",)).member.name
+
+    assert member(plain) == member(plain, "auto") == "Qwen-Image"
+    assert member(plain, "edit-2509") == "Qwen-Image-Edit-2509"
+    assert member(marked) == member(marked, "edit-2511") == "Qwen-Image-Edit-2511"
+    with pytest.raises(
+        ValueError, match="__index_timestep_zero__, which marks Qwen-Image-Edit-2511, but --model_family"
+    ):
+        member(marked, "edit-2509")
+    for path, family, zero_cond_t in ((marked, None, True), (plain, "edit-2511", True), (plain, "edit", False)):
+        transformer = load(copy, transformer_path=str(path), model_family=family)
+        assert transformer.config.zero_cond_t == zero_cond_t
+        assert_loaded(transformer, weights_of(copy))

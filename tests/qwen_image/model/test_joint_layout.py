@@ -98,7 +98,7 @@ def test_a_transformer_computes_the_same_with_the_kernels(on_device, monkeypatch
                 monkeypatch.setattr(module, "has_kernel", lambda *_: True)
         for block in transformer.transformer_blocks:
             block.attn.invertible_norms = bool(invertible)
-        velocity = transformer(latents, torch.tensor([0.3, 0.7]), prompt, mask, 2, 3)
+        velocity = transformer(latents, torch.tensor([0.3, 0.7]), prompt, mask, ((2, 3),))
         results.append((velocity.detach(), *torch.autograd.grad(velocity.square().sum(), trained)))
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):

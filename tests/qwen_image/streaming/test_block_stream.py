@@ -49,7 +49,7 @@ def batch(seed, transformer):
     generator = torch.Generator().manual_seed(seed)
     dtype = transformer.proj_out.weight.dtype
     latents = torch.randn(2, 12, 64, generator=generator).to(dtype)
-    return latents, torch.tensor([0.3, 0.7]), torch.randn(2, 5, 64, generator=generator).to(dtype), None, 3, 4
+    return latents, torch.tensor([0.3, 0.7]), torch.randn(2, 5, 64, generator=generator).to(dtype), None, ((3, 4),)
 
 
 def step(transformer, seed=0):

@@ -11,12 +11,17 @@ from train.data.batch_shapes import KEPT, BatchOptions, BatchShapes, batch_shape
 from train.fit.cuda_graphs_choice import StepTimes
 from train.step.cuda_graphs import StepGraphs
 
-BUCKETS = [SimpleNamespace(id=id, width=64, height=64 + 16 * id) for id in range(10)]
+BUCKETS = [SimpleNamespace(id=id, width=64, height=64 + 16 * id, sources=()) for id in range(10)]
 
 
 def data_set(bucket: list[int], tokens: list[int], encoded: bool = True, training: Any = None) -> Any:
     characters = np.array(tokens) * 4
-    index = SimpleNamespace(bucket=np.array(bucket), prompt_tokens=np.array(tokens), caption_length=characters)
+    index = SimpleNamespace(
+        bucket=np.array(bucket),
+        prompt_tokens=np.array(tokens),
+        caption_length=characters,
+        picture_tokens=np.zeros(len(bucket), np.int32),
+    )
     chosen = np.arange(len(bucket)) if training is None else np.array(training, dtype=np.int64)
     empty = torch.zeros(5, 8) if encoded else None
     return SimpleNamespace(

@@ -121,7 +121,7 @@ def test_a_batch_holds_what_its_samples_hold(encoded):
 def test_no_padding_no_mask_and_rounding_up():
     prompts = [torch.ones(5, 2), torch.ones(5, 2)]
     assert Prompt.from_list(prompts)[1] is None
-    embeds, mask = Prompt.from_list(prompts, text_padding=8)
+    embeds, mask, _ = Prompt.from_list(prompts, text_padding=8)
     assert embeds.shape == (2, 8, 2) and mask.sum(1).tolist() == [5, 5]
     assert Prompt.from_list([torch.ones(8, 2)], text_padding=8)[1] is None
 

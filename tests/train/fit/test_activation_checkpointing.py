@@ -83,10 +83,9 @@ def test_counted_bytes_are_those_that_live_between_forward_and_backward(targets:
     assert trial is not None
     module.train()
     known = {t.untyped_storage()._cdata for t in [*module.parameters(), *module.buffers()]}
-    rotary = rotary_table(
-        SHAPE.text, SHAPE.height // 16, SHAPE.width // 16, (4, 6, 6), CPU
-    )  # kept anyway, for all steps
-    known |= {t.untyped_storage()._cdata for t in (*arguments[:3], *arguments[3], *rotary)}
+    grids = ((SHAPE.height // 16, SHAPE.width // 16),)
+    rotary = rotary_table(SHAPE.text, grids, (4, 6, 6), CPU)  # kept anyway, for all steps
+    known |= {t.untyped_storage()._cdata for t in (*arguments[:3], *arguments[3][:2], *rotary)}
     with Storages() as storages:
         loss = module(*arguments).mean()
         storages.made = {name: kept for name, kept in storages.made.items() if name not in known}
@@ -261,9 +260,11 @@ def test_the_real_peak_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dataset(encoded: bool, training: list[int] | None = None) -> Any:
-    buckets = [SimpleNamespace(id=0, width=64, height=64), SimpleNamespace(id=1, width=96, height=64)]
+    buckets = [SimpleNamespace(id=id, width=width, height=64, sources=()) for id, width in enumerate((64, 96))]
     tokens = np.array([30, 90, 20, 50])
-    index = SimpleNamespace(bucket=np.array([0, 0, 1, 1]), prompt_tokens=tokens, caption_length=tokens)
+    index = SimpleNamespace(
+        bucket=np.array([0, 0, 1, 1]), prompt_tokens=tokens, caption_length=tokens, picture_tokens=0 * tokens
+    )
     chosen = np.arange(4) if training is None else np.array(training, dtype=np.int64)
     manifest = SimpleNamespace(buckets=buckets)
     return SimpleNamespace(manifest=manifest, index=index, encoded=encoded, training=chosen)

@@ -209,7 +209,7 @@ def test_the_dead_half_of_the_last_block_is_never_adapted(tiny_model):
     assert len([n for n in names if n.startswith("transformer_blocks.0.")]) == 4
     inject_lora(transformer, LoraSpec(("add_q_proj", "add_k_proj", "txt_mod.1"), 2, 2))
     prompt = torch.randn(1, 5, transformer.config.joint_attention_dim)
-    transformer(torch.randn(1, 4, 64), torch.tensor([0.5]), prompt, None, 2, 2).square().sum().backward()
+    transformer(torch.randn(1, 4, 64), torch.tensor([0.5]), prompt, None, ((2, 2),)).square().sum().backward()
     without = [name for name, p in lora_parameters(transformer).items() if p.grad is None]
     assert without == []
 
