@@ -29,7 +29,7 @@ from train.config.train_config import TrainConfig
 from train.engine.deepspeed_log import quiet_deepspeed
 from train.process import start_clock
 from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED, RANK_LOST
-from train.process.first_error import blame, first_words, rank_was_lost, tell_first
+from train.process.first_error import blame, first_words, rank_was_lost, shared_gpu, tell_first
 from train.process.launchers import LAUNCHERS
 from train.process.peers import Peers
 from train.process.watchdog import JOINING, LONG_SECONDS, Watchdog
@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
             print(last_lines.left_without_saving(str(asked) or "Ctrl-C", waits), file=sys.stderr, flush=True)
         return asked.agreed.exit_code if hasattr(asked, "agreed") else INTERRUPTED
     except RuntimeError as error:
+        if (reason := shared_gpu(error)) is not None:
+            tell(BAD_INPUT, reason)
+            return BAD_INPUT
         if rank_was_lost(error):
             peers = Peers.from_environment()
             if peers is not None:

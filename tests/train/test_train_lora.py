@@ -318,7 +318,7 @@ def test_a_step_judged_on_the_device(tiny_model, encoded, tmp_path, capsys, monk
         assert rows_of(tmp_path / "device")[-1]["loss"] == rows_of(tmp_path / "host")[-1]["loss"]
 
 
-def test_memory_that_runs_out_is_one_clear_line(tiny_model, encoded, tmp_path, capsys, monkeypatch):
+def test_memory_that_runs_out_and_a_shared_gpu_are_one_clear_line(tiny_model, encoded, tmp_path, capsys, monkeypatch):
     """In the loop, where nothing can fall back any more; other RuntimeErrors are bugs and keep their traceback."""
 
     def fail(error: Exception) -> Callable[..., int]:
@@ -334,6 +334,12 @@ def test_memory_that_runs_out_is_one_clear_line(tiny_model, encoded, tmp_path, c
     assert line.startswith("error: CUDA out of memory. Tried 2 GiB. Recompute more blocks") and "start again" in line
     monkeypatch.setattr(train_lora, "train", fail(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")))
     assert train_lora.main(options) == 4
+    shared = "NCCL error in: x, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+    capsys.readouterr()
+    monkeypatch.setattr(train_lora, "train", fail(torch.distributed.DistBackendError(shared)))
+    assert train_lora.main(options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: rank 1 and rank 0 both on CUDA device 1b000 of ")
     monkeypatch.setattr(train_lora, "train", fail(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         train_lora.main(options)

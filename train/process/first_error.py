@@ -7,6 +7,7 @@ watchdog looks for it every second, and the job script prints it at the end and 
 
 import os
 import re
+import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -73,7 +74,19 @@ def read_first(peers: Peers) -> FirstError | None:
 
 def rank_was_lost(error: BaseException) -> bool:
     """Whether it says no more than that another rank has ended, or can't be reached."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, RuntimeError) and not shared_gpu(error) and any(sign in str(error) for sign in SIGNS)
+
+
+def shared_gpu(error: BaseException) -> str | None:
+    """For people: NCCL's refusal of two ranks on one GPU, which no restart mends; None for any other error."""
+    found = re.search(r"Duplicate GPU detected\s*:\s*(.*)", str(error))
+    if found is None:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    return (
+        f"{found[1].strip()} of {socket.gethostname()}: NCCL wants a GPU for each rank, and slices of one (MIG) count as one; "
+        f"start as many ranks on a node as it has GPUs (CUDA_VISIBLE_DEVICES is {visible})"
+    )
 
 
 def first_words(error: BaseException) -> str:

@@ -64,6 +64,29 @@ def check_count(ranks_here: int) -> None:
         )
 
 
+def check_interface(variable: str) -> None:
+    """Raises ValueError where NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME chooses no network interface of this node.
+
+    A list: for NCCL of beginnings of names, after `=` of whole names, after `^` of those to leave out, each with or without
+    `:port`; for gloo of whole names. Their own errors (an address of family 59936) look as if another rank were lost.
+    """
+    asked = os.environ.get(variable, "")
+    of_nccl = variable.startswith("NCCL")
+    names = asked.lstrip("^=") if of_nccl else asked
+    rules = asked.removesuffix(names) if of_nccl else "="
+    wanted = [name.partition(":")[0].strip() for name in names.split(",") if name.strip()]
+    here = [name for _, name in socket.if_nameindex()]
+
+    def listed(name: str) -> bool:
+        return any(name == one or ("=" not in rules and name.startswith(one)) for one in wanted)
+
+    if wanted and not any(listed(name) != ("^" in rules) for name in here):
+        raise ValueError(
+            f"{variable}={asked} chooses no network interface of {socket.gethostname()}, which has {', '.join(here)}: "
+            "name the one that connects the nodes, or leave the variable out"
+        )
+
+
 def check_size(device: torch.device, asked: str, model: torch.nn.Module) -> None:
     """Raises ValueError for a large model on the CPU that nobody asked for."""
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from files.shown import one_line
 from qwen_image.free_memory import limit_device
-from train.process.node_health import check_count, check_device
+from train.process.node_health import check_count, check_device, check_interface
 from train.process.peers import VARIABLE
 
 # Sample images and files are one rank's work, for which the others wait; torch's own limit is half an hour, and what hangs
@@ -68,7 +68,8 @@ class Ranks:
 def join_process_group(gpu_memory_limit: float | None = None, device_option: str = "auto") -> Ranks:
     """Initialise torch.distributed (NCCL on CUDA, gloo else) and choose this process's device.
 
-    Raises ValueError where GPUs were given and torch sees none, unless `device_option` is `cpu`.
+    Raises ValueError where GPUs were given and torch sees none, unless `device_option` is `cpu`, and where the network
+    interface that the environment names isn't there.
     """
     check_device(device_option)
     import deepspeed
@@ -89,6 +90,8 @@ def join_process_group(gpu_memory_limit: float | None = None, device_option: str
         device = torch.device("cpu")
         # DeepSpeed would compile C++ for a minute or three to add up CPU ranks a little faster than gloo does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ["WORLD_SIZE"] != "1":
+        check_interface("NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME")
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from train.process import node_health
-from train.process.first_error import rank_was_lost
-from train.process.node_health import Node, check_count, check_device, check_size, compare
+from train.process.first_error import rank_was_lost, shared_gpu
+from train.process.node_health import Node, check_count, check_device, check_interface, check_size, compare
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +81,46 @@ def test_a_gpu_is_no_two_ranks_own(monkeypatch):
         check_count(8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     check_count(8)
+
+
+@pytest.mark.parametrize(
+    ("variable", "asked", "wrong"),
+    [
+        ("NCCL_SOCKET_IFNAME", "", False),
+        ("NCCL_SOCKET_IFNAME", "ib", False),  # the beginning of a name
+        ("NCCL_SOCKET_IFNAME", "bond0,ib1:4000", False),
+        ("NCCL_SOCKET_IFNAME", "^docker,lo", False),
+        ("NCCL_SOCKET_IFNAME", "^=ib", False),
+        ("NCCL_SOCKET_IFNAME", "=ib1", False),
+        ("NCCL_SOCKET_IFNAME", "=ib", True),
+        ("NCCL_SOCKET_IFNAME", "ib9,bond", True),
+        ("NCCL_SOCKET_IFNAME", "^e,ib,lo", True),
+        ("GLOO_SOCKET_IFNAME", "eno1", False),
+        ("GLOO_SOCKET_IFNAME", "ib", True),
+        ("GLOO_SOCKET_IFNAME", "^lo", True),
+    ],
+)
+def test_a_network_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch, variable, asked, wrong):
+    monkeypatch.setattr(node_health.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eno1"), (3, "ib1")])
+    monkeypatch.setenv(variable, asked)
+    if not wrong:
+        check_interface(variable)
+        return
+    with pytest.raises(ValueError, match="which has lo, eno1, ib1: name the one that connects the nodes") as error:
+        check_interface(variable)
+    assert str(error.value).startswith(f"{variable}={asked} chooses no network interface of ")
+
+
+def test_two_ranks_on_one_gpu_are_bad_input_and_no_lost_rank(monkeypatch):
+    """What torch says, by NCCL 2.20 to 2.27; its first line alone would be that of a lost rank."""
+    error = torch.distributed.DistBackendError(
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, invalid usage (run with NCCL_DEBUG=WARN for "
+        "details), NCCL version 2.27.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+        "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000\n"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert not rank_was_lost(error)
+    reason = shared_gpu(error) or ""
+    assert reason.startswith("rank 1 and rank 0 both on CUDA device 1b000 of ")
+    assert reason.endswith("as many ranks on a node as it has GPUs (CUDA_VISIBLE_DEVICES is 0)")
+    assert shared_gpu(RuntimeError("NCCL error in: x, remote process exited or there was a network error")) is None
