@@ -52,7 +52,7 @@ test-gpu: $(STAMP)  ## what needs a GPU; adds a line with date, card, versions a
 	$(BIN)/python -m pytest -p tests.helpers.gpu_log $(GPU_TESTS) $(PYTEST_ARGS)
 
 test-slurm: $(STAMP)  ## what a cluster does to a job, on a real Slurm on this host (root; apt-get install slurm-wlm munge)
-	$(BIN)/python -m pytest -m slow $(SLURM_TESTS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n $(TEST_JOBS) $(SLURM_TESTS) $(PYTEST_ARGS)
 
 test-kernels: $(KERNELS_STAMP) $(STAMP)  ## the Triton kernels without a GPU, in Triton's interpreter; sets it up in .triton_site
 	TRITON_INTERPRET=1 PYTHONPATH="$(abspath $(KERNELS_SITE))" $(BIN)/python -m pytest $(KERNEL_TESTS)

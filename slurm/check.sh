@@ -36,7 +36,7 @@ if [[ -f .venv/bin/python || -n ${PYTHON:-} ]]; then
     # shellcheck source=slurm/common.sh
     source slurm/common.sh
     choose_python
-    "${python[@]}" -c 'import torch, deepspeed' 2>/dev/null || no "${python[*]} has no torch or no deepspeed: run make setup"
+    "${python[@]}" -c 'import torch, deepspeed' >/dev/null 2>&1 || no "${python[*]} has no torch or no deepspeed: run make setup"
 else
     no "no .venv here: run make setup, or name a PYTHON"
 fi

@@ -130,6 +130,7 @@ start_ranks() {
     echo "start-$number" >"$folder/.current" && mv "$folder/.current" "$folder/current"
     MASTER_PORT="$(free_port "$number")"
     export MASTER_PORT
+    say "start $number on $SLURM_JOB_NODELIST: ${SLURM_NTASKS:-1} ranks, which meet at $MASTER_ADDR:$MASTER_PORT"
     status=0 who="" why="" stuck=0 elsewhere=0
     ranks --wait=0 --kill-on-bad-exit=0 -- "${python[@]}" train/train_lora.py ${config[@]+"${config[@]}"} "$@" \
         2> >(trap '' USR1 USR2 TERM INT HUP && exec tee "$QWEN_LORA_ATTEMPT/srun" >&2) &

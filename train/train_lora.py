@@ -263,6 +263,7 @@ class Loop:
         from train.engine.lr_scheduler import LearningRate
         from train.engine.optimizer_state import ema_of
         from train.lora.spec import LoraSpec
+        from train.process.preemption import how_to_stop
         from train.saving.checkpoint_clock import CheckpointClock
         from train.saving.keep_best import Best
         from train.watching.lora_norms import LoraNorms
@@ -282,7 +283,7 @@ class Loop:
         self.began, self.first_step = time.monotonic(), self.step
         for line in [*self.learning_rate.warnings(), *self.learning_rate.lines_on_resuming(self.step, resumed.client)]:
             metrics.say(line)
-        metrics.say(f"run folder: {shown(config.output_path)} (Ctrl-C saves and ends; the same command goes on)")
+        metrics.say(f"run folder: {shown(config.output_path)} ({how_to_stop()})")
         if self.step >= total_steps:
             metrics.say(
                 f"already at step {self.step} of {total_steps}: nothing is left to train; to go on, raise --max_steps"

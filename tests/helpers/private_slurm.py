@@ -46,13 +46,14 @@ GresTypes=gpu
 SlurmdTimeout={slurmd_timeout}
 KillWait=5
 MinJobAge=7200
+FirstJobId={first_job}
 NodeName=DEFAULT CPUs=8 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=6000 Gres=gpu:2 State=UNKNOWN
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}]
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
-PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE State=UP
-PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=debug Nodes=n[1-3] Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
+PartitionName=low Nodes=n[4-{nodes}] MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE State=UP
+PartitionName=high Nodes=n[4-{nodes}] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 """
 
 
@@ -65,9 +66,12 @@ def why_not() -> str | None:
 
 
 class PrivateSlurm:
-    """Nodes n1, n2, …, each with 8 CPUs and 2 GPUs that are counted and don't exist."""
+    """Nodes n1, n2, …, each with 8 CPUs and 2 GPUs that are counted and don't exist; from n4 on they are for pre-emption.
 
-    def __init__(self, folder: Path, nodes: int = 3, slurmd_timeout: int = 20) -> None:
+    Several can run at a time: jobs of different ones have different numbers, and with them different ports.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 5, slurmd_timeout: int = 20) -> None:
         self.folder, self.nodes = folder, [f"n{number}" for number in range(1, nodes + 1)]
         (folder / "state").mkdir(parents=True)
         folder.chmod(0o755)
@@ -79,7 +83,15 @@ class PrivateSlurm:
             (folder / f"gpu{number}").touch()
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
         host = socket.gethostname().split(".")[0]
-        names = {"folder": folder, "host": host, "port": port, "first": port + 1, "last": port + nodes}
+        first_job = 1 + os.getpid() % 97 * 101
+        names = {
+            "first_job": first_job,
+            "folder": folder,
+            "host": host,
+            "port": port,
+            "first": port + 1,
+            "last": port + nodes,
+        }
         text = CONFIGURATION.format(**names, nodes=nodes, slurmd_timeout=slurmd_timeout)
         (folder / "slurm.conf").write_text(text)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}

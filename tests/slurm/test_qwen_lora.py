@@ -51,6 +51,7 @@ def test_each_task_gets_its_rank_and_the_same_meeting_point(cluster: Path) -> No
         assert (task["MASTER_ADDR"], task["MASTER_PORT"]) == ("10.0.0.7", "24698")
         assert (task["OMP_NUM_THREADS"], task["SRUN_CPUS_PER_TASK"], task["cwd"]) == ("3", "3", str(cluster))
         assert task["argv"] == ["--config", "my run.yaml", "--sample_prompts", "a cat, 'sitting'", "b"]
+    assert "job 1234567: start 1 on gpu[07-08]: 4 ranks, which meet at 10.0.0.7:24698" in ran.stdout.splitlines()
     assert "--gpu-bind=none" in (cluster / "srun_arguments").read_text()
     assert not (cluster / "requeued").exists()
 

@@ -334,7 +334,7 @@ def test_memory_that_runs_out_and_a_shared_gpu_are_one_clear_line(tiny_model, en
     assert line.startswith("error: CUDA out of memory. Tried 2 GiB. Recompute more blocks") and "start again" in line
     monkeypatch.setattr(train_lora, "train", fail(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")))
     assert train_lora.main(options) == 4
-    shared = "NCCL error in: x, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+    shared = "NCCL error in: x, invalid usage\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
     capsys.readouterr()
     monkeypatch.setattr(train_lora, "train", fail(torch.distributed.DistBackendError(shared)))
     assert train_lora.main(options) == 2

@@ -82,10 +82,11 @@ def shared_gpu(error: BaseException) -> str | None:
     found = re.search(r"Duplicate GPU detected\s*:\s*(.*)", str(error))
     if found is None:
         return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = "not set" if visible is None else repr(visible)
     return (
         f"{found[1].strip()} of {socket.gethostname()}: NCCL wants a GPU for each rank, and slices of one (MIG) count as one; "
-        f"start as many ranks on a node as it has GPUs (CUDA_VISIBLE_DEVICES is {visible})"
+        f"start as many ranks on a node as it has GPUs (CUDA_VISIBLE_DEVICES is {shown})"
     )
 
 

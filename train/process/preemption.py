@@ -38,6 +38,7 @@ import torch.distributed as dist
 
 from train.process.exit_codes import INTERRUPTED, PREEMPTED
 from train.process.launchers import LAUNCHERS, words
+from train.process.peers import Peers
 
 Item = TypeVar("Item")
 
@@ -50,6 +51,14 @@ NAMES = {
 ECHO_SECONDS = 1.0  # signals so close together are one: a launcher passes on to its ranks what the whole group was sent
 GRACE_SECONDS = 10.0  # for data that a rank waits for when it is asked to leave; a remote that is dead may take minutes
 MEET_SECONDS = 10.0  # more, for other ranks that wait for theirs; launchers kill after 30
+
+
+def how_to_stop() -> str:
+    """For people: what ends this run with a checkpoint; under slurm/qwen_lora.sh there is no terminal for a Ctrl-C."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or Peers.from_environment() is None:
+        return "Ctrl-C saves and ends; the same command goes on"
+    return f"scancel --signal=USR1 {job} saves and puts the job back into the queue, scancel {job} ends it there"
 
 
 class Agreed(enum.IntEnum):

@@ -122,5 +122,5 @@ def test_two_ranks_on_one_gpu_are_bad_input_and_no_lost_rank(monkeypatch):
     assert not rank_was_lost(error)
     reason = shared_gpu(error) or ""
     assert reason.startswith("rank 1 and rank 0 both on CUDA device 1b000 of ")
-    assert reason.endswith("as many ranks on a node as it has GPUs (CUDA_VISIBLE_DEVICES is 0)")
+    assert reason.endswith("as many ranks on a node as it has GPUs (CUDA_VISIBLE_DEVICES is '0')")
     assert shared_gpu(RuntimeError("NCCL error in: x, remote process exited or there was a network error")) is None

@@ -14,6 +14,16 @@ from tests.helpers.forked_ranks import run_ranks
 from tests.helpers.training_run import ROOT
 
 
+def test_how_to_stop_is_said_for_a_terminal_and_for_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from train.process.preemption import how_to_stop
+
+    monkeypatch.delenv("QWEN_LORA_ATTEMPT", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "23")  # an interactive job has a terminal
+    assert how_to_stop() == "Ctrl-C saves and ends; the same command goes on"
+    monkeypatch.setenv("QWEN_LORA_ATTEMPT", str(tmp_path))
+    assert how_to_stop().startswith("scancel --signal=USR1 23 saves and puts the job back")
+
+
 def leave_on_signal(root: Path) -> None:
     import torch.distributed as dist
 
