@@ -29,7 +29,9 @@ class TensorboardEvents:
         import numpy as np
         from PIL import Image
 
-        self.writer.add_image("samples", np.asarray(Image.open(sheet, formats=["PNG"]).convert("RGB")), step, dataformats="HWC")
+        self.writer.add_image(
+            "samples", np.asarray(Image.open(sheet, formats=["PNG"]).convert("RGB")), step, dataformats="HWC"
+        )
 
     def ended(self, summary: dict[str, Any], files: Sequence[Path]) -> None:
         """What the run came to, as a text."""
