@@ -50,17 +50,14 @@ def compare(
     from PIL import Image
 
     from demo.drawing.classifier import FILE, load
-    from demo.drawing.probe import fit_probe
     from demo.drawing.scoring import load_pipeline
     from demo.drawing.trial import STRENGTHS, measure
-    from demo.pictures.new_things import STYLE, SUBJECT, WISHES
+    from demo.pictures.new_things import WISHES
     from demo.run import SIDE
     from train.watching.image_grid import make_grid
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     judge = load(model / FILE)
-    probes = {name: fit_probe(judge, name, SIDE) for name in (SUBJECT, STYLE)}
-    print("probes, on drawn pictures: " + ", ".join(f"{name} {probe.accuracy:.1%}" for name, probe in probes.items()))
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
     for rate in rates:
@@ -68,7 +65,7 @@ def compare(
             start = time.perf_counter()
             pipeline = load_pipeline(model, where)
             loss = learn(pipeline, rate, number, rank, SIDE)
-            trial = measure(pipeline, probes, SIDE)
+            trial = measure(pipeline, judge, SIDE)
             seconds = time.perf_counter() - start
             print(
                 f"rate {rate:g}, {number} steps, rank {rank}: loss {loss:.3f}, {seconds:.0f} s; "

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from demo.drawing import probe
-from demo.drawing.classifier import FILE, load, score
+from demo.drawing.classifier import FILE, Classifier, load, score
 from demo.drawing.scoring import draw, load_pipeline, wanted_scenes
 from demo.pictures.new_things import STYLE, SUBJECT, WISHES
 from qwen_image.model.transformer import QwenImageTransformer
@@ -20,6 +20,10 @@ from train.lora.spec import ADAPTER
 STRENGTHS = (0.0, 0.5, 1.0)
 STEPS, GUIDANCE = 16, 3.0
 SEEDS = 3  # pictures of each wish, of which the grid shows the first
+BLOBS, BLOB_SEED = (
+    6,
+    1000,
+)  # pictures by the base of each wish for the subject, that the probe is to know, and their seeds
 OTHERS = 12  # captions that have nothing to do with the new things
 MUST_SHOW = 0.6  # share of the LoRA's pictures that show what they should, subject and style each
 BASE_SHOWS = 0.25  # share of the base's that may
@@ -79,13 +83,17 @@ def try_lora(model: Path, lora: Path, side: int) -> Trial:
     pipeline = load_pipeline(model)
     assert pipeline.transformer is not None
     attach_lora(pipeline.transformer, read_lora(lora, pipeline.transformer))
-    return measure(pipeline, {name: probe.fit_probe(judge, name, side) for name in (SUBJECT, STYLE)}, side)
+    return measure(pipeline, judge, side)
 
 
-def measure(pipeline: QwenImagePipeline, probes: dict[str, probe.Probe], side: int) -> Trial:
+def measure(pipeline: QwenImagePipeline, judge: Classifier, side: int) -> Trial:
     """The same with a LoRA that is attached already."""
     transformer = pipeline.transformer
     assert transformer is not None
+    set_strength(transformer, 0.0)
+    asked = [wish.prompt for wish in WISHES if wish.shows_subject and not wish.shows_style] * BLOBS
+    blobs = draw(pipeline, asked, side, list(range(BLOB_SEED, BLOB_SEED + len(asked))), STEPS, GUIDANCE)
+    shown = {SUBJECT: probe.fit_probe(judge, side, blobs).shows, STYLE: probe.in_blueprint}
     scenes, captions = wanted_scenes(OTHERS, held_out=False)
     prompts = [wish.prompt for wish in WISHES]
     grid, shares, others, other_pictures = [], [], [], []
@@ -100,9 +108,9 @@ def measure(pipeline: QwenImagePipeline, probes: dict[str, probe.Probe], side: i
             SUBJECT: np.array([wish.shows_subject and not wish.shows_style for wish in WISHES] * rounds),
             STYLE: np.array([wish.shows_style for wish in WISHES] * rounds),
         }
-        shares.append({name: float(probes[name].shows(pictures[wanted[name]]).mean()) for name in probes})
+        shares.append({name: float(shows(pictures[wanted[name]]).mean()) for name, shows in shown.items()})
         other_pictures.append(draw(pipeline, captions, side, steps=STEPS, guidance=GUIDANCE))
-        others.append(score(probes[SUBJECT].judge, other_pictures[-1], scenes)["mean"])
+        others.append(score(judge, other_pictures[-1], scenes)["mean"])
     first, last = shares
     moved = float(np.abs(other_pictures[0].astype(int) - other_pictures[1]).mean())
     return Trial((first[SUBJECT], last[SUBJECT]), (first[STYLE], last[STYLE]), (others[0], others[1]), moved, grid)
