@@ -45,7 +45,7 @@ LORA: dict[str, Any] = {
     "dtype": "float32",
     "activation_checkpointing": "none",
 }
-STEPS = 300
+STEPS = 200
 
 
 class StageFailed(Exception):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not (MODEL / "model_index.json").is_file(),
     reason=f"no weights in {MODEL.name}/: python demo/train_drawing_model.py makes them",
 )
-LORA_STEPS = 300
+LORA_STEPS = 200
 CLASSIFIER_AT_LEAST = 0.95  # of its answers on drawn pictures
 SCORE_AT_LEAST = 0.8  # of the classifier's answers on what the model drew of held-out pairs
 
