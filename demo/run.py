@@ -45,7 +45,7 @@ LORA: dict[str, Any] = {
     "dtype": "float32",
     "activation_checkpointing": "none",
 }
-STEPS = 200
+STEPS = 350
 
 
 class StageFailed(Exception):

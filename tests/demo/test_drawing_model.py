@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not (MODEL / "model_index.json").is_file(),
     reason=f"no weights in {MODEL.name}/: python demo/train_drawing_model.py makes them",
 )
-LORA_STEPS = 200
+LORA_STEPS = 350
 CLASSIFIER_AT_LEAST = 0.95  # of its answers on drawn pictures
 SCORE_AT_LEAST = 0.8  # of the classifier's answers on what the model drew of held-out pairs
 
@@ -38,7 +38,7 @@ def test_the_classifier_knows_drawn_pictures():
 
 
 def test_the_vae_is_sharp():
-    """An edge between two colors stays as steep as it was, within two levels in five."""
+    """An edge between two colors takes three pixels at most; blocks of a latent's 8 pixels would give an eighth."""
     import torch
 
     from demo.drawing.scoring import load_pipeline
@@ -51,7 +51,7 @@ def test_the_vae_is_sharp():
     decoded = uint8_from_pixels(vae.decode(vae.encode(pixels))).numpy()
     assert np.abs(decoded.astype(int) - drawn).mean() < 8
     steepness = [np.abs(np.diff(pictures.astype(int), axis=2)).max((1, 2, 3)).mean() for pictures in (decoded, drawn)]
-    assert steepness[0] > 0.6 * steepness[1]
+    assert steepness[0] > steepness[1] / 3
 
 
 def test_it_draws_pairs_that_it_never_saw():
