@@ -29,7 +29,7 @@ from train.config.train_config import TrainConfig
 from train.engine.deepspeed_log import quiet_deepspeed
 from train.process import start_clock
 from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, PREEMPTED, RANK_LOST
-from train.process.first_error import blame, first_words, rank_was_lost, shared_gpu, tell_first
+from train.process.first_error import blame, first_words, rank_was_lost, shared_gpu, tell_first, was_told
 from train.process.launchers import LAUNCHERS
 from train.process.peers import Peers
 from train.process.watchdog import JOINING, LONG_SECONDS, Watchdog
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 def tell(code: int, error: str) -> None:
     """For people: the reason to end, on standard error; under the job script for all ranks to agree on, too."""
     rank, peers = int(os.environ.get("RANK", "0")), Peers.from_environment()
-    if peers is not None and tell_first(peers, code, error):
+    if peers is not None and (tell_first(peers, code, error) or was_told(peers, error)):
         return  # the job script says it, once and last
     if (
         peers is None and rank > 0

@@ -63,6 +63,12 @@ def tell_first(peers: Peers, code: int, reason: str, who: int | None = None) -> 
     return False
 
 
+def was_told(peers: Peers, reason: str) -> bool:
+    """Whether the job's first error is this very one: nobody needs it once a rank."""
+    first = read_first(peers)
+    return first is not None and first.reason == one_line(reason.removeprefix("error: "))
+
+
 def read_first(peers: Peers) -> FirstError | None:
     path: Path = peers.folder / NAME
     try:

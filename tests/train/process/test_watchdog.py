@@ -170,6 +170,20 @@ def test_a_lost_connection_is_the_fault_of_who_fell_silent_or_said_why(peers: Pe
     assert blame(peers, error) == FirstError(BAD_INPUT, "rank 3 on node gpu-b", "bad")
 
 
+def test_the_same_error_of_many_ranks_is_said_once(peers: Peers, monkeypatch, capsys) -> None:
+    from train.train_lora import tell
+
+    monkeypatch.setenv("QWEN_LORA_ATTEMPT", str(peers.folder))
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        tell(BAD_INPUT, "data: no folder at /photos")
+    assert capsys.readouterr().err == "" and read_first(peers) == FirstError(
+        BAD_INPUT, peers.named(1), "data: no folder at /photos"
+    )
+    tell(BAD_INPUT, "data: no folder at /other")
+    assert capsys.readouterr().err == "error: data: no folder at /other\n"
+
+
 STOPPED = """
 import sys, time
 from pathlib import Path
