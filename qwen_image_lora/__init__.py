@@ -16,6 +16,12 @@ if (_FOLDER / "train").is_dir() and str(_FOLDER) not in sys.path:
     sys.path.insert(0, str(_FOLDER))
 
 
+def make() -> int:
+    from train.make_lora import main
+
+    return main()
+
+
 def train() -> int:
     from train.train_lora import main
 

@@ -1,0 +1,93 @@
+"""Photos to a LoRA by one command: every stage once, again only what has to be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from demo.pictures.new_things import write_new_things
+from train import make_lora
+
+SIDE = 64
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    write_new_things(tmp_path / "photos", count=4, side=SIDE)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def flags(photos: Path, tiny_model: Path, tmp_path: Path) -> list[str]:
+    own = ["--photos", str(photos), "--model", str(tiny_model), "--output_path", str(tmp_path / "made")]
+    own += ["--max_pixels", str(SIDE * SIDE), "--num_inference_steps", "1", "--gpus", "0", "--prompt", "--- a blorb"]
+    return [*own, "--dtype", "float32", "--lora_rank", "2", "--num_workers", "0", "--wandb_mode", "disabled"]
+
+
+@pytest.mark.slow
+def test_all_the_way_then_only_what_is_new(flags, tmp_path, capfd):
+    assert make_lora.main([*flags, "--max_steps", "2"]) == 0
+    made, said = tmp_path / "made", capfd.readouterr().out
+    assert said.count("\n$ ") == 5 and "data_prep/make_shards.py" in said and "train/sample.py --compare" in said
+    with safe_open(made / "run" / "lora.safetensors", "pt") as file:
+        assert any("lora_B" in name for name in list(file.keys()))
+    assert {"shards.html", "samples", "run", "encoded"} <= {path.name for path in made.iterdir()}
+    assert (made / "samples" / "grid.png").is_file() and (made / "run" / "report.html").is_file()
+
+    assert make_lora.main([*flags, "--max_steps", "2"]) == 0
+    said = capfd.readouterr().out
+    assert said.count("done before") == 5 and "\n$ " not in said
+
+    assert make_lora.main([*flags, "--max_steps", "3"]) == 0
+    said = capfd.readouterr().out
+    assert said.count("done before") == 3 and said.count("\n$ ") == 2
+    steps = [json.loads(line)["step"] for line in (made / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 3
+
+
+def test_other_photos_are_refused(flags, photos, monkeypatch, capsys, tmp_path):
+    ran = []
+    monkeypatch.setattr(make_lora, "run_to_the_end", lambda words: ran.append(words) or 7)
+    assert make_lora.main(flags) == 7
+    assert "pack the photos: ended with exit code 7" in capsys.readouterr().err and len(ran) == 1
+    state = make_lora.State.open(tmp_path / "made", photos)
+    state.done["x"] = []
+    make_lora.write_file(state.path, json.dumps({"photos": state.photos, "done": {}}))
+    shutil.copy(photos / "blorb-00.png", photos / "another.png")
+    assert make_lora.main(flags) == 2
+    assert "are not those that" in capsys.readouterr().err and len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--max_stepz", "3"], "unknown flag --max_stepz, did you mean --max_steps?"),
+        (["--data", "x"], "--data can't be given: this script chooses it"),
+        (["--learning_rate", "fast"], "learning_rate"),
+    ],
+)
+def test_a_typing_error_is_told_before_anything_is_packed(flags, more, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(make_lora, "run_to_the_end", lambda words: pytest.fail("nothing may run"))
+    assert make_lora.main([*flags, *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "made").exists()
+
+
+def test_no_photos(flags, tmp_path, capsys):
+    flags[1] = str(tmp_path / "nothing")
+    assert make_lora.main(flags) == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_several_gpus_get_a_launcher_and_the_same_state(monkeypatch, flags, photos, tmp_path):
+    assert make_lora.launcher(1) == ["python"] and make_lora.launcher(2)[:3] == ["deepspeed", "--num_gpus", "2"]
+    result = tmp_path / "result"
+    result.touch()
+    monkeypatch.setattr(make_lora, "run_to_the_end", lambda words: 0)
+    state = make_lora.State.open(tmp_path / "made", photos)
+    state.stage("train", [*make_lora.launcher(2), "train/train_lora.py", "--x"], result)
+    monkeypatch.setattr(make_lora, "run_to_the_end", lambda words: pytest.fail("done before"))
+    make_lora.State.open(tmp_path / "made", photos).stage("train", ["python", "train/train_lora.py", "--x"], result)
