@@ -269,10 +269,13 @@ def load(
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     limit_device(device, arguments.gpu_memory_limit)
     dtype = getattr(torch, arguments.dtype)
-    files = resolve_model(ModelSource.from_options(arguments))
+    source = ModelSource.from_options(arguments)
+    alone = resolve_model(
+        source, ("transformer",)
+    )  # a LoRA that doesn't fit is told before an encoder that isn't there
     for job in jobs:
-        files.member.check_sources(len(job.source_image), f"the prompt {shown(repr(job.prompt), 60)}")
-    empty = empty_transformer(files)
+        alone.member.check_sources(len(job.source_image), f"the prompt {shown(repr(job.prompt), 60)}")
+    empty = empty_transformer(alone)
 
     def parts(place: int) -> list[Preset]:
         return [Preset.read(text, empty) for text in sets[place]]
@@ -281,11 +284,12 @@ def load(
         return as_one(parts(place))
 
     work = ImageWork.of(jobs, dtype, arguments.base_precision, arguments.resident_blocks)
-    notes = list(float8_warning(files))
+    notes = list(float8_warning(alone))
     for place in range(len(sets)):
         loras = parts(place)
-        notes += [note for each in loras for note in each.notes(files.member)]
+        notes += [note for each in loras for note in each.notes(alone.member)]
         work = work.wearing(as_one(loras))  # refuses what can't be added up
+    files = resolve_model(source)
     plan = SamplingPlan.of(files, work, device)
     notes += plan.lines + tuple(distrust_kernels(empty.config, dtype, device, plan.base.float8, trains=False))
     for note in notes:
