@@ -63,7 +63,7 @@ def test_other_photos_are_refused(flags, photos, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--max_stepz", "3"], "unknown flag --max_stepz, did you mean --max_steps?"),
+        (["--max_stepz", "3"], "unknown flag --max_stepz (did you mean --max_steps?)"),
         (["--data", "x"], "--data can't be given: this script chooses it"),
         (["--learning_rate", "fast"], "learning_rate"),
     ],
