@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,19 @@ def signal_handlers_as_before() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def process_group_as_before() -> Iterator[None]:
+    """DeepSpeed can't join a second group in one process: whoever ended the first would break each later test that trains."""
+
+    def ended() -> bool:
+        comm, dist = sys.modules.get("deepspeed.comm.comm"), sys.modules.get("torch.distributed")
+        return getattr(comm, "cdb", None) is not None and dist is not None and not dist.is_initialized()
+
+    before = ended()
+    yield
+    assert before or not ended(), "this test has ended the process group: run what does in a process of its own"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

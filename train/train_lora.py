@@ -245,6 +245,7 @@ class Loop:
         step: optimizer steps done, those before a resumed run began included.
         total_steps: of the whole run.
         saved: the step of the newest checkpoint.
+        no_data: why there is no next batch.
     """
 
     def __init__(
@@ -280,7 +281,7 @@ class Loop:
         self.watch = LossWatch(partial(metrics.say, kind="skip"), engine.device, resumed.loss)
         self.statistics = StepStatistics(engine.module.transformer.config, engine.device)
         self.norms = LoraNorms(engine.module.transformer, LoraSpec.from_config(config).scale)
-        self.began, self.first_step = time.monotonic(), self.step
+        self.began, self.first_step, self.no_data = time.monotonic(), self.step, ""
         for line in [*self.learning_rate.warnings(), *self.learning_rate.lines_on_resuming(self.step, resumed.client)]:
             metrics.say(line)
         metrics.say(f"run folder: {shown(config.output_path)} ({how_to_stop()})")
@@ -291,7 +292,7 @@ class Loop:
 
     def run(self, outputs: Outputs) -> int:
         """Train until the last step is done, one is not finite, or the run is asked to leave; returns the exit code."""
-        from train.process.preemption import Agreed, AskedToLeave
+        from train.process.preemption import Agreed, AskedToLeave, NoData
 
         config, metrics, watch = self.config, self.metrics, self.watch
         written_every = config.validate_every, config.sample_every, config.save_steps, config.checkpoint_every
@@ -310,6 +311,9 @@ class Loop:
                 if not asked.together:
                     raise
                 return self.leave_between_steps(outputs, asked.agreed.exit_code)
+            except NoData as error:
+                self.no_data = str(error)
+                return self.leave_between_steps(outputs, BAD_INPUT)
             self.watchdog.stepped()
             if self.step == self.first_step + 1:
                 metrics.started(self.step)
@@ -451,6 +455,8 @@ class Loop:
         self.preemption.end()
         if code in (PREEMPTED, INTERRUPTED):
             line = last_lines.left(self.preemption.reason, self.step, self.saved, code)
+        elif code == BAD_INPUT:
+            line = last_lines.no_data(self.no_data, self.step, self.saved)
         elif code == NOT_FINITE:
             line = last_lines.not_finite(self.watch.spoiled, self.saved, self.config.learning_rate, self.watch.gave_up)
         else:
@@ -474,7 +480,7 @@ class Loop:
         self.metrics.say(line, kind=None)
         self.metrics.close()
         self.loader.close()
-        if code == NOT_FINITE:
+        if code in (NOT_FINITE, BAD_INPUT):
             self.watchdog.failed(code, line)
         return code
 

@@ -117,6 +117,55 @@ def test_a_signal_while_data_does_not_come(small_model, small_data, tmp_path, mo
     assert "SIGTERM: checkpoint of step 2 saved" in capfd.readouterr().err
 
 
+def test_data_that_can_not_be_read_any_more(small_model, small_data, tmp_path, monkeypatch, capfd):
+    """A server that is dead: what was trained is saved, one line says so, and the same command goes on bit-equal."""
+    from train.data.remote_shards import Unreachable
+    from train.data.shard_dataset import ShardDataset
+
+    read, calls, whole, left = ShardDataset.read, [0], tmp_path / "whole", tmp_path / "left"
+    assert train(small_model, small_data, whole, "--save_steps", "0", *NO_TRIALS) == 0
+
+    def dies(*arguments):
+        calls[0] += 1
+        if calls[0] > 2:
+            raise Unreachable("http://dead/set/000000.tar: no answer")
+        return read(*arguments)
+
+    for first in (0, 2):  # the second start has no step of its own to save
+        calls[0] = first
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardDataset, "read", dies)
+            assert train(small_model, small_data, left, "--save_steps", "0", *NO_TRIALS) == 2
+        said = capfd.readouterr().err
+        (last,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert last.startswith("error: http://dead/set/000000.tar: no answer; ")
+        assert "checkpoint of step 2 saved" in last and len(list(left.glob("checkpoints/step-*"))) == 1
+        assert "start the same command again" in last and "Traceback" not in said
+    assert train(small_model, small_data, left, "--save_steps", "0", *NO_TRIALS) == 0
+    assert losses(left) == losses(whole)
+
+
+def test_a_reader_that_is_killed(small_model, small_data, tmp_path, monkeypatch, capfd):
+    import psutil
+
+    advance, count = Metrics.advance, [0]
+    before = {child.pid for child in psutil.Process().children()}
+
+    def and_kill(self: Metrics) -> None:
+        advance(self)
+        count[0] += 1
+        if count[0] == 2:
+            (reader,) = [child for child in psutil.Process().children() if child.pid not in before]
+            reader.kill()
+
+    monkeypatch.setattr(Metrics, "advance", and_kill)
+    more = ("--num_workers", "1", "--max_steps", "1000", "--save_steps", "0", *NO_TRIALS)
+    assert train(small_model, small_data, tmp_path / "run", *more) == 2
+    said = capfd.readouterr().err
+    assert "error: a process that reads the data has died (DataLoader worker" in said and "Traceback" not in said
+    assert len(list((tmp_path / "run").glob("checkpoints/step-*"))) == 1
+
+
 def test_ranks_leave_when_their_launcher_is_killed(small_model, small_data, tmp_path):
     """kill -9 of torchrun: the ranks save, and are gone."""
     output = tmp_path / "run"

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import numpy as np
 
 from files.atomic_files import PARTIAL, whole_file, write_file
-from files.shown import shown_bytes
+from files.shown import shown, shown_bytes
 from train.data.remote_shards import RemoteReader, copy_state
 from train.data.sample_order import Order
 
@@ -56,7 +56,7 @@ class ShardsAhead:
         self.reader, self.order, self.shard_of, self.limit_bytes, self.say = reader, order, shard_of, limit_bytes, say
         self._place, self._moved, self._stop = consumed, threading.Event(), False
         self._failed: set[int] = set()
-        self._lock = (reader.folder / LOCK).open("w")
+        self._lock = self._opened_lock()
         self._thread = threading.Thread(target=self._run, name="shards-ahead", daemon=True)
         self._thread.start()
 
@@ -69,8 +69,9 @@ class ShardsAhead:
         self._stop = True
         self._moved.set()
         self._thread.join(2 * LOCK_SECONDS)  # it may be waiting for the network; nothing is lost with it
-        fcntl.flock(self._lock, fcntl.LOCK_UN)  # forked readers have the same file open
-        self._lock.close()
+        if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # forked readers have the same file open
+            self._lock.close()
 
     def wanted(self) -> list[int]:
         """The shards that come next, in the order of their first use, as many as fit; at most two epochs ahead."""
@@ -108,9 +109,24 @@ class ShardsAhead:
             else:
                 self._moved.wait()
 
+    def _opened_lock(self) -> IO[str] | None:
+        """None, and a line, where the folder is read-only: what others have filled can still be read."""
+        try:
+            return (self.reader.folder / LOCK).open("w")
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            self.say(
+                f"the cache {shown(self.reader.folder)} can't be written ({error.strerror}): its shards are read, others' "
+                "samples remotely (--data_cache_path names another)"
+            )
+            return None
+
     def _alone(self) -> bool:
-        """Wait until no other run fills this folder; False when told to stop before."""
+        """Wait until no other run fills this folder; False where it is read-only, or when told to stop before."""
         told = False
+        if self._lock is None:
+            return False
         while not self._stop:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -65,7 +65,7 @@ def open_remote(url: str, cache_folder: Path) -> tuple[Path, "RemoteReader"]:
 
 def fill(folder: Path, remote: "Remote", manifest: bytes) -> None:
     """Manifest, index and empty prompt into the cache, and nothing of an older data set beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # one that is filled may be read-only: nothing is written that is there
     changed = not (folder / MANIFEST).is_file() or (folder / MANIFEST).read_bytes() != manifest
     for name in (INDEX, EMPTY_PROMPT):
         if changed or not (folder / name).is_file():
@@ -79,7 +79,7 @@ def fill(folder: Path, remote: "Remote", manifest: bytes) -> None:
     if changed:
         for stale in folder.glob("*.tar*"):  # copies and what is known of them
             stale.unlink(missing_ok=True)
-    write_whole(folder / MANIFEST, [manifest])
+        write_whole(folder / MANIFEST, [manifest])
 
 
 class Remote:

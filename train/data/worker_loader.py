@@ -107,7 +107,18 @@ class Batches:
         return self._stream
 
     def _checked(self) -> Iterator[Batch]:
-        for batch in self._batches:
+        while True:
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                why = " ".join(str(error).split())
+                raise ChildProcessError(
+                    f"a process that reads the data has died ({why}); out of host memory? Fewer --num_workers need less"
+                ) from None
             if isinstance(batch, Exception):
                 raise batch
             self.arrived(batch)
@@ -190,7 +201,10 @@ def shut_down(batches: Any) -> None:
 
     timer = threading.Timer(END_SECONDS, kill)
     timer.daemon = True
-    timer.start()
+    try:
+        timer.start()
+    except RuntimeError:  # at the interpreter's end Python 3.12 starts no thread any more
+        kill()
     with suppress(RuntimeError):  # torch's word on a reader that was killed
         batches._shutdown_workers()
     timer.cancel()

@@ -36,7 +36,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from train.process.exit_codes import INTERRUPTED, PREEMPTED
+from train.process.exit_codes import BAD_INPUT, INTERRUPTED, PREEMPTED
 from train.process.launchers import LAUNCHERS, words
 from train.process.peers import Peers
 
@@ -68,11 +68,12 @@ class Agreed(enum.IntEnum):
     CHECKPOINT = 1
     LEAVE = 2
     INTERRUPTED = 3
+    NO_DATA = 4
 
     @property
     def exit_code(self) -> int:
         assert self >= Agreed.LEAVE
-        return INTERRUPTED if self == Agreed.INTERRUPTED else PREEMPTED
+        return {Agreed.INTERRUPTED: INTERRUPTED, Agreed.NO_DATA: BAD_INPUT}.get(self, PREEMPTED)
 
 
 class AskedToLeave(KeyboardInterrupt):
@@ -87,6 +88,13 @@ class AskedToLeave(KeyboardInterrupt):
     def __init__(self, agreed: Agreed, reason: str, together: bool = False, waits: bool = False) -> None:
         super().__init__(reason)
         self.agreed, self.together, self.waits = agreed, together, waits
+
+
+class NoData(OSError):
+    """A rank can't read its next batch (a dead server, a broken sample that is to stop the run); the text is that rank's error.
+
+    All ranks raise it, before the same step: they can save what the steps before it have made.
+    """
 
 
 class Preemption:
@@ -123,15 +131,20 @@ class Preemption:
     def receive(self, batches: Iterator[Item]) -> Item:
         """The next of `batches`, once every rank has its own: then none begins a step that another one doesn't.
 
-        Raises AskedToLeave where a rank that is asked to leave has waited GRACE_SECONDS in vain, on all ranks together.
+        Raises AskedToLeave where a rank that is asked to leave has waited GRACE_SECONDS in vain, and NoData where one has
+        met an error: on all ranks together.
         """
-        wanted, received = Agreed.GO_ON, []
+        wanted, received, error = Agreed.GO_ON, [], ""
         try:
             with self._waiting_for_data():
                 received.append(next(batches))
         except AskedToLeave as asked:
             wanted = asked.agreed
+        except (ValueError, OSError) as failed:
+            wanted, error = Agreed.NO_DATA, str(failed)
         agreed = self._most_wanted(wanted)
+        if agreed == Agreed.NO_DATA:
+            raise NoData(self._first_of(error))
         if agreed >= Agreed.LEAVE:
             raise AskedToLeave(agreed, self.reason, together=True)
         return received[0]
@@ -149,6 +162,15 @@ class Preemption:
             pause = min(2 * pause, 0.05)
         work.wait()  # raises what went wrong
         return Agreed(int(flag.item()))
+
+    def _first_of(self, error: str) -> str:
+        """The error of the first rank that has one; a collective."""
+        if self._group is None or dist.get_world_size() == 1:
+            return error
+        errors = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=self._group)
+        rank, first = next((rank, error) for rank, error in enumerate(errors) if error)
+        return f"{first} (rank {rank})" if rank else first
 
     @contextmanager
     def _waiting_for_data(self) -> Iterator[None]:

@@ -13,6 +13,12 @@ def left(reason: str, step: int, saved: int, exit_code: int) -> str:
     return f"{reason or 'another rank was asked to leave'}: {checkpoint}, exit code {exit_code}; {GO_ON}"
 
 
+def no_data(error: str, step: int, saved: int) -> str:
+    """A run that can't read its next batch, after optimizer step `step`; `error` says why."""
+    checkpoint = f"checkpoint of step {saved} saved" if saved == step > 0 else newest(saved)
+    return f"error: {error}; {checkpoint}, exit code 2; when the data can be read, {GO_ON}"
+
+
 def left_without_saving(reason: str, waits: bool) -> str:
     """A run that was asked to leave where nothing can be saved: before its first step, or since other ranks wait for data."""
     why = "other ranks still wait for data and can't save" if waits else "ended outside of a step"

@@ -5,6 +5,7 @@ import errno
 import itertools
 import multiprocessing
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -252,3 +253,41 @@ def deleted_but_open(process: int, folder: Path) -> int:
         ]
         return sum(map(size, links))
     return 0
+
+
+@pytest.fixture
+def read_only(tmp_path: Path):
+    """A function that makes a folder read-only, for root too: a mount."""
+    mounted: list[Path] = []
+
+    def make(folder: Path) -> None:
+        bind = ["mount", "--bind", str(folder), str(folder)]
+        if os.geteuid() != 0 or subprocess.run(bind, capture_output=True).returncode:
+            pytest.skip("no permission to mount")
+        mounted.append(folder)
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_filled_cache_that_is_read_only_is_read(remote, tmp_path, read_only):
+    url, _ = remote
+    cache, said = tmp_path / "cache", list[str]()
+    dataset = ShardDataset(url, cache_folder=cache)
+    order, sampling = dataset.order(2), SigmaSampling()
+    with ShardsAhead(dataset.reader, order, dataset.index.shard, 0, 10**9, said.append):
+        wait_for(lambda: len(cached(dataset)) == SHARDS)
+    (dataset.folder / "000002.tar").unlink()
+    read_only(cache)
+    with pytest.raises(OSError, match=r"data_cache_path: .* can't be written \(Read-only file system\)"):
+        ShardDataset(f"{url}/", cache_folder=cache)  # another address: this one isn't in it
+    dataset = ShardDataset(url, cache_folder=cache)
+    asked: list[str] = []
+    read = dataset.reader.remote.read
+    dataset.reader.remote.read = lambda name, *place: (asked.append(name), read(name, *place))[1]
+    with BatchLoader(dataset, order, sampling, Reading(say=said.append), 10**9) as loader:
+        assert len(list(itertools.islice(loader, order.length))) == order.length
+    assert set(asked) == {"000002.tar"} and len(said) == 1
+    assert "can't be written (Read-only file system): its shards are read, others' samples remotely" in said[0]
