@@ -145,27 +145,6 @@ def test_data_that_can_not_be_read_any_more(small_model, small_data, tmp_path, m
     assert losses(left) == losses(whole)
 
 
-def test_a_reader_that_is_killed(small_model, small_data, tmp_path, monkeypatch, capfd):
-    import psutil
-
-    advance, count = Metrics.advance, [0]
-    before = {child.pid for child in psutil.Process().children()}
-
-    def and_kill(self: Metrics) -> None:
-        advance(self)
-        count[0] += 1
-        if count[0] == 2:
-            (reader,) = [child for child in psutil.Process().children() if child.pid not in before]
-            reader.kill()
-
-    monkeypatch.setattr(Metrics, "advance", and_kill)
-    more = ("--num_workers", "1", "--max_steps", "1000", "--save_steps", "0", *NO_TRIALS)
-    assert train(small_model, small_data, tmp_path / "run", *more) == 2
-    said = capfd.readouterr().err
-    assert "error: a process that reads the data has died (DataLoader worker" in said and "Traceback" not in said
-    assert len(list((tmp_path / "run").glob("checkpoints/step-*"))) == 1
-
-
 def test_ranks_leave_when_their_launcher_is_killed(small_model, small_data, tmp_path):
     """kill -9 of torchrun: the ranks save, and are gone."""
     output = tmp_path / "run"

@@ -158,11 +158,11 @@ class TrainConfig:
     max_steps: Annotated[Count | None, "stop after this many optimizer steps (instead of num_epochs)"] = None
     num_epochs: Annotated[Count | None, "passes over the data; 1 when max_steps is not given either"] = None
     gradient_accumulation_steps: Annotated[Count, "micro-batches of one optimizer step on each rank"] = 1
-    learning_rate: Annotated[Positive, "peak learning rate of AdamW"] = 1e-4
-    weight_decay: Annotated[NotNegative, "decoupled weight decay of AdamW"] = 0.01
+    learning_rate: Annotated[Annotated[float, Interval(gt=0.0, le=1000.0)], "peak learning rate of AdamW"] = 1e-4
+    weight_decay: Annotated[Annotated[float, Interval(ge=0.0, le=1000.0)], "decoupled weight decay of AdamW"] = 0.01
     adam_beta1: Annotated[Annotated[float, Interval(ge=0.0, le=0.9999999)], "decay of AdamW's first moment"] = 0.9
     adam_beta2: Annotated[Annotated[float, Interval(ge=0.0, le=0.9999999)], "decay of AdamW's second moment"] = 0.999
-    adam_epsilon: Annotated[Positive, "added to the denominator of AdamW"] = 1e-8
+    adam_epsilon: Annotated[Annotated[float, Interval(gt=0.0, le=1000.0)], "added to the denominator of AdamW"] = 1e-8
     max_grad_norm: Annotated[NotNegative, "clip the global gradient norm to this; 0 = no clipping"] = 1.0
     lr_scheduler: Annotated[Literal["constant", "cosine", "linear"], "course of the learning rate after warm-up"] = (
         "constant"

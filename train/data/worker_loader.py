@@ -107,18 +107,7 @@ class Batches:
         return self._stream
 
     def _checked(self) -> Iterator[Batch]:
-        while True:
-            try:
-                batch = next(self._batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                why = " ".join(str(error).split())
-                raise ChildProcessError(
-                    f"a process that reads the data has died ({why}); out of host memory? Fewer --num_workers need less"
-                ) from None
+        for batch in self._batches:
             if isinstance(batch, Exception):
                 raise batch
             self.arrived(batch)
