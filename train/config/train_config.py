@@ -79,7 +79,8 @@ class TrainConfig:
     ]
     data_cache_path: Annotated[Path, "folder for local copies of remote shards"] = Path("~/.cache/qwen_image_lora")
     data_cache_gb: Annotated[
-        NotNegative, "each node keeps so many GB of the remote shards that come next; 0 = none"
+        Annotated[float, Interval(ge=0.0, le=1e9)],
+        "each node keeps so many GB of the remote shards that come next; 0 = none",
     ] = 50.0
     dataset_repeat: Annotated[Count, "how often every sample occurs in an epoch"] = 1
     batch_size: Annotated[Count, "samples of a micro-batch on each rank"] = 1

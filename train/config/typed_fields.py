@@ -18,8 +18,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from files.shown import shown
 
-Count = Annotated[int, Ge(1)]
-Whole = Annotated[int, Ge(0)]
+MOST = 2**31 - 1  # of anything counted: beyond it are typing errors, on which libraries fail in ways of their own
+LARGEST_WHOLE = 2**40  # a seed is multiplied by a million in 64 bits
+Count = Annotated[int, Interval(ge=1, le=MOST)]
+Whole = Annotated[int, Interval(ge=0, le=LARGEST_WHOLE)]
 Number = Annotated[float, "finite"]
 NotNegative = Annotated[float, Ge(0.0)]
 Positive = Annotated[float, Gt(0.0)]
