@@ -136,7 +136,7 @@ def transformer_with(targets):
         block.attn.invertible_norms = True
     latents, prompt = torch.randn(2, 6, 64, device=DEVICE), torch.randn(2, 3, 24, device=DEVICE)
     mask = torch.tensor([[True, True, True], [True, False, False]], device=DEVICE)
-    return transformer, (latents, torch.tensor([0.3, 0.7]), prompt, mask, 2, 3)
+    return transformer, (latents, torch.tensor([0.3, 0.7]), prompt, mask, ((2, 3),))
 
 
 def velocity_and_gradients(transformer, arguments):
