@@ -477,10 +477,12 @@ class Loop:
         self.metrics.ended({"exit_code": code, "steps": self.step, **self.best.summary()}, files)
         self.metrics.event("end", line, exit_code=code, peak_bytes=peak_bytes(self.engine.device))
         self.write_report()
-        self.metrics.say(line, kind=None)
+        failed = code in (NOT_FINITE, BAD_INPUT)
+        if not (failed and self.watchdog.peers):  # else the job script says it last, for all ranks
+            self.metrics.say(line, kind=None)
         self.metrics.close()
         self.loader.close()
-        if code in (NOT_FINITE, BAD_INPUT):
+        if failed:
             self.watchdog.failed(code, line)
         return code
 
