@@ -13,16 +13,16 @@ where there are GPUs. Exits with 1 when a stage fails or when the LoRA does not 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from train.make_lora import free_port, number_of_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".made-by-demo"  # only a folder with this file in it is ever emptied
@@ -209,21 +209,6 @@ def environment() -> dict[str, str]:
     if not number_of_gpus():
         defaults["DS_ACCELERATOR"] = "cpu"
     return {**defaults, **os.environ, "PATH": os.pathsep.join([ours, os.environ.get("PATH", "")])}
-
-
-@functools.cache
-def number_of_gpus() -> int:
-    """How many GPUs torch sees."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on, so that two demos on one machine do not meet."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

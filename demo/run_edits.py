@@ -16,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from demo.run import LORA, StageFailed, clear, free_port, number_of_gpus, stage
+from demo.run import LORA, StageFailed, clear, stage
+from train.make_lora import free_port, number_of_gpus
 
 SIDE = 96  # of the pictures in pixels; inference has 1024
 AREA = SIDE * SIDE

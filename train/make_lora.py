@@ -14,6 +14,7 @@ stage that failed.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -27,12 +28,16 @@ from typing import Any
 
 from files.atomic_files import write_file
 from files.shown import one_line, shown, tolerant_output
+from qwen_image.loading.model_flags import add_model_flags, model_options
+from train.config.check_paths import check_apart
 from train.process.exit_codes import BAD_INPUT, DONE, INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = "make_lora.json"  # in MADE: what the photos were, and which stage was done by which command
 PROMPTS = 4  # captions that samples are drawn of where no --prompt is given
 STEPS = 1000
+ENCODERS = ("text_encoder", "vae", "tokenizer")
+COMPONENTS = ("transformer", *ENCODERS)
 DEFAULTS = {"max_steps": STEPS, "deepspeed": ROOT / "ds_configs" / "zero2.json"}
 
 
@@ -66,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--photos", type=Path, required=True, help="folder of images with captions")
-    parser.add_argument("--model", required=True, help="folder in the Hugging Face layout, or a hub id")
+    add_model_flags(parser, *COMPONENTS)
     parser.add_argument("--output_path", type=Path, required=True, metavar="MADE", help="folder for everything")
     parser.add_argument("--max_pixels", type=int, help="area of the training images (make_shards.py's default)")
     parser.add_argument(
@@ -81,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def make(own: argparse.Namespace, flags: list[str]) -> None:
     """All stages one after the other. Raises StageFailed, and ValueError or OSError for what can't work from the start."""
+    check_apart(own.output_path, photos=str(own.photos), model=own.model)
     made = own.output_path.resolve()
     shards, encoded, run, samples = (made / name for name in ("shards", "encoded", "run", "samples"))
     train = train_flags(own, flags, encoded, run)
@@ -90,14 +96,16 @@ def make(own: argparse.Namespace, flags: list[str]) -> None:
     state.stage("pack the photos", command([], "data_prep/make_shards.py", **pack), shards / "manifest.json")
     look = command([], "data_prep/check_shards.py", str(shards), report=made / "shards.html")
     state.stage("look at what was packed", look, made / "shards.html")
-    encode = command(launcher(gpus), "data_prep/encode_shards.py", model=own.model, data=shards, output_path=encoded)
+    encode = command(
+        launcher(gpus), "data_prep/encode_shards.py", **model_of(own, *ENCODERS), data=shards, output_path=encoded
+    )
     state.stage("encode: latents and prompt embeddings", encode, encoded / "manifest.json")
     state.stage("train", [*launcher(gpus), "train/train_lora.py", *train], run / "lora.safetensors")
     prompts = own.prompt or captions(shards)
     draw = command(
         [],
         *("train/sample.py", "--compare", *(f"--prompt={prompt}" for prompt in prompts)),
-        model=own.model,
+        **model_of(own, *COMPONENTS),
         lora=run / "lora.safetensors",
         output_path=samples,
         num_inference_steps=own.num_inference_steps,
@@ -118,9 +126,15 @@ def train_flags(own: argparse.Namespace, flags: list[str], encoded: Path, run: P
     if given & {"num_epochs", "max_steps"}:
         defaults = {name: value for name, value in defaults.items() if name != "max_steps"}
     all_flags = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", str(value))]
-    all_flags += ["--model", own.model, "--data", str(encoded), "--output_path", str(run), *flags]
+    model = [word for name, text in model_of(own, *COMPONENTS).items() for word in (f"--{name}", text)]
+    all_flags += [*model, "--data", str(encoded), "--output_path", str(run), *flags]
     parse(all_flags)
     return all_flags
+
+
+def model_of(own: argparse.Namespace, *components: str) -> dict[str, str]:
+    """The model's options that were given, of those that a command which reads `components` has: one model for all stages."""
+    return {name: text for name in model_options(*components) if (text := getattr(own, name)) is not None}
 
 
 def command(start: list[str], script: str, *arguments: str, **options: Any) -> list[str]:
@@ -226,7 +240,9 @@ def captions(shards: Path) -> list[str]:
     return list(found) or ["a photo"]
 
 
+@functools.cache
 def number_of_gpus() -> int:
+    """How many torch sees."""
     import torch
 
     return torch.cuda.device_count()

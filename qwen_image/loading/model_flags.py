@@ -23,13 +23,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def model_options(*components: str) -> list[str]:
+    """Names of the model's options that a command which reads `components` has."""
+    return [name for name in MODEL_HELP if PART_OF.get(name, name.removesuffix("_path")) in (name, *components)]
+
+
 def add_model_flags(parser: argparse.ArgumentParser, *components: str) -> None:
     """Add --model, --revision, and `--COMPONENT_path` for those components that the command reads.
 
     `ModelSource.from_options` makes the model's source of what is parsed.
     """
-    for name, text in MODEL_HELP.items():
-        component = PART_OF.get(name, name.removesuffix("_path"))
-        if component == name or component in components:
-            values = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": name.upper()}
-            parser.add_argument(f"--{name}", required=name == "model", help=text, **values)
+    for name in model_options(*components):
+        values = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": name.upper()}
+        parser.add_argument(f"--{name}", required=name == "model", help=MODEL_HELP[name], **values)

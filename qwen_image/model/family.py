@@ -7,7 +7,7 @@ Sources: diffusers 0.42.1, pipelines/qwenimage/pipeline_qwenimage.py, _edit.py, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _SYSTEM = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
 _EDIT = _SYSTEM.format(
@@ -92,16 +92,7 @@ EDIT_2509 = Member(
     text_encoder_area=384 * 384,
     size_from=-1,
 )
-EDIT_2511 = Member(
-    "Qwen-Image-Edit-2511",
-    ("QwenImageEditPlusPipeline",),
-    _EDIT,
-    picture=f"Picture {{}}: {_VISION}",
-    most_sources=3,
-    text_encoder_area=384 * 384,
-    size_from=-1,
-    zero_cond_t=True,
-)
+EDIT_2511 = replace(EDIT_2509, name="Qwen-Image-Edit-2511", zero_cond_t=True)
 # by the values of --model_family
 MEMBERS = {"text-to-image": TEXT_TO_IMAGE, "edit": EDIT, "edit-2509": EDIT_2509, "edit-2511": EDIT_2511}
 

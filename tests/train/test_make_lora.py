@@ -76,6 +76,27 @@ def test_a_typing_error_is_told_before_anything_is_packed(flags, more, said, mon
     assert not (tmp_path / "made").exists()
 
 
+def test_all_stages_get_one_model(flags, monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(make_lora, "run_to_the_end", lambda words: ran.append(words) or 0)
+    monkeypatch.setattr(make_lora, "captions", lambda shards: ["a blorb"])
+    more = ["--revision", "v2", "--vae_path", "other_vae", "--model_family", "text-to-image", "--transformer_path", "t"]
+    assert make_lora.main([*flags, *more]) == 0
+    given = {Path(words[make_lora.script_in(words)]).name: words for words in ran}
+    for script in ("encode_shards.py", "train_lora.py", "sample.py"):
+        words = given[script]
+        for name, text in zip(more[::2], more[1::2], strict=True):
+            if (script, name) != ("encode_shards.py", "--transformer_path"):  # it reads none
+                assert words[words.index(name) + 1] == text, (script, name)
+
+
+def test_what_is_made_lies_apart_from_the_photos(flags, photos, monkeypatch, capsys):
+    monkeypatch.setattr(make_lora, "run_to_the_end", lambda words: pytest.fail("nothing may run"))
+    flags[5] = str(photos / "made")
+    assert make_lora.main(flags) == 2
+    assert "lies in photos" in capsys.readouterr().err and not (photos / "made").exists()
+
+
 def test_no_photos(flags, tmp_path, capsys):
     flags[1] = str(tmp_path / "nothing")
     assert make_lora.main(flags) == 2

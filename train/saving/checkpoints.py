@@ -58,10 +58,6 @@ class Resumed:
     path: Path | None = None
     client: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def from_checkpoint(self) -> bool:
-        return self.path is not None
-
 
 class Checkpoints:
     """The checkpoints in `output_path`/checkpoints.
