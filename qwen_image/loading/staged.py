@@ -121,9 +121,8 @@ def load_staged(
                     read_ahead()
                     stage.finish(len(names[block]))
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                    problem = (
-                        error  # the others wait for this rank's part: they get what there is, and are told at the end
-                    )
+                    # The others wait for this rank's part: they get what there is, and are told at the end.
+                    problem = error
             if problem is not None and readers.group is None:
                 break
             stage.complete(block, readers, is_read=readers.reads(block) and problem is None)

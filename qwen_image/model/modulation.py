@@ -96,7 +96,7 @@ def modulation_of(block: Block, embedded: Sequence[torch.Tensor]) -> torch.Tenso
 class RecordedModulation:
     """`modulation_of` as a CUDA graph over copies of a block's modulation layers.
 
-    That is 2,500 kernels of 35 µs on an H100: launched one by one they took 14 of the 20 s in which 41 GB were loaded.
+    Five small kernels a time input: launched one by one they take longer than reading the weights does (bench/LOG.md).
     """
 
     def __init__(self, block: Block, embedded: Sequence[torch.Tensor]):

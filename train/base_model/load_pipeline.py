@@ -19,7 +19,7 @@ from train.data.sample import DataSet
 from train.process import start_clock
 from train.process.ranks import Ranks
 
-# 9 s on the host of an H100, as long as the weights take.
+# Importing these takes about as long as reading the weights (bench/LOG.md).
 NEEDED_NEXT = ("peft", "torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.async_compile")
 
 

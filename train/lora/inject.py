@@ -58,7 +58,8 @@ def inject_lora(
 def _adapt(transformer: QwenImageTransformer, config: "LoraConfig") -> None:
     """PEFT's layers around the targets; a plain LoRA's weights are left uninitialized.
 
-    PEFT would draw 359 layers' weights on the CPU, 6 s, to have them overwritten. A DoRA's magnitudes are computed from them.
+    PEFT would draw every layer's weights on the CPU, seconds at full size, to have them overwritten. A DoRA's magnitudes are
+    computed from them.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
