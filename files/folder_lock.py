@@ -282,7 +282,9 @@ class FolderLock:
                     self._path(old).unlink()
         for draft in self.folder.glob(f"{PREFIX}draft-*"):  # of processes that were killed while they tried
             with contextlib.suppress(OSError):
-                if time.time() - draft.stat().st_mtime > ABANDONED_SECONDS:
+                holder = Holder.read(draft)
+                gone = holder is not None and holder.is_gone()
+                if gone or time.time() - draft.stat().st_mtime > ABANDONED_SECONDS:
                     draft.unlink()
 
     def _beat(self, seconds: float) -> None:

@@ -219,6 +219,16 @@ def test_a_process_id_that_was_given_to_another_process_is_gone():
     assert replace(here, process_start="1").is_gone()
 
 
+def test_the_draft_of_a_process_killed_between_link_and_unlink_goes_and_a_living_rival_s_stays(tmp_path: Path):
+    here = Holder.this_process("training")
+    dead = replace(here, process=2**22 - 1, token="dead")
+    (tmp_path / ".lock-draft-dead").write_text(json.dumps(asdict(dead)))
+    os.link(tmp_path / ".lock-draft-dead", tmp_path / ".lock-000001")
+    (tmp_path / ".lock-draft-alive").write_text(json.dumps(asdict(replace(here, token="alive"))))
+    with take(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock-000002", ".lock-draft-alive"]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": 1}', b"\xff\x00"])
 def test_a_lock_file_that_names_nobody_is_waited_for(tmp_path: Path, content: bytes):
     path = tmp_path / ".lock-000007"
