@@ -68,10 +68,10 @@ def print_throughput(folder: Path, options: argparse.Namespace) -> None:
 
 
 def ours(folder: Path, batch_size: int, workers: int) -> Any:
-    from train.data.indexed_loader import BatchLoader
     from train.data.shard_dataset import ShardDataset
-    from train.data.worker_loader import Reading
     from train.flow.timestep_sampling import SigmaSampling
+    from train.loader.indexed_loader import BatchLoader
+    from train.loader.worker_loader import Reading
 
     dataset = ShardDataset(folder)
     return BatchLoader(dataset, dataset.order(batch_size), SigmaSampling(), Reading(num_workers=workers))
@@ -81,9 +81,9 @@ def webdatasets(folder: Path, batch_size: int, workers: int) -> Any:
     import torch
 
     from train.data.shard_dataset import ShardDataset
-    from train.data.webdataset_stream import StreamLoader
-    from train.data.worker_loader import Reading
     from train.flow.timestep_sampling import SigmaSampling
+    from train.loader.webdataset_stream import StreamLoader
+    from train.loader.worker_loader import Reading
 
     torch.manual_seed(0)
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]

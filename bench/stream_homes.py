@@ -97,9 +97,9 @@ def choose_for_card(gib: float, model: Model) -> tuple[Home, Setup, list[str]]:
     from train.base_model.base_home import BaseHome
     from train.base_model.base_plan import BasePlan
     from train.config.zero_plan import ZeroPlan
-    from train.data.batch_shapes import BatchShape
     from train.fit.base_choice import choice_lines, fastest_base
     from train.fit.memory_plan import Machine, Setup, trainable_parameters
+    from train.loader.batch_shapes import BatchShape
     from train.lora.spec import LoraSpec
 
     limit_device(model.device, gib)
@@ -126,9 +126,9 @@ def choose_for_card(gib: float, model: Model) -> tuple[Home, Setup, list[str]]:
 
 def build_for_card(gib: float, model: Model) -> FlowMatchingModule:
     """The module on such a card, recomputing as many blocks as trial steps find necessary."""
-    from train.data.batch_shapes import BatchShape
     from train.fit.activation_checkpointing import plan_checkpointing
     from train.fit.memory_plan import engine_bytes
+    from train.loader.batch_shapes import BatchShape
 
     home, setup, lines = choose_for_card(gib, model)
     module = assemble(home, model)

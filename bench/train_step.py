@@ -81,8 +81,8 @@ def our_step(
     from qwen_image.model.conditioning import Prompt
     from qwen_image.model.modulation import replace_by_table
     from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
-    from train.data.batch_shapes import BatchShape
     from train.fit.activation_checkpointing import plan_checkpointing
+    from train.loader.batch_shapes import BatchShape
     from train.lora.spec import LoraSpec
     from train.step.build import StepOptions, build_step
     from train.step.speedups import choose_workspaces

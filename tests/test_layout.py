@@ -28,7 +28,7 @@ ROOMS: dict[str, list[str]] = {
     ],
     "data_prep": ["images", "shard_format", "sources", "packing", "encoding", "checking"],
     "train": [
-        *("config", "process", "flow", "lora", "data", "step"),
+        *("config", "process", "flow", "lora", "data", "loader", "step"),
         *("engine", "base_model", "fit", "saving", "watching", "reporting"),
     ],
     "demo": ["tiny_model", "pictures", "drawing"],

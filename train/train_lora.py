@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from train.base_model.online_encoder import OnlineEncoder
     from train.config.zero_plan import ZeroPlan
     from train.data.batch import Batch
-    from train.data.from_config import RunData
-    from train.data.worker_loader import Batches
     from train.fit.activation_checkpointing import PeakWatch
     from train.fit.memory_plan import Setup
+    from train.loader.from_config import RunData
+    from train.loader.worker_loader import Batches
     from train.lora.spec import LoraSpec
     from train.process.preemption import Preemption
     from train.process.ranks import Ranks
@@ -144,9 +144,9 @@ def join(config: TrainConfig, leaving: ExitStack) -> tuple[Ranks, Preemption, Wa
 def plan(config: TrainConfig, ranks: Ranks) -> tuple[ZeroPlan, RunData, LoraSpec, Setup]:
     """How ZeRO divides, what the data is, the LoRA, and the base as it will lie in memory; told. A collective."""
     from train.config.zero_plan import ZeroPlan
-    from train.data.from_config import RunData
     from train.fit.base_choice import choose_base
     from train.fit.memory_plan import Setup
+    from train.loader.from_config import RunData
     from train.lora.spec import LoraSpec
 
     zero = ZeroPlan.from_config(config, ranks.world)

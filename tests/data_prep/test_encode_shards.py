@@ -258,8 +258,8 @@ def test_long_captions_are_counted_and_named(tiny_model, tmp_path, capsys):
 
 def test_training_says_which_captions_it_cuts(tmp_path):
     from tests.helpers.data_sets import write_set
-    from train.data.from_config import cut_captions
     from train.data.shard_dataset import ShardDataset
+    from train.loader.from_config import cut_captions
 
     dataset = ShardDataset(write_set(tmp_path / "set"))
     assert cut_captions(dataset, 512) is None

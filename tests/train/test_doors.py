@@ -12,7 +12,7 @@ import pytest
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 DOORS = {
     "base_model/base_plan.py",
-    "data/from_config.py",
+    "loader/from_config.py",
     "engine/lr_scheduler.py",
     "engine/optimizer.py",
     "fit/fit_step.py",

@@ -221,11 +221,11 @@ def test_only_lora_moves(tiny_model, encoded, tmp_path):
     """The engine trains: every frozen weight stays bit for bit what the file says, and has no gradient."""
     from train.config.zero_plan import ZeroPlan
     from train.data.batch import make_batch
-    from train.data.indexed_loader import draw_sample
     from train.data.shard_dataset import ShardDataset
     from train.engine.deepspeed_engine import initialize
     from train.engine.optimizer import AdamW
     from train.flow.timestep_sampling import SigmaSampling
+    from train.loader.indexed_loader import draw_sample
     from train.lora.inject import inject_lora
     from train.lora.spec import LoraSpec
     from train.process.ranks import join_process_group

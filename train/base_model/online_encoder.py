@@ -11,7 +11,7 @@ from qwen_image.encoders.vae import VAE, pixels_from_uint8
 from qwen_image.model.conditioning import Prompt
 from qwen_image.pipeline import QwenImagePipeline
 from train.data.batch import STORED_DTYPE, Batch
-from train.data.from_config import RunData
+from train.loader.from_config import RunData
 
 # On the device, the text encoder's layers in host memory until they compute, on the CPU for good.
 EncoderPlace = Literal["device", "swap", "cpu"]

@@ -1,1 +1,1 @@
-"""From shards to batches: data set, order, loaders, remote shards."""
+"""Samples of shards here or remote, their order, what chance decides, and one batch of them."""

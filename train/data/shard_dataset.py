@@ -6,7 +6,7 @@
     batch = make_batch(dataset, place, epoch, indices, draw)        # draw: sample_draws with its rest bound
 
 All of it is random access by index and free of state: train/data/sample_order.py says what comes when,
-train/data/indexed_loader.py who reads it.
+train/loader/indexed_loader.py who reads it.
 """
 
 import hashlib

@@ -24,8 +24,8 @@ from qwen_image.float8.linear import keep_transposed
 from qwen_image.free_memory import GIB, allocator_bytes, device_bytes, host_bytes, restart_peak
 from qwen_image.model.conditioning import Prompt
 from qwen_image.model.transformer import QwenImageTransformer
-from train.data.batch_shapes import BatchShape, random_arguments
 from train.fit.trial_step import Trial, try_step
+from train.loader.batch_shapes import BatchShape, random_arguments
 from train.process import start_clock
 from train.process.ranks import ranks_here
 from train.step.flow_matching_module import FlowMatchingModule

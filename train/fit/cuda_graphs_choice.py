@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from qwen_image.free_memory import GIB, allocator_bytes
-from train.data.batch_shapes import KEPT, BatchShape, random_arguments
 from train.fit.activation_checkpointing import largest_over_ranks
 from train.fit.trial_step import try_step
+from train.loader.batch_shapes import KEPT, BatchShape, random_arguments
 from train.step.flow_matching_module import FlowMatchingModule
 
 UNUSED = "CUDA graphs are not used: "

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from train.config.train_config import TrainConfig
-from train.data.batch_shapes import BatchShape
-from train.data.from_config import RunData
 from train.fit.activation_checkpointing import CheckpointingPlan, PeakWatch, plan_checkpointing
 from train.fit.cheapest_change import advice
 from train.fit.cuda_graphs_choice import Policy, start_graphs
 from train.fit.memory_plan import Machine, Setup, engine_bytes, graphs_bytes, plan_memory
+from train.loader.batch_shapes import BatchShape
+from train.loader.from_config import RunData
 from train.process import start_clock
 from train.step.flow_matching_module import FlowMatchingModule
 

@@ -25,8 +25,8 @@ from train.base_model.base_plan import BasePlan
 from train.base_model.online_encoder import EncoderPlace
 from train.config.train_config import TrainConfig
 from train.config.zero_plan import ZeroPlan
-from train.data.from_config import RunData
 from train.fit.activation_checkpointing import checkpointed_blocks
+from train.loader.from_config import RunData
 from train.lora.spec import LoraSpec
 from train.lora.targets import resolve_targets
 from train.process.ranks import Ranks, ranks_here

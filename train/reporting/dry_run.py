@@ -15,11 +15,11 @@ from qwen_image.loading.model_files import ModelSource, is_here, to_download
 from qwen_image.model.dtypes import DTYPES
 from train.base_model.load_pipeline import check_data
 from train.config.train_config import TrainConfig
-from train.data.from_config import RunData
 from train.data.shard_dataset import ShardDataset
 from train.fit.base_choice import choice_lines, fastest_base
 from train.fit.cheapest_change import check_memory
 from train.fit.memory_plan import Machine, Setup, plan_memory
+from train.loader.from_config import RunData
 from train.lora.spec import LoraSpec
 from train.process.exit_codes import DONE
 from train.process.node_health import CPU_PARAMETERS

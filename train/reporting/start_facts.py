@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from train.data.from_config import RunData
 from train.fit.memory_plan import MemoryPlan, Setup, layer_parameters
+from train.loader.from_config import RunData
 from train.lora.spec import LoraSpec
 from train.lora.targets import group_of, resolve_targets
 from train.process.ranks import Ranks

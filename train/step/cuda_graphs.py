@@ -23,7 +23,7 @@ from torch import nn
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.out_of_memory import memory_ran_out
 from qwen_image.streaming.block_stream import BlockStream
-from train.data.batch_shapes import KEPT
+from train.loader.batch_shapes import KEPT
 
 Inputs = tuple[torch.Tensor | None, ...]
 MODE = "thread_local"  # NCCL's and the loader's threads may go on calling CUDA while a graph is captured

@@ -15,12 +15,12 @@ import torch
 
 from tests.helpers.data_sets import assert_equal, latent_of, write_set
 from tests.helpers.shard_cache import cached, size, wait_for
-from train.data.indexed_loader import BatchLoader
 from train.data.remote_cache import ShardsAhead, shards_in_order
 from train.data.sample import BrokenSample
 from train.data.shard_dataset import ShardDataset
-from train.data.worker_loader import Reading
 from train.flow.timestep_sampling import SigmaSampling
+from train.loader.indexed_loader import BatchLoader
+from train.loader.worker_loader import Reading
 
 SHARDS = 6
 

@@ -23,11 +23,11 @@ from qwen_image.model.conditioning import Prompt
 from tests.helpers.data_sets import SIZES, assert_equal, break_sample, embeds_of, latent_of, pixels_of, write_set
 from train.data.batch import Batch, collate, make_batch
 from train.data.draws import Draws, sample_draws
-from train.data.indexed_loader import BatchLoader
 from train.data.sample import BrokenSample
 from train.data.shard_dataset import ShardDataset
-from train.data.worker_loader import Reading
 from train.flow.timestep_sampling import SigmaSampling
+from train.loader.indexed_loader import BatchLoader
+from train.loader.worker_loader import Reading
 
 
 @pytest.fixture

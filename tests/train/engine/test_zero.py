@@ -25,11 +25,11 @@ from train import train_lora
 from train.config.command_line import parse
 from train.config.zero_plan import ZeroPlan
 from train.data.batch import make_batch
-from train.data.from_config import RunData
-from train.data.indexed_loader import draw_sample
 from train.data.shard_dataset import ShardDataset
 from train.fit.memory_plan import Setup
 from train.flow.timestep_sampling import SigmaSampling
+from train.loader.from_config import RunData
+from train.loader.indexed_loader import draw_sample
 from train.lora.inject import inject_lora, lora_parameters
 from train.lora.spec import LoraSpec
 from train.process.ranks import Ranks

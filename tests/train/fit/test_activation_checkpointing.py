@@ -17,7 +17,6 @@ from qwen_image.free_memory import GIB
 from qwen_image.model.rotary import rotary_table
 from qwen_image.model.sizes import TransformerConfig
 from qwen_image.model.transformer import QwenImageTransformer
-from train.data.batch_shapes import BatchOptions, BatchShape, largest_batch, random_arguments
 from train.fit import activation_checkpointing as checkpointing
 from train.fit.activation_checkpointing import (
     CheckpointingPlan,
@@ -27,6 +26,7 @@ from train.fit.activation_checkpointing import (
     set_checkpointed_blocks,
 )
 from train.fit.trial_step import Trial, try_step
+from train.loader.batch_shapes import BatchOptions, BatchShape, largest_batch, random_arguments
 from train.lora.inject import inject_lora
 from train.lora.spec import LoraSpec
 from train.step import offload_activations as activation_offload

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.small_transformer import small_transformer
-from train.data.batch_shapes import BatchShape, random_arguments
+from train.loader.batch_shapes import BatchShape, random_arguments
 from train.lora.inject import inject_lora, lora_parameters, short_name
 from train.lora.lora_file import save_lora
 from train.lora.spec import LoraSpec

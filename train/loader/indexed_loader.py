@@ -23,8 +23,8 @@ from train.data.remote_shards import RemoteReader, Unreachable
 from train.data.sample import BrokenSample
 from train.data.sample_order import Order, places
 from train.data.shard_dataset import ShardDataset
-from train.data.worker_loader import DEFAULTS, Batches, Reading
 from train.flow.timestep_sampling import SigmaSampling
+from train.loader.worker_loader import DEFAULTS, Batches, Reading
 
 
 class Task(NamedTuple):

@@ -1,6 +1,6 @@
 """What an indexed loader and a stream share: worker processes, errors by policy, the count of what was consumed, the device.
 
-train/data/indexed_loader.py and train/data/webdataset_stream.py say what the workers read.
+train/loader/indexed_loader.py and train/loader/webdataset_stream.py say what the workers read.
 """
 
 import atexit

@@ -1,6 +1,6 @@
 """`--loader webdataset`: batches from shards that can't be indexed (a pipe, a server without byte ranges), one after another.
 
-The weaker promise, compared with train/data/indexed_loader.py: nothing here is a function of (seed, epoch) and a position.
+The weaker promise, compared with train/loader/indexed_loader.py: nothing here is a function of (seed, epoch) and a position.
 Ranks and workers get whole shards, drawn at random with replacement, and shuffle within a buffer of samples. So the order
 depends on the number of ranks and workers; a sample may come twice before another comes once; a resumed run goes on with
 other samples than the uninterrupted one would have seen; and no sample can be held out for validation. What does hold: the
@@ -31,8 +31,8 @@ from train.data.draws import sample_draws
 from train.data.remote_shards import Remote, is_remote, write_whole
 from train.data.sample import BrokenSample, Sample, read_empty_prompt, read_encoded
 from train.data.sample_order import places
-from train.data.worker_loader import DEFAULTS, Batches, Reading
 from train.flow.timestep_sampling import SigmaSampling
+from train.loader.worker_loader import DEFAULTS, Batches, Reading
 
 BUFFER = 1000  # samples that are shuffled together
 LOOK = 64  # samples that are looked at where there is no manifest

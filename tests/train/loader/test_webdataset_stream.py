@@ -10,9 +10,9 @@ from tests.helpers.data_sets import assert_equal, break_sample, embeds_of, laten
 from train.data.batch import Batch
 from train.data.sample import BrokenSample
 from train.data.shard_dataset import ShardDataset
-from train.data.webdataset_stream import StreamedSet, StreamLoader
-from train.data.worker_loader import Reading
 from train.flow.timestep_sampling import SigmaSampling
+from train.loader.webdataset_stream import StreamedSet, StreamLoader
+from train.loader.worker_loader import Reading
 
 
 def urls(folder) -> list[str]:

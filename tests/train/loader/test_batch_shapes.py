@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.batch_shapes import KEPT, BatchOptions, BatchShapes, batch_shapes, choose_text_padding
 from train.fit.cuda_graphs_choice import StepTimes
+from train.loader.batch_shapes import KEPT, BatchOptions, BatchShapes, batch_shapes, choose_text_padding
 from train.step.cuda_graphs import StepGraphs
 
 BUCKETS = [SimpleNamespace(id=id, width=64, height=64 + 16 * id, sources=()) for id in range(10)]

@@ -5,7 +5,7 @@ import time
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from train.data.worker_loader import leave_signals_to_the_parent, shut_down
+from train.loader.worker_loader import leave_signals_to_the_parent, shut_down
 
 
 class Hangs(Dataset):

@@ -14,20 +14,20 @@ from qwen_image.encoders.text_encoder import MAX_TOKENS
 from qwen_image.loading.model_files import ModelSource, is_here, presumed_member, resolve_model
 from qwen_image.model.family import TEXT_TO_IMAGE, Member
 from train.config.train_config import TrainConfig
-from train.data.batch_shapes import (
+from train.data.sample import DataSet
+from train.data.sample_order import Order, steps_of
+from train.data.shard_dataset import ShardDataset
+from train.flow.timestep_sampling import SigmaSampling
+from train.loader.batch_shapes import (
     BatchOptions,
     BatchShape,
     batch_shapes,
     choose_text_padding,
     largest_batch,
 )
-from train.data.indexed_loader import BatchLoader
-from train.data.sample import DataSet
-from train.data.sample_order import Order, steps_of
-from train.data.shard_dataset import ShardDataset
-from train.data.webdataset_stream import StreamedSet, StreamLoader
-from train.data.worker_loader import Batches, Reading
-from train.flow.timestep_sampling import SigmaSampling
+from train.loader.indexed_loader import BatchLoader
+from train.loader.webdataset_stream import StreamedSet, StreamLoader
+from train.loader.worker_loader import Batches, Reading
 from train.process.ranks import Ranks
 
 WEAKER = (
