@@ -350,7 +350,7 @@ class Loop:
             split.reached("data")
             if self.config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
                 torch.manual_seed(self.config.seed * 1_000_003 + batch.place)
-            losses = self.engine(latents, batch.noise, batch.sigma, prompt)
+            losses = self.engine(latents, batch.noise, batch.sigma, prompt, batch.mask)
             split.reached("forward")
             self.engine.backward(losses.mean())
             split.reached("backward")

@@ -43,6 +43,7 @@ class Batch:
         default_factory=list
     )  # each sample's, before they were packed
     broken: list[str] = field(default_factory=list)  # members that were replaced, and why
+    mask: torch.Tensor | None = None  # of the loss: uint8 [B, H/8, W/8], 255 where it counts in full; None: everywhere
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The same batch with `function` applied to every tensor but σ."""
@@ -74,6 +75,9 @@ def collate(
         "sigma": torch.tensor([draw.sigma for draw in draws], dtype=torch.float32),
         "drop": torch.tensor(drop),
     }
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    if masks:
+        batch["mask"] = torch.stack(masks)
     batch["source_sizes"] = [sample.source_sizes for sample in samples if sample.source_sizes]
     sources = tuple(torch.stack(place) for place in zip(*(sample.sources for sample in samples), strict=True))
     if samples[0].pixels is not None:

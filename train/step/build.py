@@ -1,7 +1,7 @@
 """The training step around a frozen transformer, set up once and in order: LoRA in, fused, compiled, wrapped into its loss.
 
 step = build_step(transformer, spec, StepOptions.from_config(config, zero, device, checkpointed_blocks))
-step.module(latents, noise, sigma, prompt)                          # losses [B]; DeepSpeed's engine wraps the module
+step.module(latents, noise, sigma, prompt, loss_mask)               # losses [B]; DeepSpeed's engine wraps the module
 """
 
 from collections.abc import Callable
@@ -30,11 +30,12 @@ from train.step.offload_activations import ActivationOffload
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How the step is computed. Besides the loss's weighting nothing here changes what it computes, up to rounding.
+    """How the step is computed. Besides the loss's weighting and mask nothing here changes what it computes, up to rounding.
 
     Attributes:
         dtype: of the activations; `lora_dtype`: of the LoRA's weights in the forward pass.
         seed: of the LoRA's initial weights; `lora_checkpoint`: the file whose weights they are instead.
+        mask_min_weight: the loss is masked, with this weight outside; None: it isn't.
         float8: the base is in float8 (for the kernels that are tried).
         fuse: q, k and v as one product where that is possible.
         compile: the blocks, by torch.compile; `dynamic`: once for all shapes.
@@ -48,6 +49,7 @@ class StepOptions:
     seed: int = 0
     lora_checkpoint: Path | None = None
     loss_weighting: WeightingName = "none"
+    mask_min_weight: float | None = None
     float8: bool = False
     fuse: bool = True
     compile: bool = False
@@ -111,4 +113,5 @@ def build_step(
     if options.offload_activations:
         transformer.saved_inputs = ActivationOffload(options.device)
     start_clock.reached("LoRA")
-    return Step(FlowMatchingModule(transformer, options.loss_weighting, options.dtype), adapted, lines)
+    module = FlowMatchingModule(transformer, options.loss_weighting, options.dtype, options.mask_min_weight)
+    return Step(module, adapted, lines)

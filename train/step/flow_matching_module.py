@@ -12,11 +12,12 @@ from qwen_image.model.rotary import Rotary, rotary_table
 from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.pipeline import predict_velocity, time_input
 from qwen_image.streaming.block_stream import BlockStream
+from train.flow.masked_loss import mask_weights, masked_flow_matching_loss
 from train.flow.objective import WeightingName, add_noise, flow_matching_loss, loss_weight, velocity_target
 from train.step.cuda_graphs import Inputs, StepGraphs, few_blocks
 from train.step.flat_parameter import FlatGradient, flatten
 
-FIXED_INPUTS = 7  # latents, noise, σ, embeddings, mask, and a modulation's two parts
+FIXED_INPUTS = 8  # latents, noise, σ, embeddings, mask, a modulation's two parts, and the mask of the loss
 
 
 class FlowMatchingModule(nn.Module):
@@ -26,9 +27,16 @@ class FlowMatchingModule(nn.Module):
         flat: all trained matrices as one parameter, once `use_flat` was called; they are then views of it.
         graphs: replays CUDA graphs instead of launching kernel by kernel, when gradients are wanted; None: never.
         always_masked: graphs get a mask even when no text is padding, so that a shape has one pair of them, not two.
+        mask_min_weight: of the loss where its mask is 0 (train/flow/masked_loss.py); None: losses have no masks.
     """
 
-    def __init__(self, transformer: QwenImageTransformer, weighting: WeightingName, dtype: torch.dtype):
+    def __init__(
+        self,
+        transformer: QwenImageTransformer,
+        weighting: WeightingName,
+        dtype: torch.dtype,
+        mask_min_weight: float | None = None,
+    ):
         super().__init__()
         self.transformer = transformer
         self.weighting = weighting
@@ -36,15 +44,30 @@ class FlowMatchingModule(nn.Module):
         self.flat: nn.Parameter | None = None
         self.graphs: StepGraphs | None = None
         self.always_masked = False
+        self.mask_min_weight = mask_min_weight
 
-    def forward(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """latents and noise [B, 16, 1, H/8, W/8], σ [B] on the CPU → each sample's weighted loss, float32 [B]."""
+    def forward(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        sigma: torch.Tensor,
+        prompt: Prompt,
+        loss_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """latents and noise [B, 16, 1, H/8, W/8], σ [B] on the CPU → each sample's weighted loss, float32 [B].
+
+        `loss_mask`: uint8 [B, H/8, W/8], 255 where the loss counts in full; None: everywhere.
+        """
         modulation = self.transformer.look_up(time_input(sigma, self.dtype)) or (None, None)
         on_device = sigma.to(latents.device, non_blocking=True)
         mask = prompt.mask
         if mask is None and self.graphs is not None and self.always_masked:
             mask = torch.ones(prompt.embeds.shape[:2], dtype=torch.bool, device=latents.device)
-        inputs = latents, noise, on_device, prompt.embeds, mask, *modulation, *prompt.sources
+        if self.mask_min_weight is None:
+            loss_mask = None
+        elif loss_mask is None:  # one kind of input, so that a shape has one pair of graphs
+            loss_mask = torch.full((len(latents), *latents.shape[-2:]), 255, dtype=torch.uint8, device=latents.device)
+        inputs = latents, noise, on_device, prompt.embeds, mask, *modulation, loss_mask, *prompt.sources
         if not torch.is_grad_enabled():
             return self.losses(inputs)
         if self.graphs is not None:
@@ -55,7 +78,7 @@ class FlowMatchingModule(nn.Module):
 
     def losses(self, inputs: Inputs) -> torch.Tensor:
         """The same from tensors on the device alone: what a graph can hold."""
-        latents, noise, sigma, embeds, mask, blocks, final, *_ = inputs
+        latents, noise, sigma, embeds, mask, blocks, final, loss_mask, *_ = inputs
         assert latents is not None and noise is not None and sigma is not None and embeds is not None
         prompt = Prompt(embeds, mask, sources_of(inputs))
         modulation = None if blocks is None or final is None else Modulation(blocks, final)
@@ -63,7 +86,10 @@ class FlowMatchingModule(nn.Module):
         noised = pack_latents(add_noise(latents, noise, sigma)).to(self.dtype)
         prediction = predict_velocity(self.transformer, noised, sigma, prompt, rows, columns, modulation)
         target = pack_latents(velocity_target(latents, noise))
-        return flow_matching_loss(prediction, target, loss_weight(self.weighting, sigma))
+        weight = loss_weight(self.weighting, sigma)
+        if loss_mask is None or self.mask_min_weight is None:
+            return flow_matching_loss(prediction, target, weight)
+        return masked_flow_matching_loss(prediction, target, weight, mask_weights(loss_mask, self.mask_min_weight))
 
     def matrices(self) -> list[nn.Parameter]:
         """The trained parameters as the transformer uses them."""

@@ -77,7 +77,7 @@ class FixedSamples:
             batch = cpu_batch.to(self.device)
             latents, prompt = self.encoder(batch)
             for place, sigma in enumerate(SIGMAS):
-                loss = module(latents, batch.noise, torch.full_like(batch.sigma, sigma), prompt)
+                loss = module(latents, batch.noise, torch.full_like(batch.sigma, sigma), prompt, batch.mask)
                 total += torch.stack([loss.double().sum(), torch.tensor(1.0, device=self.device)]) * counts
                 by_sigma[place] += loss.double().sum() * counts
         module.weighting = weighting

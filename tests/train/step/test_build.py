@@ -66,3 +66,21 @@ def test_a_lora_to_start_from_is_in_the_first_step(tmp_path: Any) -> None:
     for name, parameter in lora_parameters(built.module.transformer).items():
         torch.testing.assert_close(parameter.detach(), weights[name])
     assert said == [f"starting from {path}: {len(built.adapted)} of {len(built.adapted)} layers"]
+
+
+def test_a_masked_step_learns_where_the_mask_is() -> None:
+    """All white is the plain step; a mask of one half is the loss of that half; without the option masks are not looked at."""
+    arguments = random_arguments(SHAPE, 24, CPU)
+    latents = arguments[0]
+    white = torch.full((SHAPE.batch, *latents.shape[-2:]), 255, dtype=torch.uint8)
+    half = white.clone()
+    half[:, :, : latents.shape[-1] // 2] = 0
+    plain, masked = step().module, step(mask_min_weight=0.0).module
+    with torch.no_grad():
+        losses = plain(*arguments)
+        assert torch.equal(plain(*arguments, half), losses)
+        torch.testing.assert_close(masked(*arguments, white), losses)
+        assert torch.equal(masked(*arguments), masked(*arguments, white)), "no mask is a white one"
+        left = masked(*arguments, 255 - half)
+        torch.testing.assert_close((left + masked(*arguments, half)) / 2, losses)
+        assert not torch.allclose(left, losses, rtol=1e-3)

@@ -91,15 +91,27 @@ def gradients_of(module: FlowMatchingModule, arguments: tuple) -> tuple[torch.Te
     return losses.detach().clone(), [gradient.reshape(-1).clone() for gradient in gradients]
 
 
+def random_mask(latents: torch.Tensor, seed: int) -> torch.Tensor:
+    size, generator = (len(latents), *latents.shape[-2:]), torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(DEVICE)
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("recomputed", [0, 3])
-def test_replayed_equals_launched(module: FlowMatchingModule, flat: bool, recomputed: int) -> None:
-    """Two shapes in turn, weights changed in between: the graphs read them where they lie."""
+@pytest.mark.parametrize("masked", [False, True])
+def test_replayed_equals_launched(module: FlowMatchingModule, flat: bool, recomputed: int, masked: bool) -> None:
+    """Two shapes in turn, weights changed in between: the graphs read them where they lie.
+
+    With a masked loss each batch has another mask, the last one none.
+    """
     module.transformer.checkpointed_blocks = recomputed
     if flat:
         module.use_flat()
     arguments = [batch(4, 4, 5, 0, 1), batch(4, 8, 7, 3, 2), batch(4, 4, 5, 0, 3), batch(4, 8, 7, 3, 4)]
+    if masked:
+        module.mask_min_weight = 0.1
+        arguments[:3] = [(*each, random_mask(each[0], seed)) for seed, each in enumerate(arguments[:3])]
 
     def all_of_them(change: Callable[[], None]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
         results = []
@@ -142,12 +154,16 @@ def test_shapes_share_memory(module: FlowMatchingModule) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU to wait for")
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_a_pass_waits_for_nothing(module: FlowMatchingModule, graphs: bool) -> None:
+def test_a_pass_waits_for_nothing(module: FlowMatchingModule, graphs: bool, masked: bool) -> None:
     """From a batch on the device and σ on the host to the gradients: else the device would wait for the host in turn."""
     if graphs:
         module.use_graphs()
     arguments = batch(4, 8, 7, 3, 1)
+    if masked:
+        module.mask_min_weight = 0.1
+        arguments = (*arguments, random_mask(arguments[0], 0))
     gradients_of(module, arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
