@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
+    from qwen_image.pipeline import QwenImagePipeline
     from train.base_model.online_encoder import OnlineEncoder
+    from train.base_model.prior_prompt import PriorPrompt
     from train.config.zero_plan import ZeroPlan
     from train.data.batch import Batch
     from train.fit.activation_checkpointing import PeakWatch
@@ -157,10 +159,26 @@ def plan(config: TrainConfig, ranks: Ranks) -> tuple[ZeroPlan, RunData, LoraSpec
     return zero, data, spec, setup
 
 
+def encoders(
+    config: TrainConfig, pipeline: QwenImagePipeline, data: RunData, setup: Setup, ranks: Ranks
+) -> tuple[OnlineEncoder, Preview, PriorPrompt]:
+    """What makes tensors of batches; and what the options' own prompts are for, encoded, with which a text encoder may go."""
+    from train.base_model.online_encoder import OnlineEncoder
+    from train.base_model.prior_prompt import PriorPrompt
+    from train.base_model.prompt_encoder import prompt_encoder
+    from train.watching.sample_images import Preview
+
+    encoder = OnlineEncoder.of(pipeline, data)
+    base, components = setup.base, config.prompt_components
+    with prompt_encoder(pipeline, encoder, base.source, base.dtype, components) as for_prompts:
+        preview = Preview.from_config(config, pipeline, for_prompts, ranks)
+        prior = PriorPrompt.from_config(config, for_prompts, ranks.rank, base.home.sharing)
+    return encoder, preview, prior
+
+
 def train(config: TrainConfig, leaving: ExitStack) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
     from train.base_model.load_pipeline import load_pipeline
-    from train.base_model.online_encoder import OnlineEncoder
     from train.engine.deepspeed_engine import initialize
     from train.engine.optimizer import AdamW
     from train.fit.cheapest_change import check_memory
@@ -176,7 +194,6 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     from train.saving.run_folder_lock import lock_run_folder
     from train.step.build import StepOptions, build_step
     from train.watching.metrics import Metrics
-    from train.watching.sample_images import Preview
     from train.watching.validation import Validation
 
     # ── Who we are; everything that can be refused before weights are read ────────────────────────────────────────────
@@ -198,8 +215,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
 
     # ── The frozen pipeline, its LoRA, and the engine around both ─────────────────────────────────────────────────────
     pipeline = load_pipeline(setup.base, data.dataset, memory.encoders, ranks, config.local_model_copy)
-    encoder = OnlineEncoder.of(pipeline, data)
-    preview = Preview.from_config(config, pipeline, encoder, ranks)
+    encoder, preview, prior = encoders(config, pipeline, data, setup, ranks)
     options = StepOptions.from_config(config, setup.base.float8, ranks.device, setup.checkpointed_blocks)
     assert pipeline.transformer is not None
     step = build_step(pipeline.transformer, spec, options, ranks.say)
@@ -224,7 +240,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     metrics.begun(resumed.step, started, ranks.warned)
     loader = data.loader(SigmaSampling.from_config(config, pipeline.schedule), resumed.consumed, metrics.warn)
     guards = fit.peak_watch(metrics.say), preemption, watchdog
-    loop = Loop(config, data.steps, resumed, engine, encoder, loader, metrics, *guards)
+    loop = Loop(config, data.steps, resumed, engine, encoder, prior, loader, metrics, *guards)
     return loop.run(Outputs(validation, preview, export, checkpoints, identity))
 
 
@@ -255,6 +271,7 @@ class Loop:
         resumed: Resumed,
         engine: Any,
         encoder: OnlineEncoder,
+        prior: PriorPrompt,
         loader: Batches,
         metrics: Metrics,
         peak: PeakWatch,
@@ -272,7 +289,7 @@ class Loop:
         from train.watching.step_statistics import StepStatistics
 
         self.config, self.total_steps, self.step, self.saved = config, total_steps, resumed.step, resumed.step
-        self.engine, self.encoder, self.loader, self.metrics = engine, encoder, loader, metrics
+        self.engine, self.encoder, self.prior, self.loader, self.metrics = engine, encoder, prior, loader, metrics
         self.peak, self.preemption, self.watchdog = peak, preemption, watchdog
         self.ema = ema_of(engine)
         self.best = Best.resumed(config.keep_best, resumed.best, config.output_path, metrics.say)
@@ -348,15 +365,17 @@ class Loop:
                 batch = self.preemption.receive(batches)
             latents, prompt = self.encoder(batch)
             split.reached("data")
+            example = self.prior(self.engine.module, batch.place, latents, batch.noise, batch.sigma, prompt)
             if self.config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
                 torch.manual_seed(self.config.seed * 1_000_003 + batch.place)
-            losses = self.engine(latents, batch.noise, batch.sigma, prompt, batch.mask)
+            mask = None if example.is_prior else batch.mask
+            losses = self.engine(example.latents, example.noise, batch.sigma, example.prompt, mask)
             split.reached("forward")
             self.engine.backward(losses.mean())
             split.reached("backward")
-            self.statistics.saw(batch, losses, latents, prompt)
+            self.statistics.saw(batch, losses, latents, example.prompt)
             self.watch.saw(batch, losses)
-            self.peak.saw(latents, prompt)
+            self.peak.saw(latents, example.prompt)
             self.learning_rate.set(self.engine, self.step)
             self.engine.step()
             split.reached("optimizer")

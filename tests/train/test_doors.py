@@ -12,6 +12,7 @@ import pytest
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 DOORS = {
     "base_model/base_plan.py",
+    "base_model/prior_prompt.py",
     "loader/from_config.py",
     "engine/lr_scheduler.py",
     "engine/optimizer.py",

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from data_prep import make_shards
 from demo.random_model import write_random_encoded, write_random_model
 from tests.helpers.forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
 from train import train_lora
@@ -73,6 +75,16 @@ def run_splits(paths: list[str], folder: Path, zeros: tuple[str, ...], splits: l
     return outputs
 
 
+def draw_pictures(folder: Path, count: int) -> None:
+    """Pictures of two sizes with captions of several lengths."""
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (96, 64) if number % 2 else (64, 64), (17 * number, 90, 255 - 17 * number)).save(
+            folder / f"{number:02d}.png"
+        )
+        (folder / f"{number:02d}.txt").write_text("soft colors " * (1 + number % 3))
+
+
 @pytest.fixture(scope="module")
 def whole(paths, tmp_path_factory) -> Path:
     """One rank that is left alone."""
@@ -125,3 +137,23 @@ def test_edits_give_one_curve_too(family, tmp_path):
     assert all((tensor == weights[name]).all() for name, tensor in load_file(again / "lora.safetensors").items())
     with safe_open(again / "lora.safetensors", "pt") as file:
         assert file.metadata()["model_family"] == "Qwen-Image-Edit-2511"
+
+
+def test_class_prompts_give_one_curve_too(tiny_model, tmp_path):
+    """Which micro-batches train the base's prediction depends on their place alone: over ranks, accumulation, ZeRO-2 and 3; and
+    an interrupted run has the uninterrupted one's bits. Another share is another curve."""
+    draw_pictures(tmp_path / "pictures", 14)
+    packed = ["--dataset_base_path", str(tmp_path / "pictures"), "--output_path", str(tmp_path / "data")]
+    assert make_shards.main([*packed, "--max_pixels", "6144", "--num_workers", "0"]) == 0
+    paths = ["--model", str(tiny_model), "--data", str(tmp_path / "data"), "--prior_prompt", "a dog"]
+    paths += ["--prior_prompt", "a large dog on a meadow", "--prior_prompt_share", "0.5"]
+    runs = run_splits(paths, tmp_path, ("zero2",), [(1, 2)])
+    assert_same([*runs, *run_splits(paths, tmp_path, ("zero2", "zero3"), [(2, 1)])])
+    again, other = tmp_path / "again", tmp_path / "other"
+    for steps in (3, STEPS):
+        assert run_ranks(1, train, [command(paths, again, "zero2", 2, steps)]) == [0]
+    assert curve(again) == curve(runs[0])
+    weights = load_file(runs[0] / "lora.safetensors")
+    assert all((tensor == weights[name]).all() for name, tensor in load_file(again / "lora.safetensors").items())
+    assert run_ranks(1, train, [command([*paths[:-1], "0.2"], other, "zero2", 2)]) == [0]
+    assert curve(other) != curve(runs[0])

@@ -19,6 +19,8 @@ from qwen_image.noise_schedule import SigmaSchedule
 from qwen_image.streaming.block_stream import SLOTS
 from qwen_image.streaming.stream_blocks import block_layouts, stored_layout
 from train.base_model.base_home import BaseHome
+from train.base_model.prior_prompt import check_prior_prompt
+from train.base_model.prompt_encoder import check_prompt_encoder
 from train.config.train_config import TrainConfig
 from train.config.zero_plan import ZeroPlan
 from train.flow.timestep_sampling import SIGMA_STEPS
@@ -94,6 +96,9 @@ class BasePlan:
             for sample in config.samples()
         )
         member = presumed_member(source) if files is None else files.member
+        check_prior_prompt(config.prior_prompt, member)
+        if not config.dry_run:
+            check_prompt_encoder(source, config.prompt_components)
         notes = (
             *(() if files is None else float8_warning(files)),
             *(note for preset in presets for note in preset.notes(member)),

@@ -154,6 +154,12 @@ class TrainConfig:
         Literal["none", "bsmntw", "sigma_sqrt", "cosmap"], "weight of the loss as a function of sigma"
     ] = "none"
     caption_dropout: Annotated[Share, "share of samples trained with the empty caption"] = 0.0
+    prior_prompt: Annotated[
+        tuple[str, ...],
+        "class prompts ('a photo of a dog'; repeat the flag) for which the LoRA shall predict what the base does: keeps a "
+        "subject from taking over its class, without pictures of that",
+    ] = ()
+    prior_prompt_share: Annotated[Share, "share of micro-batches that train one of prior_prompt"] = 0.2
 
     # ---- optimization
     max_steps: Annotated[Count | None, "stop after this many optimizer steps (instead of num_epochs)"] = None
@@ -335,6 +341,15 @@ class TrainConfig:
                 f"lora_alpha ({self.alpha:g}) with lora_rank {self.lora_rank} scales the update by {scale:g}; it must be "
                 "between 1e-06 and 1e+06"
             )
+        if any(not prompt.strip() for prompt in self.prior_prompt):
+            raise ValueError(
+                "prior_prompt must not be empty: name the subject's class, 'a photo of a dog' for instance"
+            )
+        if self.prior_prompt and self.prior_prompt_share in (0, 1):
+            raise ValueError(
+                f"prior_prompt_share ({self.prior_prompt_share:g}) must lie between 0 and 1: 0 would train no prior_prompt, 1 "
+                "nothing else"
+            )
         if self.keep_best and not self.validation_samples:
             raise ValueError("keep_best chooses by the validation loss: give validation_samples, 4 for instance")
         if self.lora_dora and self.lora_format in ("diffsynth", "kohya"):
@@ -375,6 +390,13 @@ class TrainConfig:
     def sample_every(self) -> int:
         """Optimizer steps between two sets of sample images; 0 = at the end only."""
         return self.save_steps if self.sample_steps is None else self.sample_steps
+
+    @property
+    def prompt_components(self) -> tuple[str, ...]:
+        """The model's components that the options' own prompts need, whatever the shards hold."""
+        if self.sample_prompts:
+            return ("text_encoder", "vae")
+        return ("text_encoder",) if self.prior_prompt else ()
 
     def samples(self) -> tuple[SamplePrompt, ...]:
         """The sample images, files of `sample_prompts` read. Raises what `read_prompts` does."""

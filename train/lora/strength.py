@@ -16,22 +16,26 @@ def lora_at(transformer: nn.Module, strength: float) -> Iterator[None]:
     """Inside, the LoRA's update is multiplied with `strength`; 0 gives the base. Afterwards every bit is as before.
 
     lora_B is multiplied, as PEFT multiplies its scale. At 0 a DoRA's magnitudes become the lengths of the base's rows.
+    Queues work and waits for nothing.
     """
-    touched: dict[nn.Parameter, torch.Tensor] = {}
+    ups, magnitudes = [], {}
     if strength != 1:
         for name, parameter in lora_parameters(transformer).items():
             layer, _, kind = name.rpartition(".")
             if kind == "lora_B":
-                touched[parameter] = parameter.detach() * strength
+                ups.append(parameter.data)
             elif kind == "lora_magnitude_vector" and strength == 0:
                 weight = base_layer(transformer, layer).weight
                 none = torch.zeros(1, weight.shape[1]), torch.zeros(weight.shape[0], 1)
-                touched[parameter] = magnitude(weight, *none)
-    before = {parameter: parameter.detach().clone() for parameter in touched}
-    for parameter, values in touched.items():
-        parameter.data.copy_(values)
+                magnitudes[parameter.data] = magnitude(weight, *none)
+    touched = [*ups, *magnitudes]
+    before = [values.clone() for values in touched]
+    if ups:
+        torch._foreach_mul_(ups, strength)
+    for values, others in magnitudes.items():
+        values.copy_(others)
     try:
         yield
     finally:
-        for parameter, values in before.items():
-            parameter.data.copy_(values)
+        if touched:
+            torch._foreach_copy_(touched, before)

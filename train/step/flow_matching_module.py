@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from qwen_image.model.conditioning import Prompt, pack_latents, source_tokens
+from qwen_image.model.conditioning import Prompt, pack_latents, source_tokens, unpack_latents
 from qwen_image.model.modulation_table import Modulation
 from qwen_image.model.rotary import Rotary, rotary_table
 from qwen_image.model.transformer import QwenImageTransformer
@@ -58,6 +58,7 @@ class FlowMatchingModule(nn.Module):
 
         `loss_mask`: uint8 [B, H/8, W/8], 255 where the loss counts in full; None: everywhere.
         """
+        latents = latents.float()  # of whatever type they came: one shape, one pair of graphs
         modulation = self.transformer.look_up(time_input(sigma, self.dtype)) or (None, None)
         on_device = sigma.to(latents.device, non_blocking=True)
         mask = prompt.mask
@@ -75,6 +76,16 @@ class FlowMatchingModule(nn.Module):
         if self.flat is not None:
             return cast(torch.Tensor, FlatGradient.apply(partial(self.losses, inputs), self.matrices(), self.flat))
         return self.losses(inputs)
+
+    @torch.no_grad()
+    def velocity(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """What `forward` compares with its target, as latents: float32 [B, 16, 1, H/8, W/8]. Without a gradient."""
+        modulation = self.transformer.look_up(time_input(sigma, self.dtype))
+        rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+        on_device = sigma.to(latents.device, non_blocking=True)
+        noised = pack_latents(add_noise(latents, noise, on_device)).to(self.dtype)
+        tokens = predict_velocity(self.transformer, noised, on_device, prompt, rows, columns, modulation)
+        return unpack_latents(tokens.float(), rows, columns)
 
     def losses(self, inputs: Inputs) -> torch.Tensor:
         """The same from tensors on the device alone: what a graph can hold."""

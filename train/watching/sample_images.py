@@ -12,9 +12,7 @@ from PIL import Image
 
 from files.shown import shown
 from qwen_image.encoders.source_images import read_source
-from qwen_image.loading.model_files import ModelSource
 from qwen_image.model.conditioning import Prompt
-from qwen_image.model.dtypes import DTYPES
 from qwen_image.model.sizes import LATENT_CHANNELS, PATCH
 from qwen_image.out_of_memory import memory_ran_out
 from qwen_image.pipeline import QwenImagePipeline, encode_sources, predict_velocity
@@ -62,8 +60,7 @@ def deal(samples: Sequence[SamplePrompt], rank: int, world: int, in_step: bool) 
 class Preview:
     """The prompts of `--sample_prompts`, spread over the ranks; their embeddings are made once, at start.
 
-    When the shards are encoded, the text encoder is loaded for that and released, and the VAE waits on the CPU. What an image
-    takes of memory is given back when all are made; an image that doesn't fit is left out, which is said.
+    What an image takes of memory is given back when all are made; an image that doesn't fit is left out, which is said.
     """
 
     def __init__(
@@ -105,29 +102,13 @@ class Preview:
     def from_config(
         cls, config: TrainConfig, pipeline: QwenImagePipeline, encoder: OnlineEncoder, ranks: Ranks
     ) -> "Preview":
-        """With the encoders that training has, or with its own where the shards are encoded."""
+        """`encoder`: one with both encoders, if there are prompts (`prompt_encoder`)."""
         samples = config.samples()
         for each in samples:
             where = f"sample_prompts: {shown(repr(each.prompt), 60)}"
             pipeline.files.member.check_sources(len(each.source_image), where)
-        if samples and pipeline.text_encoder is None:
-            parts, source = ("text_encoder", "vae"), ModelSource.from_options(config)
-            loaded = QwenImagePipeline.from_pretrained(
-                source,
-                components=parts,
-                dtype=DTYPES[config.dtype],
-                device=ranks.device,
-                stream_text_encoder=ranks.device.type == "cuda",  # the transformer is there already
-            )
-            assert loaded.vae is not None
-            loaded.vae.to("cpu")
-            encoder = OnlineEncoder(loaded.vae, loaded.text_encoder, config.max_prompt_tokens, 1, ranks.device)
         base = " + ".join([pipeline.files.fingerprint("transformer"), *config.preset_lora_path]) if samples else ""
-        preview = cls(samples, config.output_path, config.on_save_error, pipeline, encoder, ranks, base)
-        if samples and pipeline.text_encoder is None:
-            del loaded, encoder
-            gc.collect()  # the text encoder's hooks refer to it
-        return preview
+        return cls(samples, config.output_path, config.on_save_error, pipeline, encoder, ranks, base)
 
     # ── what is written ───────────────────────────────────────────────────────────────────────────────────────────────
 
