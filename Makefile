@@ -20,7 +20,7 @@ DEMO_OUTPUT ?= demo_output
 DEMO_EDIT_OUTPUT ?= demo_edit_output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-edit test test-gpu test-slurm test-kernels check lint types format bench-data bench-loader bench-step bench-command
+.PHONY: help setup demo demo-edit test test-gpu test-slurm test-kernels check lint types format bench-data bench-loader bench-step bench-command bench-scaling
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ bench-step: $(STAMP)  ## one training step on this machine's GPU, ours and the p
 
 bench-command: $(STAMP)  ## what the real command gives on this machine's GPU: against the bare step, over mixed sizes
 	$(BIN)/python bench/real_command.py $(BENCH_ARGS)
+
+bench-scaling: $(STAMP)  ## the real command on 1, 2, 4, 8 GPUs of this machine, ZeRO-2 and stage 3: one table
+	$(BIN)/python bench/scaling.py --folder /dev/shm/qwen_lora_scaling $(BENCH_ARGS)
 
 check: lint types test  ## what CI runs
 

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         result = watched(flags, options.profiled, options.hollow, another_follows=number + 1 < len(runs))
         with options.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
-        print(f"measured: {summary(result)}", flush=True)
+        if result["rank"] == 0:
+            print(f"measured: {summary(result)}", flush=True)
         if result.get("left_gib", 0.0) > LEFT_BYTES / 2**30:
             break
     return 0
@@ -66,7 +67,8 @@ def watched(
     start = time.perf_counter()
     with watch.installed(), drawn_instead_of_read() if hollow else nullcontext():
         code = train_lora.main(list(flags))
-    result = {"code": code, "seconds": time.perf_counter() - start, **watch.result()}
+    rank = int(os.environ.get("RANK", "0"))
+    result = {"code": code, "rank": rank, "seconds": time.perf_counter() - start, **watch.result()}
     if another_follows:
         watch.release()
         gc.collect()
@@ -107,9 +109,13 @@ def measure_runs(
     profiled: int = 0,
     hollow: bool = False,
     launcher: str = "python",
+    gpus: int = 1,
     until: float | None = None,
 ) -> list[dict[str, Any] | None]:
-    """A result for each of `runs` (train_lora.py's flags), in as few new processes as do; None: it failed, or time was up."""
+    """A result for each of `runs` (train_lora.py's flags), in as few new processes as do; None: it failed, or time was up.
+
+    On several `gpus` (under deepspeed; CPU ranks where there are none) it is rank 0's, with the host memory of all.
+    """
     results: list[dict[str, Any] | None] = []
     with tempfile.TemporaryDirectory() as folder:
         while len(results) < len(runs):
@@ -123,7 +129,7 @@ def measure_runs(
                     free.bind(("127.0.0.1", 0))
                     port = free.getsockname()[1]
                 beside = Path(sys.executable).with_name("deepspeed")
-                command = [str(beside if beside.exists() else "deepspeed"), "--num_gpus", "1"]
+                command = [str(beside if beside.exists() else "deepspeed"), "--num_gpus", str(gpus)]
                 command += ["--master_port", str(port), __file__]
             command += ["--runs", str(todo), "--results", str(rows), "--profiled", str(profiled)]
             command += ["--hollow"] * hollow + (["--until", str(until)] if until is not None else [])
@@ -134,11 +140,20 @@ def measure_runs(
                 print(error, flush=True)
                 failed = True
             lines = rows.read_text().splitlines() if rows.exists() else []
-            done = [json.loads(line) for line in lines]
+            done = of_rank_0([json.loads(line) for line in lines])
             results += [row if row["code"] == 0 else None for row in done]
             if (failed or not done) and len(results) < len(runs):
                 results.append(None)
     return results
+
+
+def of_rank_0(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each run's row of rank 0, the host memory of all its ranks added up."""
+    found = [row for row in rows if row["rank"] == 0]
+    for number, row in enumerate(found):
+        runs = [[r for r in rows if r["rank"] == rank] for rank in {r["rank"] for r in rows}]
+        row["host_gib"] = sum(of_rank[number]["host_gib"] for of_rank in runs if len(of_rank) > number)
+    return found
 
 
 def run(command: list[str]) -> str:

@@ -88,12 +88,12 @@ class Watch:
         self.compile_seconds += time.perf_counter() - self._compile_began
 
     def _forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def watched_forward(latents: Any, noise: Any, sigma: Any, prompt: Any) -> Any:
+        def watched_forward(latents: Any, noise: Any, sigma: Any, prompt: Any, *more: Any) -> Any:
             if self.first_step_after is None:
                 self.first_step_after = time.perf_counter() - self.began
             batch, rows, columns = latents.shape[0], latents.shape[-2] // 2, latents.shape[-1] // 2
             self.tokens = batch * (rows * columns + prompt.embeds.shape[1])
-            return forward(latents, noise, sigma, prompt)
+            return forward(latents, noise, sigma, prompt, *more)
 
         return watched_forward
 
@@ -179,22 +179,24 @@ def device_profile(events: Iterable[Any], steps: int) -> dict[str, float]:
     The first of the `steps` doesn't count: the profiler starts in it, and no step before it keeps the device busy. All
     have as many kernels.
 
+    collectives: seconds with an NCCL kernel at work, which waits for other ranks in it;
     busy: seconds with at least one kernel at work (copies from and to the host, on a stream of their own, don't count);
     wall: from its end to the last kernel; long_gaps: seconds of gaps above LONG_GAP_US.
     """
     import torch
 
+    events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not event.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))
+        if not event.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))
     )
     first = -(-len(spans) // steps)
     if first == len(spans):
         return {}
     busy = gaps = 0.0
     began = reached = max(end for _, end in spans[:first])
+    nccl = sorted((e.time_range.start, e.time_range.end) for e in events if "nccl" in e.name.lower())
     for start, end in spans[first:]:
         gap = start - reached
         gaps += gap if gap > LONG_GAP_US else 0.0
@@ -204,6 +206,16 @@ def device_profile(events: Iterable[Any], steps: int) -> dict[str, float]:
     return {
         "kernels": len(spans[first:]) / (steps - 1),
         "busy": busy * scale,
+        "collectives": covered(nccl, began, reached) * scale,
         "wall": (reached - began) * scale,
         "long_gaps": gaps * scale,
     }
+
+
+def covered(spans: Iterable[tuple[float, float]], began: float, ended: float) -> float:
+    """How much of [began, ended] lies in at least one of the `spans`, which are sorted by their start."""
+    total, reached = 0.0, began
+    for start, end in spans:
+        total += max(0.0, min(end, ended) - max(start, reached))
+        reached = max(reached, end)
+    return total
