@@ -171,10 +171,14 @@ class TrainConfig:
     adam_beta2: Annotated[Annotated[float, Interval(ge=0.0, le=0.9999999)], "decay of AdamW's second moment"] = 0.999
     adam_epsilon: Annotated[Annotated[float, Interval(gt=0.0, le=1000.0)], "added to the denominator of AdamW"] = 1e-8
     max_grad_norm: Annotated[NotNegative, "clip the global gradient norm to this; 0 = no clipping"] = 1.0
-    lr_scheduler: Annotated[Literal["constant", "cosine", "linear"], "course of the learning rate after warm-up"] = (
-        "constant"
-    )
+    lr_scheduler: Annotated[
+        Literal["constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear"],
+        "course of the learning rate after warm-up: constant, or down to lr_min at the last step; constant_with_warmup is "
+        "constant, and insists on lr_warmup_steps",
+    ] = "constant"
     lr_warmup_steps: Annotated[Whole, "optimizer steps of linear warm-up from 0"] = 0
+    lr_num_cycles: Annotated[Count, "how often cosine_with_restarts comes down from the peak"] = 1
+    lr_min: Annotated[NotNegative, "the rate (not a share of it) at which a course that comes down ends"] = 0.0
     ema_decay: Annotated[
         Annotated[float, Interval(ge=0.0, le=0.9999999)] | None,
         "keep an exponential moving average of the LoRA's float32 weights too (0.99 spans some 100 steps), with validation, "
@@ -329,6 +333,7 @@ class TrainConfig:
             object.__setattr__(self, "num_epochs", 1)
         if self.max_steps is not None and self.lr_warmup_steps > self.max_steps:
             raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must not be above max_steps ({self.max_steps})")
+        self._check_schedule()
         if self.lora_dtype == "bfloat16" and self.dtype == "float32":
             raise ValueError("lora_dtype bfloat16 needs dtype bfloat16, got dtype float32")
         if self.loader == "webdataset" and (self.max_steps is None or self.validation_samples or self.watched_samples):
@@ -359,6 +364,23 @@ class TrainConfig:
         for name in ("model", "data", "resume", "wandb_project", "lora_target_modules"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
+
+    def _check_schedule(self) -> None:
+        """Raise ValueError for options of a learning rate's course that contradict each other, or do nothing."""
+        if self.lr_scheduler == "constant_with_warmup" and self.lr_warmup_steps == 0:
+            raise ValueError(
+                "lr_scheduler constant_with_warmup needs lr_warmup_steps, 100 for instance (or say constant)"
+            )
+        if self.lr_num_cycles != 1 and self.lr_scheduler != "cosine_with_restarts":
+            raise ValueError(
+                f"lr_num_cycles ({self.lr_num_cycles}) is of lr_scheduler cosine_with_restarts, not of {self.lr_scheduler}"
+            )
+        if self.lr_min and self.lr_scheduler.startswith("constant"):
+            raise ValueError(
+                f"lr_min ({self.lr_min:g}) is where a rate ends that comes down, and lr_scheduler {self.lr_scheduler} doesn't"
+            )
+        if self.lr_min > self.learning_rate:
+            raise ValueError(f"lr_min ({self.lr_min:g}) must not be above learning_rate ({self.learning_rate:g})")
 
     @property
     def alpha(self) -> float:

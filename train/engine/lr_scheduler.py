@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the optimizer step: warm-up, then constant, cosine or linear."""
+"""The learning rate as a pure function of the optimizer step: warm-up, then constant, or down by a cosine or a line."""
 
 import math
 from dataclasses import dataclass
@@ -11,29 +11,37 @@ HIGHEST = 0.1  # AdamW's step is about the learning rate in every weight
 
 @dataclass(frozen=True)
 class LearningRate:
-    """`--lr_scheduler`: linear warm-up to `peak` over `warmup_steps`, then constant, or down to 0 at `total_steps`.
+    """`--lr_scheduler`: linear warm-up to `peak` over `warmup_steps`, then constant, or down to `lowest` at `total_steps`.
 
-    A pure function of the step, so that resuming needs no scheduler state.
+    cosine_with_restarts comes down `cycles` times, each time by a half cosine over an equal number of steps, and begins anew
+    at the peak: SGDR's warm restarts (arXiv:1608.03983) with cycles of one length, as transformers' and diffusers' schedule of
+    that name. A pure function of the step, so that resuming needs no scheduler state.
     """
 
     peak: float
-    course: Literal["constant", "cosine", "linear"]
+    course: Literal["constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear"]
     warmup_steps: int
     total_steps: int
+    lowest: float = 0.0
+    cycles: int = 1
 
     @classmethod
     def from_config(cls, config: TrainConfig, total_steps: int) -> "LearningRate":
-        return cls(config.learning_rate, config.lr_scheduler, config.lr_warmup_steps, total_steps)
+        course = config.lr_scheduler, config.lr_warmup_steps, total_steps, config.lr_min, config.lr_num_cycles
+        return cls(config.learning_rate, *course)
 
     def at(self, step: int) -> float:
         """Of optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        if self.course == "constant":
+        if self.course in ("constant", "constant_with_warmup"):
             return self.peak
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        since, span = step - self.warmup_steps, max(1, self.total_steps - self.warmup_steps)
+        done = min(1.0, since / span)  # beyond the end a cosine would rise again
+        if self.course == "cosine_with_restarts" and since < span:
+            done = since * self.cycles % span / span  # in whole numbers: rounding would move a restart by a step
         remaining = 1 - done if self.course == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return self.peak * max(0.0, remaining)
+        return self.lowest + (self.peak - self.lowest) * remaining
 
     def warnings(self) -> list[str]:
         """For people: a rate at which AdamW moves every weight by more in a step than LoRA's weights are large."""
@@ -56,6 +64,8 @@ class LearningRate:
             options.get("lr_scheduler", self.course),
             options.get("lr_warmup_steps", self.warmup_steps),
             steps,
+            options.get("lr_min", 0.0),
+            options.get("lr_num_cycles", 1),
         )
         now, then = self.at(step), earlier.at(step - 1)
         if math.isclose(self.at(step - 1), then, rel_tol=1e-6, abs_tol=1e-6 * self.peak):
