@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from demo.drawing.classifier import Classifier
     from demo.pictures.scene import Scene
     from qwen_image.pipeline import QwenImagePipeline
+    from train.base_model.prior_prompt import PriorPrompt
 
 CLASS, NAME = "cat", "zimi"
 BATCH, RANK, RATE = 8, 16, 2e-3
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="folder that demo/train_drawing_model.py wrote")
     parser.add_argument("--shares", default="0,0.1,0.2,0.35,0.5", help="shares of micro-batches (0,0.1,0.2,0.35,0.5)")
     parser.add_argument("--prior_prompt", action="append", help=f"class prompts (a {CLASS})")
+    parser.add_argument("--prior_prompt_steps", type=int, default=4, help="of the base from noise (4)")
     parser.add_argument("--steps", type=int, default=350, help="optimizer steps of a trial (350)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     arguments = parser.parse_args(argv)
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         shares = [float(share) for share in arguments.shares.split(",")]
         for share in shares:
             start = time.perf_counter()
-            base, kept = try_share(arguments.model, share, prompts, arguments.steps, arguments.device)
+            asked = share, prompts, arguments.prior_prompt_steps
+            base, kept = try_share(arguments.model, *asked, arguments.steps, arguments.device)
             told = "; ".join(
                 f"{name.strip('_')} {a:.0%} → {b:.0%}" for name, a, b in zip(Kept._fields, base, kept, strict=True)
             )
@@ -68,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def try_share(model: Path, share: float, prompts: list[str], steps: int, device: str | None) -> tuple[Kept, Kept]:
+def try_share(
+    model: Path, share: float, prompts: list[str], prior_steps: int, steps: int, device: str | None
+) -> tuple[Kept, Kept]:
     """What base and LoRA show after `steps` of which `share` train the class prompts."""
     import torch
 
@@ -76,14 +81,15 @@ def try_share(model: Path, share: float, prompts: list[str], steps: int, device:
     from demo.drawing.probe import fit_probe
     from demo.drawing.scoring import draw, load_pipeline
     from demo.run import SIDE
+    from train.base_model.prior_prompt import PriorPrompt
     from train.lora.strength import lora_at
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline, judge = load_pipeline(model, where), load(model / FILE)
+    assert pipeline.transformer is not None and pipeline.text_encoder is not None
     blobs = draw(pipeline, [asked_for(i, f"{NAME} {CLASS}")[1] for i in range(ASKED)], SIDE, steps=16)
     shows = fit_probe(judge, SIDE, blobs).shows
-    learn(pipeline, share, prompts, steps, SIDE)
-    assert pipeline.transformer is not None
+    learn(pipeline, PriorPrompt(pipeline.text_encoder.encode_list(prompts), share, prior_steps, seed=0), steps, SIDE)
     with lora_at(pipeline.transformer, 0):
         base = judged(pipeline, judge, shows, SIDE)
     return base, judged(pipeline, judge, shows, SIDE)
@@ -126,7 +132,7 @@ def judged(pipeline: QwenImagePipeline, judge: Classifier, shows: Any, side: int
     )
 
 
-def learn(pipeline: QwenImagePipeline, share: float, prompts: list[str], steps: int, side: int) -> None:
+def learn(pipeline: QwenImagePipeline, prior: PriorPrompt, steps: int, side: int) -> None:
     """Train a LoRA in place as the trainer does: its module, its loss, its prior prompts; batches made here."""
     import numpy as np
     import torch
@@ -138,7 +144,6 @@ def learn(pipeline: QwenImagePipeline, share: float, prompts: list[str], steps: 
     from demo.run import TARGETS
     from qwen_image.encoders.vae import pixels_from_uint8
     from qwen_image.model.conditioning import Prompt
-    from train.base_model.prior_prompt import PriorPrompt
     from train.lora.inject import inject_lora, lora_parameters
     from train.lora.spec import LoraSpec
     from train.step.flow_matching_module import FlowMatchingModule
@@ -153,7 +158,6 @@ def learn(pipeline: QwenImagePipeline, share: float, prompts: list[str], steps: 
     embeds = encoder.encode_list([caption(s, random.Random(f"name/{s.seed}"), full=True) for s in named])
     inject_lora(transformer, LoraSpec(tuple(TARGETS.split(",")), RANK, RANK))
     module = FlowMatchingModule(transformer, "none", torch.float32)
-    prior = PriorPrompt(encoder.encode_list(prompts) if share else [], share, seed=0)
     parameters = list(lora_parameters(transformer).values())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0)
     generator = torch.Generator(device).manual_seed(0)

@@ -160,6 +160,10 @@ class TrainConfig:
         "subject from taking over its class, without pictures of that",
     ] = ()
     prior_prompt_share: Annotated[Share, "share of micro-batches that train one of prior_prompt"] = 0.2
+    prior_prompt_steps: Annotated[
+        Whole,
+        "steps in which the base draws, from noise, what it is asked about; 0: the noised pictures of the batch, faster",
+    ] = 4
 
     # ---- optimization
     max_steps: Annotated[Count | None, "stop after this many optimizer steps (instead of num_epochs)"] = None
