@@ -33,8 +33,12 @@ ROOMS: dict[str, list[str]] = {
     ],
     "demo": ["tiny_model", "pictures", "drawing"],
 }
-# Of the packer, training knows the format of shards, their pixels and what was said of the encoders: no more.
-TRAIN_SEES = ("data_prep.shard_format.", "data_prep.images.stored_pixels", "data_prep.encoding.encoder_facts")
+# Of the packer, training knows the format of shards, their pixels, what was said of the encoders and what captions may become:
+# no more.
+TRAIN_SEES = (
+    *("data_prep.shard_format.", "data_prep.images.stored_pixels"),
+    *("data_prep.encoding.encoder_facts", "data_prep.encoding.caption_variants"),
+)
 
 
 def python_files(*folders: str) -> list[Path]:

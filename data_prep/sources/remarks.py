@@ -22,7 +22,10 @@ LOST_CHARACTERS = "captions hold U+FFFD, which stands for characters that an ear
 LONELY_CAPTIONS = "caption files have no image beside them"
 HIDDEN = "hidden files and folders (.name) left out"
 REPEATS = "images lie in kohya's repeat folders (10_name): repeats are not applied, each is one sample"
-PLACEHOLDERS = "captions hold [trigger] or {a|b}, which is trained as it stands"
+PLACEHOLDERS = (
+    "captions hold [trigger] or {a|b}, which is trained as it stands unless training or encoding gets --trigger_word or"
+    " --caption_alternatives"
+)
 CUT_UNLESS_RAISED = (
     "captions are long for training's 512 tokens: train_lora.py --max_prompt_tokens 1024 would hold them"
 )

@@ -1,6 +1,7 @@
 """Small data sets of known content, as make_shards.py and encode_shards.py write them."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,18 @@ def payload_of(number: int, payload: str) -> bytes:
     return file.getvalue()
 
 
-def write_set(folder: Path, samples: int = 12, payload: str = "safetensors", shard_size: int = 5) -> Path:
-    """A complete data set; sample `number` has the caption `caption <number>` and lies in bucket number % 2."""
+def caption_of(number: int) -> str:
+    return f"caption {number} é"
+
+
+def write_set(
+    folder: Path,
+    samples: int = 12,
+    payload: str = "safetensors",
+    shard_size: int = 5,
+    caption: Callable[[int], str] = caption_of,
+) -> Path:
+    """A complete data set; sample `number` has `caption(number)`, and lies in bucket number % 2."""
     folder.mkdir(parents=True)
     rows: dict[str, list] = {name: [] for name in ("key", "path", "shard", "bucket", "caption_length", "prompt_tokens")}
     places = {f"{m}_{f}": [] for m in MEMBERS for f in ("offset", "size")}
@@ -61,16 +72,16 @@ def write_set(folder: Path, samples: int = 12, payload: str = "safetensors", sha
         numbers = range(first, min(first + shard_size, samples))
         with TarShardWriter(folder / f"{shard:06d}.tar") as tar:
             for number in numbers:
-                key, caption = sample_key(shard, number - first), f"caption {number} é"
+                key, text = sample_key(shard, number - first), caption(number)
                 facts = json_bytes({"key": key, "path": f"photos/{number}.jpg"})
-                members = [(payload, payload_of(number, payload)), ("json", facts), ("txt", caption.encode())]
+                members = [(payload, payload_of(number, payload)), ("json", facts), ("txt", text.encode())]
                 for (suffix, place), name in zip(
                     tar.add(key, members).items(), ("payload", "json", "txt"), strict=True
                 ):
                     assert suffix in (name, payload)
                     places[f"{name}_offset"].append(place[0])
                     places[f"{name}_size"].append(place[1])
-                row = (key, f"photos/{number}.jpg", shard, number % 2, len(caption), 0)
+                row = (key, f"photos/{number}.jpg", shard, number % 2, len(text), 0)
                 for column, value in zip(rows, row, strict=True):
                     rows[column].append(value)
         shards.append(Shard(f"{shard:06d}.tar", len(numbers), tar.bytes, tar.sha256))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Interval
 
+from data_prep.encoding.caption_variants import CAPTION_HELP, CaptionOptions
 from qwen_image.loading.model_flags import MODEL_HELP
 from train.config.sample_prompts import SamplePrompt, read_prompts
 from train.config.typed_fields import (
@@ -33,6 +34,7 @@ from train.config.typed_fields import (
 HEADINGS = {  # the first field of each group in --help and in config.yaml
     "model": "model",
     "data": "data",
+    "trigger_word": "captions (of image shards; encode_shards.py has the same options)",
     "lora_rank": "LoRA",
     "timestep_sampling": "flow matching",
     "max_steps": "optimization",
@@ -105,6 +107,16 @@ class TrainConfig:
         "pad a batch's text to a multiple of this many tokens: fewer shapes; not given: on a GPU 32, or 64 or 128 where "
         "the data set has too many shapes for CUDA graphs, else 1",
     ] = None
+
+    # ---- captions
+    trigger_word: Annotated[str | None, CAPTION_HELP["trigger_word"]] = None
+    caption_prefix: Annotated[str | None, CAPTION_HELP["caption_prefix"]] = None
+    caption_suffix: Annotated[str | None, CAPTION_HELP["caption_suffix"]] = None
+    caption_alternatives: Annotated[bool, CAPTION_HELP["caption_alternatives"]] = False
+    caption_shuffle_tags: Annotated[bool, CAPTION_HELP["caption_shuffle_tags"]] = False
+    caption_keep_tags: Annotated[Whole, CAPTION_HELP["caption_keep_tags"]] = 0
+    caption_tag_dropout: Annotated[Share, CAPTION_HELP["caption_tag_dropout"]] = 0.0
+    caption_tag_separator: Annotated[str, CAPTION_HELP["caption_tag_separator"]] = ","
 
     # ---- LoRA
     lora_rank: Annotated[Count, "rank of the LoRA matrices"] = 32
@@ -344,6 +356,7 @@ class TrainConfig:
             raise ValueError(
                 "loader webdataset knows no epochs and can't hold samples out: give max_steps, and no validation_samples"
             )
+        CaptionOptions.from_options(self)
         scale = self.alpha / (math.sqrt(self.lora_rank) if self.lora_rslora else self.lora_rank)
         if not 1e-6 <= scale <= 1e6:  # beyond, the update or its gradient is lost in float32 beside weights of about 1
             raise ValueError(

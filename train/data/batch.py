@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ ATTEMPTS = 16  # so many broken samples in a row are bad luck, more are a broken
 
 # (epoch, virtual index, latent_shape) -> Draws: train.data.draws.sample_draws with seed, distribution and dropout bound
 DrawSample = Callable[[int, int, tuple[int, ...]], Draws]
+# (epoch, virtual index) -> what decides over the sample's caption: caption_variants.caption_chance with the seed bound
+CaptionChance = Callable[[int, int], Random]
+Chance = Callable[[], Random] | None  # of one sample
 
 
 @dataclass
@@ -105,15 +110,20 @@ def make_batch(
     draw: DrawSample,
     text_padding: int = 1,
     attempts: int = ATTEMPTS,
+    caption_chance: CaptionChance | None = None,
 ) -> Batch:
     """The micro-batch that `Order.micro_batch(place)` gave as (epoch, indices): a pure function, in whatever process.
 
     A sample that can't be read gives way to the next readable one of its bucket (keeping the noise and σ that belong to
     its own index) and is named in `broken`. Where its bucket has none, the micro-batch is made of the samples of another
-    bucket. Raises BrokenSample after more than `attempts` of them in a row.
+    bucket. Raises BrokenSample after more than `attempts` of them in a row. Without `caption_chance` captions don't vary.
     """
     broken: list[str] = []
-    samples = _of_its_bucket(dataset, indices, attempts, broken) or _of_another(dataset, indices, attempts, broken)
+    chances: list[Chance] = [
+        None if caption_chance is None else partial(caption_chance, epoch, int(index)) for index in indices
+    ]
+    asked = dataset, indices, chances, attempts, broken
+    samples = _of_its_bucket(*asked) or _of_another(*asked)
     width, height = samples[0].width, samples[0].height
     latent_shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
     draws = [draw(epoch, int(index), latent_shape) for index in indices]
@@ -122,40 +132,44 @@ def make_batch(
 
 
 def _of_its_bucket(
-    dataset: ShardDataset, indices: Sequence[int], attempts: int, broken: list[str]
+    dataset: ShardDataset, indices: Sequence[int], chances: list[Chance], attempts: int, broken: list[str]
 ) -> list[Sample] | None:
     """The samples, or the first readable one after each in its bucket; None where there is none."""
     samples = []
-    for index in (int(index) % len(dataset) for index in indices):
-        sample = _first_readable(dataset, itertools.chain([index], dataset.same_bucket(index)), attempts, broken)
+    for index, chance in zip((int(index) % len(dataset) for index in indices), chances, strict=True):
+        candidates = itertools.chain([index], dataset.same_bucket(index))
+        sample = _first_readable(dataset, candidates, chance, attempts, broken)
         if sample is None:
             return None
         samples.append(sample)
     return samples
 
 
-def _of_another(dataset: ShardDataset, indices: Sequence[int], attempts: int, broken: list[str]) -> list[Sample]:
+def _of_another(
+    dataset: ShardDataset, indices: Sequence[int], chances: list[Chance], attempts: int, broken: list[str]
+) -> list[Sample]:
     """As many readable samples of the first other bucket that has one; they come again where it has too few."""
     unnamed: list[str] = []  # these stand in no batch's place: their own is where they are named
-    first = _first_readable(dataset, dataset.other_buckets(int(indices[0]) % len(dataset)), attempts, unnamed)
+    others = dataset.other_buckets(int(indices[0]) % len(dataset))
+    first = _first_readable(dataset, others, chances[0], attempts, unnamed)
     if first is None:
         raise BrokenSample(f"no other sample can be read (check_shards.py lists them): {[*broken, *unnamed][-1]}")
     members = itertools.cycle([*dataset.same_bucket(first.index), first.index])
     samples = [first]
-    while len(samples) < len(indices):
-        sample = _first_readable(dataset, members, attempts, unnamed)
+    for chance in chances[1:]:
+        sample = _first_readable(dataset, members, chance, attempts, unnamed)
         assert sample is not None, "the members go round, and the first can be read"
         samples.append(sample)
     return samples
 
 
 def _first_readable(
-    dataset: ShardDataset, candidates: Iterable[int], attempts: int, broken: list[str]
+    dataset: ShardDataset, candidates: Iterable[int], chance: Chance, attempts: int, broken: list[str]
 ) -> Sample | None:
     """The first of `candidates` that can be read; None at their end. Names the first broken one in `broken`."""
     for number, index in enumerate(candidates):
         try:
-            return dataset.read(index)
+            return dataset.read(index, chance)
         except BrokenSample as found:
             if number == 0:
                 broken.append(str(found))

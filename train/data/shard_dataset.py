@@ -15,11 +15,13 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
 from filelock import FileLock
 
+from data_prep.encoding.caption_variants import PLAIN, CaptionOptions
 from data_prep.images.stored_pixels import decode_stored
 from data_prep.shard_format.shard_changes import altered_shards, shard_states
 from data_prep.shard_format.shards import (
@@ -58,6 +60,7 @@ class ShardDataset:
         max_prompt_tokens: encoded prompts are cut to their first so many tokens, as the pipeline does.
         say: where notes go (one line each).
         cache_folder: where the local copies of a remote set go.
+        captions: what becomes of the captions of image shards; encoded ones have their form.
 
     Attributes:
         name: `folder` as it was given, for messages.
@@ -79,12 +82,14 @@ class ShardDataset:
         max_prompt_tokens: int = 512,
         say: Callable[[str], None] = print,
         cache_folder: Path = Path("~/.cache/qwen_image_lora"),
+        captions: CaptionOptions = PLAIN,
     ) -> None:
         self.name = str(folder)
         remote = open_remote(str(folder), cache_folder.expanduser()) if is_remote(folder) else None
         self.folder = remote[0] if remote else Path(folder)
         self.manifest, self.index = open_folder(self.folder, say, local=remote is None)
         self.max_prompt_tokens = max_prompt_tokens
+        self.captions = captions
         self.encoded = self.manifest.payload == "safetensors"
         self._sizes = {bucket.id: (bucket.width, bucket.height) for bucket in self.manifest.buckets}
         self._sources = {bucket.id: bucket.sources for bucket in self.manifest.buckets}
@@ -141,8 +146,12 @@ class ShardDataset:
         chosen = held_out(self.folder, len(self.validation) + count)
         return np.setdiff1d(chosen, self.validation)
 
-    def read(self, index: int) -> Sample:
-        """One sample. Raises BrokenSample when it can't be read or isn't what the index says, Unreachable for a dead remote."""
+    def read(self, index: int, chance: Callable[[], Random] | None = None) -> Sample:
+        """One sample. Raises BrokenSample when it can't be read or isn't what the index says, Unreachable for a dead remote.
+
+        `chance` makes the generator that decides over its caption; without one the caption has the form that chance has no
+        part in (CaptionOptions.first).
+        """
         key = f"sample {index}"
         try:
             members = self._members(int(index))
@@ -150,7 +159,8 @@ class ShardDataset:
             width, height = self.size(index)
             sample = Sample(int(index), key, width, height, members["txt"].decode("utf-8"))
             if not self.encoded:
-                sample = replace(sample, pixels=pixels_of(members["payload"], width, height))
+                caption = self._caption([sample.caption], chance)
+                sample = replace(sample, caption=caption, pixels=pixels_of(members["payload"], width, height))
                 return self._with_sources(sample, int(index)) if self.paired else sample
             found = read_encoded(members["payload"], self.prompt_width)
             sizes = [(width, height), *self._sources[int(self.index.bucket[index])]]
@@ -178,6 +188,12 @@ class ShardDataset:
             shard = self.reader.names[int(self.index.shard[index])]
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise BrokenSample(f"{key} in {self.folder / shard}: {why}") from error
+
+    def _caption(self, captions: list[str], chance: Callable[[], Random] | None) -> str:
+        """What is trained of an image sample's captions."""
+        if chance is None or not (self.captions.varies or len(captions) > 1):
+            return self.captions.first(captions)
+        return self.captions.drawn(captions, chance())
 
     def _with_sources(self, sample: Sample, index: int) -> Sample:
         """An image sample with the source images that the shard holds for it."""

@@ -26,6 +26,7 @@ class BatchOptions(NamedTuple):
     batch_size: int = 1
     max_prompt_tokens: int = 512
     caption_dropout: float = 0.0  # the empty caption has a length of its own
+    added_characters: int = 0  # that --caption_prefix and its like may put around a caption that isn't encoded
     member: Member = TEXT_TO_IMAGE  # for pairs that aren't encoded: it tells how many tokens their pictures are
 
 
@@ -65,7 +66,8 @@ def token_counts(options: BatchOptions, dataset: DataSet) -> tuple[np.ndarray, n
     if dataset.encoded:
         pictures = np.asarray(index.picture_tokens)[dataset.training].astype(np.int64)
         return pictures, np.asarray(index.prompt_tokens)[dataset.training].astype(np.int64) - pictures
-    told = np.asarray(index.caption_length)[dataset.training].astype(np.int64) // CHARACTERS_A_TOKEN
+    characters = np.asarray(index.caption_length)[dataset.training].astype(np.int64) + options.added_characters
+    told = characters // CHARACTERS_A_TOKEN
     of_bucket = {bucket.id: text_tokens_of(options.member, bucket.sources) for bucket in dataset.manifest.buckets}
     buckets = np.asarray(index.bucket)[dataset.training]
     return np.array([of_bucket[int(bucket)] for bucket in buckets], dtype=np.int64), told

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.encoding.caption_variants import CaptionOptions, refuse_in_training
 from data_prep.shard_format.shards import MANIFEST
 from files.shown import shown
 from qwen_image.encoders.text_encoder import MAX_TOKENS
@@ -19,6 +20,7 @@ from train.data.sample_order import Order, steps_of
 from train.data.shard_dataset import ShardDataset
 from train.flow.timestep_sampling import SigmaSampling
 from train.loader.batch_shapes import (
+    CHARACTERS_A_TOKEN,
     BatchOptions,
     BatchShape,
     batch_shapes,
@@ -71,7 +73,8 @@ class RunData:
         if dataset.paired:
             check_empty_captions(dataset, config.caption_dropout)
             member = member_of(ModelSource.from_options(config), config.dry_run)
-        options = BatchOptions(config.batch_size, config.max_prompt_tokens, config.caption_dropout, member)
+        added = dataset.captions.added_characters
+        options = BatchOptions(config.batch_size, config.max_prompt_tokens, config.caption_dropout, added, member)
         text_padding = config.text_padding or choose_text_padding(options, dataset, ranks.device)
         accumulation, steps = config.gradient_accumulation_steps, config.max_steps
         if steps is None:
@@ -137,6 +140,7 @@ class RunData:
             epochs = f", {self.steps * self.global_batch / size / self.order.length:.2f} epochs"
         return [
             *([] if self.order is None else [self.order.summary()]),
+            *caption_lines(self.dataset),
             f"{self.steps} steps of {self.global_batch} samples ({world} ranks × {accumulation} accumulated × {size}){epochs}",
         ]
 
@@ -153,6 +157,7 @@ class RunData:
                 empty_prompt=self.dataset.empty_prompt,
                 max_prompt_tokens=self.options.max_prompt_tokens,
                 total=len(self.dataset),
+                captions=self.dataset.captions,
             )
         assert self.order is not None
         return BatchLoader(self.dataset, self.order, sampling, reading, self.cache_bytes)
@@ -163,16 +168,19 @@ def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset |
     if config.loader == "webdataset":
         say(WEAKER)
     held_out, tokens = config.validation_samples, config.max_prompt_tokens
+    captions = CaptionOptions.from_options(config)
 
     def opened(data: str, cache: Path) -> ShardDataset | StreamedSet:
         if config.loader == "webdataset":
-            return StreamedSet(data, say, cache)
-        return ShardDataset(data, held_out, tokens, say, cache)
+            return StreamedSet(data, say, cache, captions)
+        return ShardDataset(data, held_out, tokens, say, cache, captions)
 
     try:
         dataset = without_traces(config.data, opened) if config.dry_run else opened(config.data, config.data_cache_path)
     except ImportError as error:  # fsspec has the protocol, but its package is missing
         raise ValueError(f"data: {config.data} needs another package: {error}") from None
+    if dataset.encoded:
+        refuse_in_training(dataset.name, captions, dataset.manifest.encoding or {})
     if isinstance(dataset, ShardDataset) and (line := cut_captions(dataset, tokens)):
         say(line)
     return dataset
@@ -215,7 +223,9 @@ def cut_captions(dataset: ShardDataset, max_prompt_tokens: int) -> str | None:
     Encoded sets know their tokens. Image sets know characters, of which English has about four a token: an estimate.
     """
     index = dataset.index
-    tokens = index.prompt_tokens - index.picture_tokens if dataset.encoded else index.caption_length // 4
+    tokens = index.prompt_tokens - index.picture_tokens
+    if not dataset.encoded:
+        tokens = (index.caption_length + dataset.captions.added_characters) // CHARACTERS_A_TOKEN
     long = np.flatnonzero(tokens > max_prompt_tokens)
     if not len(long):
         return None
@@ -231,6 +241,14 @@ def cut_captions(dataset: ShardDataset, max_prompt_tokens: int) -> str | None:
         f"warning: {len(long)} captions are longer than max_prompt_tokens={max_prompt_tokens} and are cut"
         f" ({about}{most} tokens at most); first {shown(dataset.source(int(first)))}; {could}"
     )
+
+
+def caption_lines(dataset: ShardDataset | StreamedSet) -> list[str]:
+    """What to say of captions that aren't trained as they stand."""
+    if not (flags := dataset.captions.flags()):
+        return []
+    how = ", drawn anew for each sample of each epoch; validation takes what chance has no part in"
+    return [f"captions: {flags}{how if dataset.captions.varies else ''}"]
 
 
 def make_order(config: TrainConfig, dataset: ShardDataset | StreamedSet) -> Order | None:

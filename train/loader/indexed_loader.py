@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, Sampler
 
-from train.data.batch import Batch, DrawSample, make_batch
+from data_prep.encoding.caption_variants import caption_chance
+from train.data.batch import Batch, CaptionChance, DrawSample, make_batch
 from train.data.draws import Draws, sample_draws
 from train.data.remote_cache import ShardsAhead
 from train.data.remote_shards import RemoteReader, Unreachable
@@ -54,7 +55,8 @@ class BatchLoader(Batches):
     ) -> None:
         self.order = order
         draw = partial(draw_sample, order.seed, sampling, reading.caption_dropout)
-        maker = BatchMaker(dataset, draw, reading.text_padding, reading.attempts)
+        chance = partial(caption_chance, order.seed)
+        maker = BatchMaker(dataset, draw, reading.text_padding, reading.attempts, chance)
         tasks = TaskStream(order, reading)
         super().__init__(maker, tasks, reading, order.state(), order.length, "replaced by its neighbour")
         self._ahead: ShardsAhead | None = None
@@ -95,8 +97,10 @@ class TaskStream(Sampler[Task]):
 class BatchMaker(Dataset[Any]):
     """What runs in the workers: a task in, a batch out."""
 
-    def __init__(self, dataset: ShardDataset, draw: DrawSample, text_padding: int, attempts: int) -> None:
-        self.dataset, self.draw, self.options = dataset, draw, (text_padding, attempts)
+    def __init__(
+        self, dataset: ShardDataset, draw: DrawSample, text_padding: int, attempts: int, caption_chance: CaptionChance
+    ) -> None:
+        self.dataset, self.draw, self.options = dataset, draw, (text_padding, attempts, caption_chance)
 
     def __getitem__(self, task: Task) -> Batch | BrokenSample | Unreachable:
         try:

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from data_prep.encoding.caption_variants import PLAIN, CaptionOptions, caption_chance
 from data_prep.images.stored_pixels import decode_stored
 from data_prep.shard_format.shards import EMPTY_PROMPT, MANIFEST, Bucket, Manifest, read_manifest
 from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
@@ -44,6 +46,7 @@ class StreamedSet:
     Args:
         data: a folder of shards, here or remote, or what webdataset takes (`pipe:…`, braces, a URL of one tar).
         cache_folder: where manifest and empty prompt of a remote folder are copied to.
+        captions: what becomes of the captions of image shards.
 
     Attributes:
         urls: what webdataset reads.
@@ -51,8 +54,10 @@ class StreamedSet:
     Raises FileNotFoundError, or ValueError for encoded shards without the manifest that says what encoded them.
     """
 
-    def __init__(self, data: str, say: Callable[[str], None], cache_folder: Path) -> None:
-        self.name = data
+    def __init__(
+        self, data: str, say: Callable[[str], None], cache_folder: Path, captions: CaptionOptions = PLAIN
+    ) -> None:
+        self.name, self.captions = data, captions
         self.urls: list[str] | str = data
         listed = not data.startswith("pipe:") and "{" not in data and not data.endswith(".tar")
         folder = copy_facts(data, cache_folder.expanduser()) if listed and is_remote(data) else Path(data)
@@ -147,10 +152,11 @@ class StreamLoader(Batches):
         max_prompt_tokens: int = 512,
         buffer: int = BUFFER,
         total: int = 0,
+        captions: CaptionOptions = PLAIN,
     ) -> None:
         shuffle_seed = (seed * 1_000_003 + reading.rank) * 1_000_003 + reading.consumed
         source = StreamedBatches(
-            urls, batch_size, buffer, shuffle_seed, seed, sampling, empty_prompt, max_prompt_tokens, reading
+            urls, batch_size, buffer, shuffle_seed, seed, sampling, empty_prompt, max_prompt_tokens, reading, captions
         )
         self._places = places(reading.consumed, reading.rank, reading.world, reading.accumulation)
         super().__init__(source, None, reading, {"loader": "webdataset"}, total / batch_size, "left out")
@@ -173,7 +179,9 @@ class StreamedBatches(IterableDataset[Any]):
         empty_prompt: torch.Tensor | None,
         max_prompt_tokens: int,
         reading: Reading,
+        captions: CaptionOptions,
     ) -> None:
+        self.captions = captions
         self.urls, self.batch_size, self.buffer, self.shuffle_seed = urls, batch_size, buffer, shuffle_seed
         self.seed, self.sampling, self.caption_dropout = seed, sampling, reading.caption_dropout
         self.empty_prompt, self.max_prompt_tokens = empty_prompt, max_prompt_tokens
@@ -232,15 +240,22 @@ class StreamedBatches(IterableDataset[Any]):
         pixels = torch.from_numpy(decode_stored(data, *image_size(data)).copy()).permute(2, 0, 1).contiguous()
         return Sample(0, key, pixels.shape[2], pixels.shape[1], caption, pixels=pixels)
 
+    def caption(self, sample: Sample, times: int, index: int) -> str:
+        """What is trained of an image sample's caption, when it comes for the time `times`; encoded ones have their form."""
+        if sample.pixels is None:
+            return sample.caption
+        return self.captions.drawn([sample.caption], caption_chance(self.seed, times, index))
+
     def make(self, samples: list[Sample], seed: int, came: Counter[str], broken: list[str]) -> Batch:
         """A batch; `came` counts how often each sample has come to this worker since it began with `seed`."""
         width, height = samples[0].width, samples[0].height
         shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
         draws, indices = [], []
-        for sample in samples:
+        for place, sample in enumerate(samples):
             digest = hashlib.blake2b(f"{sample.key} {seed}".encode(), digest_size=7).digest()
             indices.append(int.from_bytes(digest, "little"))
             times = came[sample.key]
+            samples[place] = replace(sample, caption=self.caption(sample, times, indices[-1]))
             draws.append(sample_draws(self.seed, times, indices[-1], shape, self.sampling, self.caption_dropout))
             came[sample.key] += 1
         tensors = collate(samples, draws, self.empty_prompt, self.text_padding)

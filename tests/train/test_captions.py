@@ -1,0 +1,99 @@
+"""The caption levers through train_lora.main: one curve over ranks and interruptions, validation that stays, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.data_sets import write_set
+from tests.helpers.forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
+from tests.helpers.training_run import losses, train
+from train import train_lora
+
+ROOT = Path(__file__).resolve().parents[2]
+LEVERS = [
+    "--caption_shuffle_tags",
+    "--caption_keep_tags",
+    "1",
+    "--caption_tag_dropout",
+    "0.3",
+    "--caption_alternatives",
+]
+TRIGGER = ["--trigger_word", "zwx", "--caption_suffix", "at night"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("captions") / "images"
+    return write_set(folder, 14, "png", caption=lambda number: f"[trigger] {number}, a, b, {{c|d}}, e")
+
+
+def command(model: Path, data: Path, output: Path, world: int, steps: int, *more: str) -> list[list[str]]:
+    flags = ["--deepspeed", str(ROOT / "ds_configs" / "zero2.json"), "--model", str(model), "--data", str(data)]
+    flags += ["--output_path", str(output), "--dtype", "float32", "--lora_rank", "2", "--lora_target_modules", "to_q"]
+    flags += ["--num_workers", "0", "--log_steps", "1", "--wandb_mode", "disabled", "--max_steps", str(steps)]
+    flags += ["--gradient_accumulation_steps", str(2 // world), "--caption_dropout", "0.2", "--learning_rate", "1e-2"]
+    return [[*flags, "--validation_samples", "2", "--validation_steps", "1", *more]]
+
+
+def run(commands: list[list[str]]) -> list[int]:
+    return [train_lora.main(each) for each in commands]
+
+
+def rows(output: Path, name: str) -> list[float]:
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in found if name in row]
+
+
+def test_one_curve_on_two_ranks_and_resumed_on_one(tiny_model, images, tmp_path):
+    levers = [*LEVERS, *TRIGGER]
+    assert run_ranks(1, run, command(tiny_model, images, tmp_path / "whole", 1, 4, *levers)) == [0]
+    for world, steps in ((2, 2), (1, 4)):
+        assert run_ranks(world, run, command(tiny_model, images, tmp_path / "moved", world, steps, *levers)) == [0]
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=2e-6)
+    assert run_ranks(1, run, command(tiny_model, images, tmp_path / "plain", 1, 4, *TRIGGER, LEVERS[-1])) == [0]
+    assert losses(tmp_path / "plain")[0] != losses(tmp_path / "whole")[0], "the levers do something"
+    for name in ("validation_loss", "training_subset_loss"):
+        first = [rows(tmp_path / each, name)[0] for each in ("whole", "plain")]
+        assert first[0] == first[1], f"{name} doesn't vary with shuffled and dropped tags"
+
+
+def test_a_resumed_run_is_told_that_its_captions_changed(tiny_model, images, tmp_path, capsys):
+    assert train(tiny_model, images, tmp_path / "run", "--max_steps", "1", *TRIGGER) == 0
+    assert "captions: --trigger_word zwx --caption_suffix 'at night'\n" in capsys.readouterr().out
+    assert train(tiny_model, images, tmp_path / "run", "--max_steps", "2", *TRIGGER[:2], *LEVERS[:1]) == 0
+    said = capsys.readouterr().out
+    assert (
+        'resuming with another option: config.caption_suffix is "at night" in the checkpoint, null in this run' in said
+    )
+    assert (
+        "resuming with another option: config.caption_shuffle_tags is false in the checkpoint, true in this run" in said
+    )
+    assert "captions: --trigger_word zwx --caption_shuffle_tags, drawn anew for each sample of each epoch" in said
+
+
+def test_encoded_captions_are_refused_before_weights_with_the_command_that_makes_others(small_data, tmp_path, capsys):
+    model = tmp_path / "model"  # without any weights
+    model.mkdir()
+    (model / "model_index.json").write_text("{}")
+    for more in ([], ["--loader", "webdataset"], ["--dry_run"]):
+        assert train(model, small_data, tmp_path / "run", *LEVERS, *more) == 2
+        error = capsys.readouterr().err
+        assert "are encoded already (as they stood), so that --caption_alternatives" in error
+        assert "--caption_variants 8 --caption_alternatives --caption_shuffle_tags --caption_keep_tags 1" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--caption_keep_tags", "2"], "caption_keep_tags 2 changes nothing without"),
+        (["--caption_tag_dropout", "1.5"], "caption_tag_dropout"),
+        (["--caption_shuffle_tags", "--caption_tag_separator", " "], "something besides white space"),
+        (["--trigger_word", "a\x1bb"], "trigger_word: a control character (code 27)"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_one_line(small_model, small_data, tmp_path, capsys, flags, said):
+    assert train(small_model, small_data, tmp_path / "run", *flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and "\n" not in error
