@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.checking.report_page import page
 from data_prep.images.stored_pixels import decode_stored
-from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, members_of, read_index
+from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, captions_of, members_of, read_index
 from files.atomic_files import write_file
 
 THUMBNAIL = 400  # pixels of the longer side, enough for screens of two pixels a point
@@ -36,6 +36,7 @@ def write_report(path: Path, folder: Path, manifest: Manifest, problems: list[st
     tiles = [(f"{len(index):,}", "samples"), (f"{len(manifest.shards):,}", "shards"), (size, "in tars")]
     tiles += [(f"{len(manifest.buckets):,}", "buckets")]
     tiles += [(f"{totals[name]:,}", name) for name in ("copied", "filtered", "failed") if name in totals]
+    tiles += [(f"{totals[name]:,}", "with several captions") for name in ("several_captions",) if totals.get(name)]
     kind = "latents and prompt embeddings" if manifest.payload == "safetensors" else f"{manifest.payload} images"
     left_out, warned = _left_out(folder)
     text = page(
@@ -138,7 +139,8 @@ def _rows(path: Path, columns: list[str]) -> pa.Table | None:
 
 
 def _captions(index: ShardIndex) -> dict[str, Any]:
-    lengths = index.caption_length
+    """Of each sample's longest caption."""
+    lengths = np.maximum(index.caption_length, index.longest_caption)
     highest = max(BINS, int(np.percentile(lengths, 99.5)) if len(lengths) else 0)
     counts, edges = np.histogram(np.minimum(lengths, highest), BINS, (0, highest))
     labels = [f"{ceil(edges[i])} to {ceil(edges[i + 1]) - 1} characters" for i in range(BINS)]
@@ -149,6 +151,11 @@ def _captions(index: ShardIndex) -> dict[str, Any]:
         ticks[-1] = (1.0, f"{highest} and more")
     median = int(np.median(lengths)) if len(lengths) else 0
     note = f"median {median} characters, longest {longest}, {int((lengths == 0).sum())} empty"
+    if several := int((index.captions > 1).sum()):
+        all_of_them = int(np.maximum(index.captions, 1).sum())
+        note += (
+            f"; {several:,} samples with several captions, {all_of_them:,} captions in all (of each sample the longest)"
+        )
     return _chart(counts, labels, ticks) | {"note": note}
 
 
@@ -176,6 +183,10 @@ def _pictures(folder: Path, manifest: Manifest, index: ShardIndex, count: int) -
         try:
             shard = int(index.shard[row])
             text = reader.read(shard, int(index.txt_offset[row]), int(index.txt_size[row])).decode("utf-8", "replace")
+            if index.captions[row] > 1:
+                text = "  ·  ".join(
+                    captions_of(reader.read(shard, int(index.json_offset[row]), int(index.json_size[row])))
+                )
             url, ratio = "", bucket.width / bucket.height
             if manifest.payload != "safetensors":
                 data = reader.read(shard, int(index.payload_offset[row]), int(index.payload_size[row]))
@@ -188,7 +199,7 @@ def _pictures(folder: Path, manifest: Manifest, index: ShardIndex, count: int) -
                 ]
                 shown_pixels = beside(pixels)
                 url, ratio = _thumbnail(shown_pixels), shown_pixels.shape[1] / shown_pixels.shape[0]
-        except (ValueError, OSError) as error:
+        except (ValueError, KeyError, OSError) as error:
             text, url = f"cannot be shown: {error}", ""
         note = f"{str(bucket).replace('x', '×').replace('+', ' ← ')} · {index.path[row]}"
         pictures.append({"url": url, "ratio": ratio, "caption": text[:CAPTION_SHOWN], "note": note})

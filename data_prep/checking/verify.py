@@ -18,10 +18,11 @@ from data_prep.packing.pack import stats_of
 from data_prep.packing.plan import file_sha256, plan_file, read_plan
 from data_prep.shard_format.scan_tars import Member, tar_samples
 from data_prep.shard_format.shards import (
+    CAPTION_ROWS,
     EMPTY_PROMPT,
     INDEX,
     INDEX_ROWS,
-    PAIR_INDEX_ROWS,
+    OPTIONAL_INDEX_ROWS,
     PAIR_ROWS,
     SHARD_ROWS,
     SIZES,
@@ -34,7 +35,7 @@ from data_prep.shard_format.shards import (
     rows_name,
     source_suffix,
     tar_name,
-    with_pairs,
+    with_more,
 )
 from data_prep.sources.regular_files import read_regular
 from files.shown import one_line
@@ -193,7 +194,8 @@ def _row_problems(folder: Path, manifest: Manifest, position: int, index: ShardI
     kept = table.filter(pc.equal(table["status"], "ok"))
     if len(kept) != len(rows):
         return [*problems, f"{name} has {len(kept)} rows of samples, the index {len(rows)}"]
-    for field in [*ROW_FIELDS, *(name for name in PAIR_INDEX_ROWS.names if name in kept.schema.names)]:
+    optional = [name for name in with_more(*OPTIONAL_INDEX_ROWS).names if name in kept.schema.names]
+    for field in [*ROW_FIELDS, *optional]:
         there, here = kept[field].to_pylist(), getattr(index, field)[rows].tolist()
         wrong = next((place for place in range(len(rows)) if there[place] != here[place]), None)
         if wrong is not None:
@@ -203,8 +205,8 @@ def _row_problems(folder: Path, manifest: Manifest, position: int, index: ShardI
 
 
 def _rows_schema(path: Path) -> pa.Schema:
-    paired = set(PAIR_ROWS.names) <= set(pq.read_schema(path).names)
-    return with_pairs(SHARD_ROWS, PAIR_ROWS) if paired else SHARD_ROWS
+    there = set(pq.read_schema(path).names)
+    return with_more(SHARD_ROWS, *(more for more in (PAIR_ROWS, CAPTION_ROWS) if set(more.names) <= there))
 
 
 @functools.lru_cache(maxsize=1)
@@ -292,6 +294,19 @@ def _record_problem(record: dict[str, Any], index: ShardIndex, row: int, text: s
         return f"json says key {record['key']} and caption {record['caption'][:40]!r}, not {text[:40]!r}"
     if record["path"] != index.path[row]:
         return f"json says path {one_line(record['path'])!r}, the index {one_line(index.path[row])!r}"
+    return _captions_problem(record.get("captions", [text]), index, row, text)
+
+
+def _captions_problem(captions: Any, index: ShardIndex, row: int, text: str) -> str | None:
+    """All captions of a sample against the index and its first one."""
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        return "json's captions are no list of texts"
+    if captions[:1] != [text]:
+        return f"json's captions begin with {str(captions[:1])[1:41]}, the caption is {text[:40]!r}"
+    said = int(index.captions[row]), int(index.longest_caption[row])
+    found = len(captions), max(map(len, captions))
+    if said != found and (len(captions) > 1 or said[0] > 1):
+        return f"json has {found[0]} captions, the longest of {found[1]} characters, the index says {said[0]} and {said[1]}"
     return None
 
 

@@ -29,7 +29,7 @@ from data_prep.shard_format.shards import (
     sizes_of,
     stats_name,
     tar_name,
-    with_pairs,
+    with_more,
     write_rows,
 )
 from data_prep.sources.regular_files import read_regular
@@ -157,7 +157,7 @@ class EncodedSet:
         kept = [record for record in ordered if record["status"] == "ok"]
         if not kept:
             tar.path.unlink()
-        schema = with_pairs(SHARD_ROWS, PAIR_ROWS) if any(record["sources"] for record in ordered) else SHARD_ROWS
+        schema = with_more(SHARD_ROWS, PAIR_ROWS) if any(record["sources"] for record in ordered) else SHARD_ROWS
         columns = {name: [record[name] for record in ordered] for name in schema.names}
         write_rows(self.folder / rows_name(number), columns, schema)
         failed = len(ordered) - len(kept)

@@ -97,4 +97,5 @@ def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, sourc
 
 def _identity(item: Input) -> tuple[object, ...]:
     """What the plan keeps of it."""
-    return item.size, item.caption or "", tuple((partner.path, partner.size) for partner in item.sources)
+    captions = item.caption or "", *item.more_captions
+    return item.size, captions, tuple((partner.path, partner.size) for partner in item.sources)

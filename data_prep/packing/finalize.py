@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import (
+    CAPTION_ROWS,
     INDEX,
     INDEX_ROWS,
     PAIR_INDEX_ROWS,
@@ -23,7 +24,7 @@ from data_prep.shard_format.shards import (
     rows_name,
     sizes_of,
     tar_name,
-    with_pairs,
+    with_more,
     write_manifest,
 )
 from files.atomic_files import PARTIAL, json_bytes, write_file
@@ -55,7 +56,8 @@ def finalize(
     buckets = [Bucket(id, *size, counts[names[id]], tuple(others)) for id, (size, *others) in enumerate(sizes)]
     ids = {name: id for id, name in enumerate(names)}
     paired = any(bucket.sources for bucket in buckets)
-    schema = with_pairs(INDEX_ROWS, PAIR_INDEX_ROWS) if paired else INDEX_ROWS
+    several = any(stats[number].get("several_captions") for number in numbers)
+    schema = with_more(INDEX_ROWS, *[PAIR_INDEX_ROWS] * paired, *[CAPTION_ROWS] * several)
     write_row_groups(folder / INDEX, _index_batches(folder, numbers, ids, schema.names), schema)
     shards = [
         Shard(tar_name(number), *(stats[number][name] for name in ("samples", "bytes", "sha256"))) for number in numbers

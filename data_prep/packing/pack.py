@@ -13,6 +13,7 @@ from data_prep.images.skip_reasons import BadImage
 from data_prep.packing.plan import Row, file_sha256
 from data_prep.packing.workers import Job, Workers, store
 from data_prep.shard_format.shards import (
+    CAPTION_ROWS,
     PAIR_ROWS,
     SHARD_ROWS,
     TarShardWriter,
@@ -22,7 +23,7 @@ from data_prep.shard_format.shards import (
     source_suffix,
     stats_name,
     tar_name,
-    with_pairs,
+    with_more,
     write_rows,
 )
 from data_prep.sources.regular_files import read_regular
@@ -96,7 +97,8 @@ def pack_shard(
     """
     (folder / stats_name(shard)).unlink(missing_ok=True)
     payload = job.options.format
-    schema = with_pairs(SHARD_ROWS, PAIR_ROWS) if any(row.item.sources for row in rows) else SHARD_ROWS
+    paired, several = (any(getattr(row.item, name) for row in rows) for name in ("sources", "more_captions"))
+    schema = with_more(SHARD_ROWS, *[PAIR_ROWS] * paired, *[CAPTION_ROWS] * several)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     counts: Counter[str] = Counter(samples=0, filtered=0, failed=0, copied=0, animated=0, empty_captions=0, warned=0)
     reasons: Counter[str] = Counter()
@@ -130,6 +132,8 @@ def pack_shard(
                     buckets[bucket_name(place.width, place.height, sources)] += 1
                     counts.update(copied=stored.copied, animated=stored.frames > 1, empty_captions=not text)
                     counts["warned"] += bool(record["detail"])
+                    if row.item.more_captions:
+                        counts["several_captions"] += 1
                     if sources:
                         counts["pairs"] += 1
                         counts["reshaped"] += _is_reshaped(stored)
@@ -171,6 +175,8 @@ def _blank(key: str, row: Row) -> dict[str, Any]:
     record |= {"key": key, "path": row.item.path, "caption": row.item.caption, "sha256": ""}
     record |= {"status": row.status, "reason": row.reason, "detail": row.detail, "copied": False, "frames": 0}
     record |= {"caption_length": len(row.item.caption or ""), "prompt_tokens": 0}
+    captions = [row.item.caption or "", *row.item.more_captions]
+    record |= {"captions": len(captions), "longest_caption": max(map(len, captions))}
     return record | dict.fromkeys(PAIR_ROWS.names, 0) | {"sources": "", "source_sha256": ""}
 
 
@@ -208,6 +214,8 @@ def _sample_fields(key: str, row: Row, stored: Any, sha256: str) -> dict[str, An
         "bucket": bucket_name(place.width, place.height),
         "crop": [place.crop_left, place.crop_top, place.crop_width, place.crop_height],
     }
+    if row.item.more_captions:
+        fields["captions"] = [row.item.caption, *row.item.more_captions]
     if stored.sources:
         fields["sources"] = [
             {

@@ -36,7 +36,11 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     )
     add("--dataset_metadata_path", type=Path, help="csv, jsonl, json or parquet; else metadata.* in the folder is used")
     add("--image_column", help="default: image, file_name or image_path")
-    add("--caption_column", help="default: prompt, text or caption")
+    add(
+        "--caption_column",
+        help="default: prompt, text, caption or captions; several, with commas, are several captions",
+    )
+    add("--caption_lines", action="store_true", help="each line of a caption file is a caption of its own")
     add(
         "--source_columns",
         help="columns of source images of edits, with commas; none: pack no pairs (default: source_image, source_image_2 …, "
@@ -157,6 +161,7 @@ def sources(args: argparse.Namespace) -> Sources:
         allow_links=args.allow_links,
         on_duplicate_stem=args.on_duplicate_stem,
         source_columns=_source_columns(args.source_columns),
+        caption_lines=args.caption_lines,
     )
 
 

@@ -42,6 +42,7 @@ PLAN_ROWS = pa.schema(
     [("path", pa.string()), ("file", pa.binary()), ("offset", pa.int64()), ("size", pa.int64())]
     + [(name, pa.string()) for name in ("caption", "kind", "status", "reason", "detail")]
     + [("sources", pa.string())]  # of a pair: JSON of its source images; else empty
+    + [("more_captions", pa.string())]  # JSON of the captions behind the first; empty where there are none
 )
 ITEM_COLUMNS = ("path", "file", "offset", "size", "caption", "kind")
 
@@ -132,6 +133,8 @@ def digest_of(item: Input) -> bytes:
     fields = [item.path, item.offset, item.size, item.caption, item.problem, item.kind]
     if item.sources:
         fields.append([[partner.path, partner.size] for partner in item.sources])
+    if item.more_captions:
+        fields.append({"more_captions": item.more_captions})
     return hashlib.sha256(json.dumps(fields).encode()).digest()
 
 
@@ -250,6 +253,7 @@ def _shards(
         tally.bytes += size
         columns: dict[str, list[Any]] = {name: [getattr(row.item, name) for row in shard] for name in ITEM_COLUMNS}
         columns["sources"] = [write_partners(row.item.sources) for row in shard]
+        columns["more_captions"] = [write_captions(row.item.more_captions) for row in shard]
         return columns | {name: [getattr(row, name) for row in shard] for name in ("status", "reason", "detail")}
 
     for row, found in rows:
@@ -280,6 +284,16 @@ def write_partners(sources: tuple[Partner, ...]) -> str:
 def read_partners(text: str | None) -> tuple[Partner, ...]:
     """The inverse; plans of earlier versions have none."""
     return tuple(Partner(path, os.fsencode(file), size) for path, file, size in json.loads(text or "[]"))
+
+
+def write_captions(more: tuple[str, ...]) -> str:
+    """The captions behind an input's first as the plan keeps them."""
+    return json.dumps(more) if more else ""
+
+
+def read_captions(text: str | None) -> tuple[str, ...]:
+    """The inverse; plans of earlier versions have none."""
+    return tuple(json.loads(text or "[]"))
 
 
 # ── reading it ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -358,7 +372,11 @@ class PlanRows:
     def shard(self, number: int) -> list[Row]:
         return [
             Row(
-                Input(**{name: values[name] for name in ITEM_COLUMNS}, sources=read_partners(values.get("sources"))),
+                Input(
+                    **{name: values[name] for name in ITEM_COLUMNS},
+                    more_captions=read_captions(values.get("more_captions")),
+                    sources=read_partners(values.get("sources")),
+                ),
                 values["status"],
                 values["reason"],
                 values["detail"],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.shards import (
+    CAPTION_ROWS,
     INDEX_ROWS,
     SIZES,
     Bucket,
@@ -88,6 +89,7 @@ def build_index(folder: str | Path) -> Manifest:
         raise FileNotFoundError(f"{folder} holds no *.tar: make shards with data_prep/make_shards.py")
     columns: dict[str, list[Any]] = {name: [] for name in INDEX_ROWS.names}
     formats, sizes = Counter[str](), list[tuple[int, int]]()
+    several: list[tuple[int, int]] = []  # captions of each sample, characters of the longest
     shards: list[Shard] = []
     for path in paths:
         draft = Manifest("", "", {}, [], {}, [*shards, Shard(path.name, 0, 0, "")], {})
@@ -110,12 +112,15 @@ def build_index(folder: str | Path) -> Manifest:
             columns["path"].append(str(record.get("path") or record.get("url") or f"{path.name}/{key}.{suffix}"))
             columns["shard"].append(position)
             columns["caption_length"].append(len(caption.decode("utf-8", "replace")))
+            several.append(_several(record, caption.decode("utf-8", "replace")))
             columns["prompt_tokens"].append(0)
         reader.close()
         if len(sizes) > before:
             shards.append(Shard(path.name, len(sizes) - before, path.stat().st_size, _sha256(path)))
     if not sizes:
         raise ValueError(f"{folder}: no sample of {len(paths)} tars has an image (.jpg, .jpeg or .png)")
+    if any(count > 1 for count, _ in several):
+        columns |= dict(zip(CAPTION_ROWS.names, zip(*several, strict=True), strict=True))
     if len(formats) > 1:
         counts = ", ".join(f"{count} {name}" for name, count in formats.items())
         raise ValueError(f"{folder} mixes image formats ({counts}): pack it again with data_prep/make_shards.py")
@@ -132,6 +137,8 @@ def _write(
     write_index(folder, columns)
     write_file(folder / SIZES, json_bytes({shard.name: shard.samples for shard in shards}))
     totals = {"samples": len(sizes), "bytes": sum(shard.bytes for shard in shards)}
+    if several := sum(count > 1 for count in columns.get("captions", ())):
+        totals["several_captions"] = several
     fingerprint = hashlib.sha256(json_bytes([shard.sha256 for shard in shards])).hexdigest()
     manifest = Manifest(payload, fingerprint, {"indexed_by": "scan"}, buckets, totals, shards, {})
     write_manifest(folder, manifest)
@@ -146,6 +153,13 @@ def _record(reader: ShardReader, shard: int, member: Member | None, path: Path, 
     except ValueError as error:
         raise ValueError(f"{path.name}: {shown(key)}.json is not valid JSON: {error}") from None
     return record if isinstance(record, dict) else {}
+
+
+def _several(record: dict[str, Any], caption: str) -> tuple[int, int]:
+    """How many captions a sample of make_shards.py has, and the characters of the longest; one where another made it."""
+    captions = record.get("captions")
+    ours = isinstance(captions, list) and all(isinstance(text, str) for text in captions) and captions[:1] == [caption]
+    return (len(captions), max(map(len, captions))) if ours and captions else (1, len(caption))
 
 
 def _size(data: bytes, path: Path, key: str) -> tuple[int, int]:

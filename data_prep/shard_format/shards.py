@@ -11,7 +11,8 @@ A data set is a folder:
     sizes.json              {"000000.tar": samples}, which open_clip reads
 
 In a set with pairs the bucket of a sample tells the sizes of its source images too, and rows and index have PAIR_ROWS and
-PAIR_INDEX_ROWS besides.
+PAIR_INDEX_ROWS besides. Where a sample has several captions, KEY.txt holds the first and `captions` in KEY.json all of them;
+rows and index have CAPTION_ROWS.
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ SHARD_ROWS = pa.schema(
 PAIR_INDEX_ROWS = pa.schema(
     [("sources_offset", pa.int64()), ("sources_size", pa.int64()), ("picture_tokens", pa.int32())]
 )
+# In sets where a sample has several captions: how many (0 or 1: one; the json member's `captions` holds them), and the
+# characters of the longest.
+CAPTION_ROWS = pa.schema([("captions", pa.int32()), ("longest_caption", pa.int32())])
 PAIR_ROWS = pa.schema([("sources", pa.string()), ("source_sha256", pa.string()), *PAIR_INDEX_ROWS])
+OPTIONAL_INDEX_ROWS = (PAIR_INDEX_ROWS, CAPTION_ROWS)
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -230,6 +235,8 @@ class ShardIndex:
     sources_offset: np.ndarray  # int64; this and what follows: 0 in sets without pairs
     sources_size: np.ndarray  # int64
     picture_tokens: np.ndarray  # int32: so many of prompt_tokens are source images'
+    captions: np.ndarray  # int32; this and what follows: 0 in sets where no sample has several
+    longest_caption: np.ndarray  # int32, characters
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -241,14 +248,20 @@ def write_rows(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> Non
 
 
 def write_index(folder: Path, columns: Mapping[str, Any]) -> None:
-    """Write index.parquet from sequences of equal length, one for each column of INDEX_ROWS; with PAIR_INDEX_ROWS if given."""
-    paired = set(PAIR_INDEX_ROWS.names) <= columns.keys()
-    write_rows(folder / INDEX, columns, with_pairs(INDEX_ROWS, PAIR_INDEX_ROWS) if paired else INDEX_ROWS)
+    """Write index.parquet from sequences of equal length, one for each column of INDEX_ROWS; with OPTIONAL if given."""
+    write_rows(folder / INDEX, columns, index_schema(columns.keys()))
 
 
-def with_pairs(schema: pa.Schema, more: pa.Schema) -> pa.Schema:
-    """The schema of rows or index in a set with pairs."""
-    return pa.schema([*schema, *more])
+def index_schema(names: Iterable[str]) -> pa.Schema:
+    """The schema of an index that has, among others, columns of these names."""
+    there = set(names)
+    found = [more for more in OPTIONAL_INDEX_ROWS if set(more.names) <= there]
+    return with_more(INDEX_ROWS, *found)
+
+
+def with_more(schema: pa.Schema, *more: pa.Schema) -> pa.Schema:
+    """The schema of rows or index in a set that has more columns: of pairs, of several captions."""
+    return pa.schema([*schema, *(field for each in more for field in each)])
 
 
 _REMAKE = "delete it and run the program that made it again"
@@ -260,8 +273,7 @@ def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {INDEX}: make it with data_prep/make_shards.py or scan.build_index")
     try:
-        paired = set(PAIR_INDEX_ROWS.names) <= set(pq.read_schema(path).names)
-        schema = with_pairs(INDEX_ROWS, PAIR_INDEX_ROWS) if paired else INDEX_ROWS
+        schema = index_schema(pq.read_schema(path).names)
         names = [name for name in schema.names if strings or name not in ("key", "path")]
         table = pq.read_table(path, columns=names, schema=pa.schema([schema.field(name) for name in names]))
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -272,7 +284,7 @@ def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
     blank = np.zeros(len(table), "U1")
     columns["key"] = columns["key"].astype("U12") if strings else blank
     columns.setdefault("path", blank)
-    for field in PAIR_INDEX_ROWS:
+    for field in with_more(*OPTIONAL_INDEX_ROWS):
         columns.setdefault(field.name, np.zeros(len(table), field.type.to_pandas_dtype()))
     return ShardIndex(**columns)
 
@@ -377,6 +389,14 @@ def members_of(run: bytes) -> list[bytes]:
         found.append(run[position : position + header.size])
         position += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return found
+
+
+def captions_of(record: bytes) -> list[str]:
+    """All captions of a sample that has several, from its json member. Raises ValueError where it has no such list."""
+    captions = json.loads(record)["captions"]
+    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError("captions in its json is no list of texts")
+    return captions
 
 
 def original_sizes(record: bytes) -> list[tuple[int, int]]:

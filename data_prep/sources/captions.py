@@ -6,6 +6,8 @@ import codecs
 import math
 import re
 import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 # UTF-32's little-endian mark begins with UTF-16's, so it is looked for first.
@@ -35,11 +37,16 @@ def encoding_of(start: bytes) -> str:
 
 def decode(data: bytes) -> str:
     """Text of a caption file, cleaned. Raises ValueError when it isn't text in the encoding that its start names."""
+    return clean(characters(data))
+
+
+def characters(data: bytes) -> str:
+    """The same as it stands."""
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data)} bytes are too long for a caption: at most {MAX_BYTES}")
     encoding = encoding_of(data)
     try:
-        return clean(data.decode(encoding))
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"not {encoding} at byte {error.start}: save it as UTF-8") from None
 
@@ -60,6 +67,50 @@ def clean(text: str) -> str:
         code, place = ord(found[0]), found.start()
         raise ValueError(f"a control character (code {code}) at character {place}: not text; remove it")
     return unicodedata.normalize("NFC", text)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The captions of one image, in their order; none where it has none. `bad` tells of each that was left out why."""
+
+    captions: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> str | None:
+        return self.captions[0] if self.captions else None
+
+    @property
+    def more(self) -> tuple[str, ...]:
+        return self.captions[1:]
+
+
+def several(values: Iterable[Any]) -> Found:
+    """Captions in cells, each of which may be a list of them. Empty ones count only where there is no other.
+
+    A bad one is left out where others are good. Raises ValueError, of the first bad one, where none is.
+    """
+    good: list[str] = []
+    bad: list[str] = []
+    cells = [cell for value in values for cell in (value if isinstance(value, list | tuple) else [value])]
+    for number, cell in enumerate(cells, start=1):
+        try:
+            text = from_cell(cell)
+        except ValueError as error:
+            if len(cells) == 1:
+                raise
+            bad.append(f"caption {number} of {len(cells)}: {error}")
+            continue
+        if text is not None:
+            good.append(text)
+    if bad and not any(good):
+        raise ValueError(bad[0])
+    return Found(tuple(filter(None, good)) or tuple(good[:1]), tuple(bad))
+
+
+def lines(data: bytes) -> Found:
+    """Of a caption file each line that isn't empty as a caption. Raises ValueError as `decode` and `several` do."""
+    return several(_LINE_ENDS.sub("\n", characters(data)).split("\n"))
 
 
 def from_cell(value: Any) -> str | None:

@@ -32,8 +32,10 @@ from data_prep.images.skip_reasons import (
     UNREADABLE_FOLDER,
 )
 from data_prep.shard_format.shards import MANIFEST
-from data_prep.sources import captions, missing_files, parquet_images, remarks, tar_files
+from data_prep.sources import caption_map, captions, missing_files, parquet_images, remarks, tar_files
 from data_prep.sources import metadata_files as metadata
+from data_prep.sources.caption_map import CaptionMap
+from data_prep.sources.captions import Found
 from data_prep.sources.found_input import Input, Partner
 from data_prep.sources.pair_folders import PairFolders
 from data_prep.sources.regular_files import NotRegular, check_regular, open_regular
@@ -68,6 +70,7 @@ class Sources:
     source_columns: tuple[str, ...] | None = (
         None  # of source images; None: those that are known by name; empty: no pairs
     )
+    caption_lines: bool = False  # each line of a caption file is a caption
     files_seen: int = 0
     ignored: Counter[str] = field(default_factory=Counter)  # by extension
     remarks: Remarks = field(default_factory=Remarks)
@@ -98,8 +101,11 @@ class Sources:
         for item in found:
             if item.sources:
                 self.remarks.add(remarks.PAIRS_FOUND, item.path)
-            if item.caption:
-                self._remark_caption(item.path, item.caption)
+            if item.more_captions:
+                self.remarks.add(remarks.SEVERAL_CAPTIONS, item.path)
+            for caption in (item.caption, *item.more_captions):
+                if caption:
+                    self._remark_caption(item.path, caption)
             yield item
 
     def _remark_caption(self, path: str, caption: str) -> None:
@@ -115,11 +121,17 @@ class Sources:
 
     # ── a folder tree ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _folder(self, folder: str, beside: tuple[str, ...] = (), pairs: PairFolders | None = None) -> Iterator[Input]:
+    def _folder(
+        self,
+        folder: str,
+        beside: tuple[str, ...] = (),
+        pairs: PairFolders | None = None,
+        maps: tuple[CaptionMap, ...] = (),
+    ) -> Iterator[Input]:
         """Inputs of one directory, then of those in it. A metadata file speaks for the whole tree below it.
 
         `beside`: the other folders of its parent, where captions may lie that people expect to be found; `pairs`: the
-        folder is target/ or lies in it.
+        folder is target/ or lies in it; `maps`: the captions.json of the folders around it, the nearest first.
         """
         names: list[str] = []
         folders: list[str] = []
@@ -143,10 +155,12 @@ class Sources:
             self.files_seen += len(names) - 1
             yield from self._found_listing(folder, listing)
             return
+        own = self._caption_map(caption_map.find(names, folder))
+        maps = (*own, *maps)
         if pairs is None:
-            yield from self._files(folder, names, [*folders, *beside])
+            yield from self._files(folder, names, [*folders, *beside], maps)
         else:
-            for item in self._files(folder, names, [*folders, *beside]):
+            for item in self._files(folder, names, [*folders, *beside], maps):
                 yield self._with_partners(item, pairs)
         below = PairFolders.among(folder, folders) if pairs is None and self.source_columns != () else None
         for name in sorted(folders, key=os.fsencode):
@@ -166,10 +180,23 @@ class Sources:
                 self.remarks.add(remarks.OWN_FOLDERS, self._relative(path))
                 continue
             others = tuple(f"../{other}" for other in folders if other != name)
-            yield from self._folder(path, others, below if below is not None and path == below.target else pairs)
+            yield from self._folder(path, others, below if below is not None and path == below.target else pairs, maps)
         if below is not None:
             for lonely in below.lonely():
                 self.remarks.add(remarks.LONELY_SOURCES, self._relative(lonely))
+        for each in own:
+            if unused := each.unused():
+                self.remarks.add(remarks.UNUSED_CAPTIONS, f"{self._relative(each.path)}: {unused[0]}", len(unused))
+
+    def _caption_map(self, path: str | None) -> tuple[CaptionMap, ...]:
+        """A folder's captions.json; none where there is none that can be read, which is remarked."""
+        if path is None or self._outside(path):
+            return ()
+        try:
+            return (CaptionMap.read(path),)
+        except (ValueError, OSError) as error:
+            self.remarks.add(remarks.BROKEN_MAP, f"{self._relative(path)} ({one_line(error)})")
+            return ()
 
     def _with_partners(self, item: Input, pairs: PairFolders) -> Input:
         """The image of target/ as a pair, with the images of equal stem in source/, source_2/ …"""
@@ -184,7 +211,7 @@ class Sources:
         """`item` with these files as its source images; with the problem of the first that can't be one."""
         partners, changed = [], item.changed
         for path in paths:
-            found = self._input(path, "", unread(_split(path)[1]))
+            found = self._input(path, Found(("",)), unread(_split(path)[1]))
             if found.problem is not None:
                 reason, detail = found.problem
                 kind = SOURCE_MISSING if reason == FILE_MISSING else SOURCE_UNUSABLE
@@ -218,7 +245,9 @@ class Sources:
         except Exception:  # what is no parquet is told when it is read
             return None
 
-    def _files(self, folder: str, names: list[str], folders: list[str]) -> Iterator[Input]:
+    def _files(
+        self, folder: str, names: list[str], folders: list[str], maps: tuple[CaptionMap, ...]
+    ) -> Iterator[Input]:
         near = missing_files.Names(names, folders)
         repeats = _REPEATS.fullmatch(os.path.basename(folder)) is not None
         tars = {stem for stem, extension in map(_split, names) if extension == "tar"}
@@ -236,19 +265,21 @@ class Sources:
                 last_stem = stem
                 if repeats:
                     self.remarks.add(remarks.REPEATS, self._relative(path))
-                caption, problem, hint = None, None, ""
+                found, problem, hint = None, None, ""
                 sidecar = near.sidecar(stem, CAPTION_EXTENSIONS)
                 if sidecar:
                     used.add(sidecar)
-                    caption, problem = self._read_caption(os.path.join(folder, sidecar))
+                    found, problem = self._read_caption(os.path.join(folder, sidecar))
                 else:
+                    found, problem = self._mapped(path, maps)
+                if found is None:
                     hint = near.hint(stem, name, CAPTION_EXTENSIONS)
-                yield self._input(path, caption, unread(extension) or problem, hint)
+                yield self._input(path, found or Found(), unread(extension) or problem, hint)
             elif extension == "parquet":
                 yield from self._parquet(path, stem in tars)
             elif extension in ARCHIVES:
                 self.remarks.add(remarks.PACKED_ARCHIVES, self._relative(path))
-            elif extension not in CAPTION_EXTENSIONS:
+            elif extension not in CAPTION_EXTENSIONS and not any(path == each.path for each in maps):
                 self.ignored[extension and f".{extension}"] += 1
         stems = {_split(name)[0] for name in names if _split(name)[1] in IMAGE_EXTENSIONS}
         for name in sorted(names, key=os.fsencode):
@@ -261,7 +292,8 @@ class Sources:
             yield self._link_out(path)
             return
         changed = _changed(os.stat(path)) if os.path.isfile(path) else 0
-        found = tar_files.members(path, self._relative(path), self._file(path), self.caption_column, self.remarks)
+        options = self.caption_column, self.caption_lines, self.remarks
+        found = tar_files.members(path, self._relative(path), self._file(path), *options)
         for item in found:
             yield dataclasses.replace(item, changed=changed)
 
@@ -287,12 +319,32 @@ class Sources:
         for item in parquet_images.rows(path, relative, self._file(path), column, self.caption_column, self.remarks):
             yield dataclasses.replace(item, changed=changed)
 
-    def _read_caption(self, path: str) -> tuple[str | None, tuple[str, str] | None]:
+    def _mapped(self, path: str, maps: tuple[CaptionMap, ...]) -> tuple[Found | None, tuple[str, str] | None]:
+        """The captions that the nearest captions.json has for the image at `path`."""
+        for each in maps:
+            try:
+                if (found := each.of(path)) is not None:
+                    self._remark_bad(self._relative(path), found)
+                    return found, None
+            except ValueError as error:
+                return Found(), (BAD_CAPTION, f"{self._relative(path)} in {self._relative(each.path)}: {error}")
+        return None, None
+
+    def _remark_bad(self, path: str, found: Found) -> None:
+        for why in found.bad:
+            self.remarks.add(remarks.BAD_AMONG_SEVERAL, f"{path}: {why}")
+
+    def _read_caption(self, path: str) -> tuple[Found | None, tuple[str, str] | None]:
         if self._outside(path):
             return None, (OUTSIDE, self._leads_out(path))
         try:
             with open_regular(path) as file:
-                return captions.decode(file.read(captions.MAX_BYTES + 1)), None
+                data = file.read(captions.MAX_BYTES + 1)
+            if not self.caption_lines:
+                return Found((captions.decode(data),)), None
+            found = captions.lines(data)
+            self._remark_bad(self._relative(path), found)
+            return found, None
         except ValueError as error:
             return None, (BAD_CAPTION, f"{self._relative(path)}: {error}")
         except OSError as error:
@@ -350,12 +402,14 @@ class Sources:
         except _BadCell as error:
             return failed(*error.problem)
         place = next((place for place in places if os.path.exists(place)), places[0])
+        found, problem = Found(), None
         try:
-            text, problem = captions.from_cell(row.caption), None
+            found = captions.several(row.captions)
+            self._remark_bad(row.where, found)
         except ValueError as error:
-            text, problem = None, (BAD_CAPTION, f"{row.where}: {error}")
+            problem = (BAD_CAPTION, f"{row.where}: {error}")
         problem = unread(_split(place)[1]) or problem
-        item = self._input(place, text, problem, f"the caption column of {row.where} is empty")
+        item = self._input(place, found, problem, f"the caption column of {row.where} is empty")
         if item.problem and item.problem[0] == FILE_MISSING:
             detail = missing_files.advice(name, places)
             item = dataclasses.replace(item, problem=(FILE_MISSING, f"{item.problem[1]} ({row.where}); {detail}"))
@@ -403,7 +457,7 @@ class Sources:
 
     # ── paths ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _input(self, path: str, caption: str | None, problem: tuple[str, str] | None, hint: str = "") -> Input:
+    def _input(self, path: str, found: Found, problem: tuple[str, str] | None, hint: str = "") -> Input:
         relative = self._relative(path)
         file = self._file(path)
         if self._outside(path):
@@ -412,10 +466,11 @@ class Sources:
             status = os.stat(path)
             check_regular(status, path)
         except NotRegular as error:
-            return Input(relative, file, 0, -1, caption, (NOT_REGULAR, str(error.strerror)))
+            return Input(relative, file, 0, -1, found.first, (NOT_REGULAR, str(error.strerror)))
         except OSError as error:
-            return Input(relative, file, 0, -1, caption, (FILE_MISSING, error.strerror or ""))
-        return Input(relative, file, 0, status.st_size, caption, problem, _changed(status), hint=hint)
+            return Input(relative, file, 0, -1, found.first, (FILE_MISSING, error.strerror or ""))
+        texts = found.first, problem, _changed(status)
+        return Input(relative, file, 0, status.st_size, *texts, hint=hint, more_captions=found.more)
 
     def _relative(self, path: str) -> str:
         return self._file(path).decode("utf-8", "backslashreplace").replace(os.sep, "/")

@@ -33,4 +33,5 @@ class Input:
     kind: str = PLAIN
     hint: str = ""  # where a caption was looked for; no part of a data set's identity
     data: bytes | None = None  # of a ROW, while it is on its way to a worker
+    more_captions: tuple[str, ...] = ()  # behind the first, where there are several
     sources: tuple[Partner, ...] = ()  # the image is then the target of an edit, the caption its instruction

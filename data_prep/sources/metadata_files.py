@@ -23,7 +23,7 @@ from files.shown import shown
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 # DiffSynth: image, prompt; Hugging Face imagefolder: file_name, text or caption; musubi-tuner: image_path, caption.
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filename", "file_path", "filepath", "file", "path", "img")
-CAPTION_COLUMNS = ("prompt", "text", "caption")
+CAPTION_COLUMNS = ("prompt", "text", "caption", "captions")  # whose cells may be lists
 # Of the source images of edits, with a number for the second and further ones: ours; DiffSynth's, whose cell may be a list;
 # musubi-tuner's, which begins with _0. The first kind that a row has is taken.
 SOURCE_COLUMNS = ("source_image", "edit_image", "control_path")
@@ -38,7 +38,7 @@ class MetadataRow:
 
     where: str  # "metadata.csv line 7": for messages
     image: Any = None
-    caption: Any = None
+    captions: tuple[Any, ...] = ()  # cells, each of which may be a list
     problem: str = ""
     sources: tuple[Any, ...] = ()  # cells of source images; a pair if there are any
 
@@ -59,7 +59,8 @@ def rows(
 ) -> Iterator[MetadataRow]:
     """Yield the rows; the columns are found by name (in any case, spaces around them aside) where they aren't given.
 
-    `source_columns`: of source images; None: SOURCE_COLUMNS, where there are any. JSON's objects may each have other names.
+    `caption_column`: or several with commas between them. `source_columns`: of source images; None: SOURCE_COLUMNS, where
+    there are any. JSON's objects may each have other names.
     Raises ValueError for an unknown file type, a column that no row has, and
     what isn't of the file's type as a whole; OSError for what is no regular file.
     """
@@ -68,7 +69,8 @@ def rows(
         raise ValueError(f"{shown(path)}: metadata must be one of {', '.join(READERS)}")
     objects = path.suffix.lower() in (".jsonl", ".json")
     names: list[str] = []
-    images = texts = several = pairs = False
+    missing: set[str] | None = None  # of the caption columns that were asked for; None: no row has any yet
+    images = several = pairs = False
     with open_regular(path) as file:
         for where, cells in reader(file, path):
             if isinstance(cells, BadRow):
@@ -76,30 +78,32 @@ def rows(
                 continue
             names = names or [str(name) for name in cells]
             image = find_column(image_column, IMAGE_COLUMNS, cells)
-            text = find_column(caption_column, CAPTION_COLUMNS, cells)
-            for name in (image, text):
+            texts, absent = caption_columns(caption_column, cells)
+            for name in (image, *texts):
                 if name is not None and cells[name] is REPEATED:
                     raise ValueError(f"{shown(path)} has {shown(name)} more than once in its header: rename the others")
-            images, texts = images or image is not None, texts or text is not None
+            images = images or image is not None
+            missing = absent if missing is None else missing & absent
             if remarks is not None and not several and (said := ambiguous(cells, image_column, caption_column)):
                 several = True
                 remarks.add(SEVERAL_COLUMNS, f"{path.name}: {said}")
-            if not objects and not (images and texts):
+            if not objects and (missing or not images):
                 break
             sources = source_cells(cells, source_columns)
             pairs = pairs or bool(sources)
-            yield MetadataRow(where, cells.get(image or ""), cells.get(text or ""), sources=sources)
+            captions_found = tuple(cells[name] for name in texts)
+            yield MetadataRow(where, cells.get(image or ""), captions_found, sources=sources)
     if names and source_columns and not pairs:
         raise ValueError(
             f"{shown(path)} has no column {' or '.join(map(shown, source_columns))} (--source_columns), only "
             f"{shown(', '.join(names))}"
         )
-    for kind, found, wanted, known in (
-        ("image", images, image_column, IMAGE_COLUMNS),
-        ("caption", texts, caption_column, CAPTION_COLUMNS),
+    for kind, lacking in (
+        ("image", () if images else [image_column] if image_column else IMAGE_COLUMNS),
+        ("caption", sorted(missing or ()) if caption_column else missing and CAPTION_COLUMNS),
     ):
-        if names and not found:
-            candidates = [wanted] if wanted else known
+        if names and lacking:
+            candidates = list(lacking)
             header = "" if objects else " (the first line must name the columns)"
             raise ValueError(
                 f"{shown(path)} has no column {' or '.join(map(shown, candidates))}, only "
@@ -115,6 +119,21 @@ def find_column(wanted: str | None, known: tuple[str, ...], cells: Mapping[str, 
     for name in cells:  # of equals the first
         spelled.setdefault(str(name).strip().lower(), name)
     return next((spelled[name] for name in ([wanted.lower()] if wanted else known) if name in spelled), None)
+
+
+def caption_columns(wanted: str | None, cells: Mapping[str, Any]) -> tuple[list[str], set[str]]:
+    """The caption columns of a row as the file spells them, and of those that are wanted which it hasn't.
+
+    `wanted`: one, or several with commas between them; None: the first of CAPTION_COLUMNS, where "" stands for one missing.
+    """
+    known: tuple[str, ...] = CAPTION_COLUMNS
+    asked: list[str | None] = [None]
+    if wanted is not None:
+        whole = find_column(wanted, (), cells)  # a name may hold commas
+        parts = dict.fromkeys(part.strip() for part in wanted.split(","))
+        asked = [wanted] if whole is not None else [part for part in parts if part]
+    found = {name or "": find_column(name, known, cells) for name in asked}
+    return [name for name in found.values() if name is not None], {n for n, column in found.items() if column is None}
 
 
 def source_cells(cells: Mapping[str, Any], wanted: tuple[str, ...] | None) -> tuple[Any, ...]:
@@ -241,6 +260,8 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Cells]:
         values = _parse(_text(file).read())
     except (BadRow, UnicodeDecodeError) as error:
         raise ValueError(f"{shown(path)}: {error}") from None
+    if isinstance(values, dict) and values and all(isinstance(value, str | list) for value in values.values()):
+        values = [{"image": name, "captions": value} for name, value in values.items()]  # as captions.json has them
     if not isinstance(values, list):
         raise ValueError(f"{shown(path)}: must be a list of objects, not {type(values).__name__}")
     for number, value in enumerate(values, start=1):

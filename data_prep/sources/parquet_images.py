@@ -14,10 +14,18 @@ from typing import Any
 
 from data_prep.images.skip_reasons import BAD_CAPTION, BROKEN_PARQUET
 from data_prep.sources import captions
+from data_prep.sources.captions import Found
 from data_prep.sources.found_input import ROW, Input
-from data_prep.sources.metadata_files import CAPTION_COLUMNS, IMAGE_COLUMNS, ambiguous, cells_of, find_column
+from data_prep.sources.metadata_files import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    ambiguous,
+    caption_columns,
+    cells_of,
+    find_column,
+)
 from data_prep.sources.regular_files import open_regular
-from data_prep.sources.remarks import SEVERAL_COLUMNS, Remarks
+from data_prep.sources.remarks import BAD_AMONG_SEVERAL, SEVERAL_COLUMNS, Remarks
 
 BYTE_COLUMNS = (*IMAGE_COLUMNS, "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 BATCH_ROWS = 16  # images that are read at once
@@ -74,22 +82,24 @@ def rows(
         with open_regular(path) as source:
             size = os.fstat(source.fileno()).st_size
             table = pq.ParquetFile(source)
-            caption = find_column(caption_column, CAPTION_COLUMNS, dict.fromkeys(table.schema_arrow.names))
             names = table.schema_arrow.names
+            texts, absent = caption_columns(caption_column, dict.fromkeys(names))
             if remarks is not None and (said := ambiguous(names, column.bytes, caption_column)):
                 remarks.add(SEVERAL_COLUMNS, f"{relative}: {said}")
             hint = ""
-            if caption is None:
-                looked = caption_column or ", ".join(CAPTION_COLUMNS)
-                hint = f"no column {looked}, only {', '.join(names)}: name it with --caption_column"
-            wanted = [name for name in (column.path, caption) if name is not None]
+            if absent:
+                looked = ", ".join(sorted(absent) if caption_column else CAPTION_COLUMNS)
+                hint, texts = f"no column {looked}, only {', '.join(names)}: name it with --caption_column", []
+            wanted = [name for name in (column.path, *texts) if name is not None]
             if not wanted:  # no names and no captions: count the rows
                 for number in range(table.metadata.num_rows):
                     yield Input(f"{relative}/{number:06d}", file, number, size, None, kind=ROW, hint=hint)
                 return
             for batch in table.iter_batches(1024, columns=wanted, use_threads=False):
                 for row in cells_of(batch):
-                    item = _input(row, number, relative, file, size, column, caption)
+                    item, bad = _input(row, number, relative, file, size, column, texts)
+                    for why in bad:
+                        (remarks or Remarks()).add(BAD_AMONG_SEVERAL, f"{item.path}: {why}")
                     yield dataclasses.replace(item, hint=hint) if hint else item
                     number += 1
     except Exception as error:  # arrow's many, on hostile bytes
@@ -98,17 +108,18 @@ def rows(
 
 
 def _input(
-    row: dict[str, Any], number: int, relative: str, file: bytes, size: int, column: ImageColumn, caption: str | None
-) -> Input:
+    row: dict[str, Any], number: int, relative: str, file: bytes, size: int, column: ImageColumn, texts: list[str]
+) -> tuple[Input, tuple[str, ...]]:
+    """The input of a row, and what is wrong with those of its captions that were left out."""
     name = (row.get(column.path.partition(".")[0]) or {}).get("path") if column.path else None
     path = f"{relative}/{number:06d}" + (f"/{os.path.basename(name)}" if isinstance(name, str) and name else "")
     path = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    text, problem = None, None
+    found, problem = Found(), None
     try:
-        text = captions.from_cell(row.get(caption)) if caption is not None else None
+        found = captions.several([row.get(name) for name in texts])
     except ValueError as error:
         problem = (BAD_CAPTION, f"{path}: {error}")
-    return Input(path, file, number, size, text, problem, kind=ROW)
+    return Input(path, file, number, size, found.first, problem, kind=ROW, more_captions=found.more), found.bad
 
 
 # ── their bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,6 +18,10 @@ SEVERAL_COLUMNS = (
     "metadata and parquet files have several columns that could be meant: the first is taken (--image_column,"
     " --caption_column)"
 )
+SEVERAL_CAPTIONS = "images have several captions, of which training draws one each time (docs/levers.md)"
+BAD_AMONG_SEVERAL = "captions among several of one image can't be read, and are left out"
+BROKEN_MAP = "captions.json files can't be read: their images' captions are looked for beside the images alone"
+UNUSED_CAPTIONS = "entries of captions.json name no image below it, or one that has a caption beside it"
 LOST_CHARACTERS = "captions hold U+FFFD, which stands for characters that an earlier program lost"
 LONELY_CAPTIONS = "caption files have no image beside them"
 HIDDEN = "hidden files and folders (.name) left out"

@@ -19,10 +19,11 @@ from data_prep.images.formats import IMAGE_EXTENSIONS, unread
 from data_prep.images.skip_reasons import BAD_CAPTION, BROKEN_LINK, BROKEN_TAR, NOT_REGULAR
 from data_prep.shard_format.tar_members import BrokenTar, readable, sparse_content, tar_members
 from data_prep.sources import captions
+from data_prep.sources.captions import Found
 from data_prep.sources.found_input import PLAIN, SPARSE, Input
-from data_prep.sources.metadata_files import CAPTION_COLUMNS
+from data_prep.sources.metadata_files import caption_columns
 from data_prep.sources.regular_files import open_regular
-from data_prep.sources.remarks import HIDDEN, LONELY_CAPTIONS, NAMED_TWICE, OTHER_MEMBERS, Remarks
+from data_prep.sources.remarks import BAD_AMONG_SEVERAL, HIDDEN, LONELY_CAPTIONS, NAMED_TWICE, OTHER_MEMBERS, Remarks
 
 TEXT_SUFFIXES = ("txt", "caption", "json")
 HARD = "hard link"  # kind of a member until it is resolved
@@ -49,15 +50,17 @@ class Group:
     used: bool = False
 
 
-def members(path: str, relative: str, file: bytes, caption_column: str | None, remarks: Remarks) -> Iterator[Input]:
-    """Inputs of one uncompressed tar, in the order of its images.
+def members(
+    path: str, relative: str, file: bytes, caption_column: str | None, caption_lines: bool, remarks: Remarks
+) -> Iterator[Input]:
+    """Inputs of one uncompressed tar, in the order of its images. `caption_lines`: each line of a text is a caption.
 
     What can't be read of the archive is one more input, with the problem, behind those that can.
     """
     try:
         with open_regular(path) as source:
             found, broken = _listed(source, relative, remarks)
-            yield from _inputs(source, found, relative, file, caption_column, remarks)
+            yield from _inputs(source, found, relative, file, (caption_column, caption_lines), remarks)
     except OSError as error:
         broken = error.strerror or str(error)
     if broken:
@@ -132,7 +135,7 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _inputs(
-    source: IO[bytes], found: list[Member], relative: str, file: bytes, caption_column: str | None, remarks: Remarks
+    source: IO[bytes], found: list[Member], relative: str, file: bytes, asked: tuple[str | None, bool], remarks: Remarks
 ) -> Iterator[Input]:
     groups: dict[str, list[Group]] = defaultdict(lambda: [Group()])
     images: list[tuple[Member, str, Group]] = []
@@ -160,7 +163,10 @@ def _inputs(
             if first in groups:
                 groups[first][-1].used = True
                 texts = groups[first][-1].texts
-        yield _input(source, member, suffix, texts, relative, file, caption_column)
+        item, bad = _input(source, member, suffix, texts, relative, file, asked)
+        for why in bad:
+            remarks.add(BAD_AMONG_SEVERAL, f"{item.path}: {why}")
+        yield item
     for name, several in groups.items():
         for group in several:
             if not group.used and group.texts and not group.images:
@@ -174,34 +180,50 @@ def _input(
     texts: dict[str, Member],
     relative: str,
     file: bytes,
-    caption_column: str | None,
-) -> Input:
+    asked: tuple[str | None, bool],
+) -> tuple[Input, tuple[str, ...]]:
+    """The input of an image, and what is wrong with those of its captions that were left out."""
     path = f"{relative}/{readable(member.name)}"
-    caption, problem = None, member.problem or unread(suffix)
+    found, problem = Found(), member.problem or unread(suffix)
     if problem is None:
         try:
-            caption = _caption(source, texts, caption_column)
+            found = _captions(source, texts, *asked)
         except (ValueError, RecursionError, OSError) as error:
             problem = (BAD_CAPTION, f"{path}: {error}")
     looked = (
         f"looked for {', '.join(readable(_split(member.name)[0]) + '.' + text for text in TEXT_SUFFIXES)} in the tar"
     )
-    return Input(path, file, member.offset, member.size, caption, problem, kind=member.kind, hint=looked)
+    place = member.offset, member.size, found.first
+    item = Input(path, file, *place, problem, kind=member.kind, hint=looked, more_captions=found.more)
+    return item, found.bad
 
 
-def _caption(source: IO[bytes], texts: dict[str, Member], caption_column: str | None) -> str | None:
+def _captions(source: IO[bytes], texts: dict[str, Member], caption_column: str | None, caption_lines: bool) -> Found:
     for suffix in () if caption_column else ("txt", "caption"):
         if suffix in texts:
-            return captions.decode(_content(source, texts[suffix]))
+            data = _content(source, texts[suffix])
+            if caption_lines:
+                return captions.lines(data)
+            first = captions.decode(data)
+            return _own(source, texts, first) or Found((first,))
     if "json" not in texts:
-        return None
+        return Found()
     fields = json.loads(_content(source, texts["json"]))  # its errors are ValueErrors, and RecursionError
     if not isinstance(fields, dict):
         raise ValueError(f"the json member is a {type(fields).__name__}, not an object")
-    for name in (caption_column,) if caption_column else CAPTION_COLUMNS:
-        if name in fields:
-            return captions.from_cell(fields[name])
-    return None
+    columns, _ = caption_columns(caption_column, fields)
+    return captions.several([fields[column] for column in columns])
+
+
+def _own(source: IO[bytes], texts: dict[str, Member], first: str) -> Found | None:
+    """All captions of a sample that make_shards.py packed: its json has them, and the text member the first."""
+    try:
+        data = _content(source, texts["json"])
+        listed = json.loads(data)["captions"] if b'"captions"' in data else None
+        found = captions.several([listed]) if isinstance(listed, list) else Found()
+        return found if len(found.captions) > 1 and found.first == first else None
+    except (KeyError, TypeError, ValueError, RecursionError, OSError):  # then the text is what there is
+        return None
 
 
 def _content(source: IO[bytes], member: Member) -> bytes:

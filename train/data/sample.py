@@ -35,6 +35,7 @@ class Sample:
     sources: tuple[torch.Tensor, ...] = ()  # of a pair, each [16, h, w] or uint8 [3, h, w]
     source_sizes: tuple[tuple[int, int], ...] = ()  # their widths and heights before they were packed; for images
     empty_prompt: torch.Tensor | None = None  # [T, D]: that of the empty caption with the sources, if it was encoded
+    captions: tuple[str, ...] = ()  # of a stream's image, all of them: which one is trained is drawn with the batch
     mask: torch.Tensor | None = (
         None  # uint8 [H/8, W/8], 255: learn; of all samples of a run with masked loss, else of none
     )

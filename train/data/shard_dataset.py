@@ -32,6 +32,7 @@ from data_prep.shard_format.shards import (
     ShardIndex,
     ShardReader,
     bucket_name,
+    captions_of,
     check_index,
     members_of,
     original_sizes,
@@ -159,7 +160,8 @@ class ShardDataset:
             width, height = self.size(index)
             sample = Sample(int(index), key, width, height, members["txt"].decode("utf-8"))
             if not self.encoded:
-                caption = self._caption([sample.caption], chance)
+                several = self.index.captions[index] > 1
+                caption = self._caption(self._captions(int(index)) if several else [sample.caption], chance)
                 sample = replace(sample, caption=caption, pixels=pixels_of(members["payload"], width, height))
                 return self._with_sources(sample, int(index)) if self.paired else sample
             found = read_encoded(members["payload"], self.prompt_width)
@@ -188,6 +190,11 @@ class ShardDataset:
             shard = self.reader.names[int(self.index.shard[index])]
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise BrokenSample(f"{key} in {self.folder / shard}: {why}") from error
+
+    def _captions(self, index: int) -> list[str]:
+        """All captions of a sample that has several."""
+        i = self.index
+        return captions_of(self.reader.read(int(i.shard[index]), int(i.json_offset[index]), int(i.json_size[index])))
 
     def _caption(self, captions: list[str], chance: Callable[[], Random] | None) -> str:
         """What is trained of an image sample's captions."""

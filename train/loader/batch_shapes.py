@@ -66,8 +66,8 @@ def token_counts(options: BatchOptions, dataset: DataSet) -> tuple[np.ndarray, n
     if dataset.encoded:
         pictures = np.asarray(index.picture_tokens)[dataset.training].astype(np.int64)
         return pictures, np.asarray(index.prompt_tokens)[dataset.training].astype(np.int64) - pictures
-    characters = np.asarray(index.caption_length)[dataset.training].astype(np.int64) + options.added_characters
-    told = characters // CHARACTERS_A_TOKEN
+    longest = np.maximum(index.caption_length, index.longest_caption)[dataset.training].astype(np.int64)
+    told = (longest + options.added_characters) // CHARACTERS_A_TOKEN
     of_bucket = {bucket.id: text_tokens_of(options.member, bucket.sources) for bucket in dataset.manifest.buckets}
     buckets = np.asarray(index.bucket)[dataset.training]
     return np.array([of_bucket[int(bucket)] for bucket in buckets], dtype=np.int64), told

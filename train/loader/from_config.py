@@ -225,7 +225,8 @@ def cut_captions(dataset: ShardDataset, max_prompt_tokens: int) -> str | None:
     index = dataset.index
     tokens = index.prompt_tokens - index.picture_tokens
     if not dataset.encoded:
-        tokens = (index.caption_length + dataset.captions.added_characters) // CHARACTERS_A_TOKEN
+        longest = np.maximum(index.caption_length, index.longest_caption)
+        tokens = (longest + dataset.captions.added_characters) // CHARACTERS_A_TOKEN
     long = np.flatnonzero(tokens > max_prompt_tokens)
     if not len(long):
         return None
@@ -245,10 +246,11 @@ def cut_captions(dataset: ShardDataset, max_prompt_tokens: int) -> str | None:
 
 def caption_lines(dataset: ShardDataset | StreamedSet) -> list[str]:
     """What to say of captions that aren't trained as they stand."""
-    if not (flags := dataset.captions.flags()):
-        return []
+    several = dataset.manifest.totals.get("several_captions", 0)
+    said = [f"one of several for {several} samples"] if several else []
+    said += [flags] if (flags := dataset.captions.flags()) else []
     how = ", drawn anew for each sample of each epoch; validation takes what chance has no part in"
-    return [f"captions: {flags}{how if dataset.captions.varies else ''}"]
+    return [f"captions: {', '.join(said)}{how if several or dataset.captions.varies else ''}"] if said else []
 
 
 def make_order(config: TrainConfig, dataset: ShardDataset | StreamedSet) -> Order | None:

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data_prep.encoding.caption_variants import PLAIN, CaptionOptions, caption_chance
 from data_prep.images.stored_pixels import decode_stored
-from data_prep.shard_format.shards import EMPTY_PROMPT, MANIFEST, Bucket, Manifest, read_manifest
+from data_prep.shard_format.shards import EMPTY_PROMPT, MANIFEST, Bucket, Manifest, captions_of, read_manifest
 from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.batch import Batch, collate
 from train.data.draws import sample_draws
@@ -238,13 +238,14 @@ class StreamedBatches(IterableDataset[Any]):
             return Sample(0, key, width, height, caption, latent=latent, prompt_embeds=embeds)
         data = next(raw[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in raw)
         pixels = torch.from_numpy(decode_stored(data, *image_size(data)).copy()).permute(2, 0, 1).contiguous()
-        return Sample(0, key, pixels.shape[2], pixels.shape[1], caption, pixels=pixels)
+        several = tuple(all_captions(raw, caption))
+        return Sample(0, key, pixels.shape[2], pixels.shape[1], caption, pixels=pixels, captions=several)
 
     def caption(self, sample: Sample, times: int, index: int) -> str:
         """What is trained of an image sample's caption, when it comes for the time `times`; encoded ones have their form."""
         if sample.pixels is None:
             return sample.caption
-        return self.captions.drawn([sample.caption], caption_chance(self.seed, times, index))
+        return self.captions.drawn(sample.captions, caption_chance(self.seed, times, index))
 
     def make(self, samples: list[Sample], seed: int, came: Counter[str], broken: list[str]) -> Batch:
         """A batch; `came` counts how often each sample has come to this worker since it began with `seed`."""
@@ -260,6 +261,15 @@ class StreamedBatches(IterableDataset[Any]):
             came[sample.key] += 1
         tensors = collate(samples, draws, self.empty_prompt, self.text_padding)
         return Batch(place=0, epoch=0, indices=indices, broken=broken, **tensors)
+
+
+def all_captions(raw: dict[str, Any], caption: str) -> list[str]:
+    """Those in the json of a sample that make_shards.py packed, where it has several; else its one caption."""
+    try:
+        captions = captions_of(raw["json"]) if b'"captions"' in raw.get("json", b"") else [caption]
+    except (ValueError, KeyError, TypeError, RecursionError):  # another program's json
+        return [caption]
+    return captions if captions[0] == caption else [caption]
 
 
 def image_size(data: bytes) -> tuple[int, int]:

@@ -110,7 +110,11 @@ def test_metadata_in_a_subfolder_and_elsewhere(tmp_path: Path) -> None:
 
 
 def test_rows_that_cannot_be_used_are_inputs_with_a_problem(tmp_path: Path) -> None:
-    rows = [{"image": "gone.jpg", "prompt": "a"}, {"image": None, "prompt": "b"}, {"image": "x.jpg", "prompt": ["c"]}]
+    rows = [
+        {"image": "gone.jpg", "prompt": "a"},
+        {"image": None, "prompt": "b"},
+        {"image": "x.jpg", "prompt": {"c": 1}},
+    ]
     rows += [{"image": "x.jpg"}, {"image": "sub", "prompt": "d"}]
     base = folder_of(tmp_path, {"x.jpg": JPEG, "sub/empty.txt": "", "m.jsonl": "\n".join(map(json.dumps, rows))})
     found = list(Sources(base, base / "m.jsonl"))
@@ -214,7 +218,7 @@ def test_clear_errors(tmp_path: Path) -> None:
         (
             "m.csv",
             "image,bar\n1,2\n",
-            "no column prompt or text or caption, only image, bar .*: name it with --caption",
+            "no column prompt or text or caption or captions, only image, bar .*: name it with --caption",
         ),
         ("m.csv", "a.jpg,one\nb.jpg,two\n", "the first line must name the columns"),
         ("m.json", "{}", "must be a list of objects, not dict"),

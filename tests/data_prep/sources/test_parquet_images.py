@@ -140,4 +140,4 @@ def test_text_that_is_no_utf8_fails_its_own_row(tmp_path: Path) -> None:
 def test_the_columns_are_named_where_none_holds_captions(tmp_path: Path) -> None:
     hub_file(tmp_path / "x.parquet", 1, caption="txt")
     (item,) = Sources(tmp_path)
-    assert item.hint == "no column prompt, text, caption, only image, txt: name it with --caption_column"
+    assert item.hint == "no column prompt, text, caption, captions, only image, txt: name it with --caption_column"
