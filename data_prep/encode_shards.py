@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.encoding.caption_variants import Variants, add_caption_flags
 from data_prep.shard_format.shards import ShardReader, check_index, read_index, read_manifest
 from files.shown import one_line, tolerant_output
 from qwen_image.loading.model_flags import add_model_flags
@@ -72,6 +73,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="of pairs: store the embedding of the empty caption with each sample's source images too, which training with "
         "--caption_dropout needs (about 10 MB a sample for Qwen-Image-Edit, 1.4 MB an image for -2509 and -2511)",
     )
+    add_caption_flags(parser)
+    parser.add_argument(
+        "--caption_variants",
+        type=int,
+        default=1,
+        metavar="K",
+        help="encode so many forms of each sample's captions, of which training draws one in each epoch; equal ones are stored "
+        "once (default 1: the first caption, without chance)",
+    )
+    parser.add_argument("--caption_seed", type=int, default=0, help="of what is drawn for the variants (default 0)")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
@@ -92,10 +103,15 @@ def encode(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--data {arguments.data} holds encoded shards already; give the folder of image shards")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
+    variants = Variants.from_options(arguments, int(index.captions.max(initial=1)))
     files = model_files(arguments)
-    for line in check_pairs(files, manifest, arguments):
+    for line in [
+        *variant_lines(variants, arguments, manifest, index),
+        *check_pairs(files, manifest, arguments, variants),
+    ]:
         print(line)
-    encoded = EncodedSet(arguments.output_path, manifest, index, describe(files, arguments), arguments.data)
+    described = describe(files, arguments, variants)
+    encoded = EncodedSet(arguments.output_path, manifest, index, described, arguments.data, variants)
     options = encoder_dtype(arguments.dtype), arguments.latent_std, arguments.empty_captions
     encoders: list[Encoders] = []  # empty until a shard, or the empty prompt, needs them
 
@@ -138,9 +154,8 @@ def encode_share(
         for shard in mine:
             lock.require()
             rows = np.flatnonzero(index.shard == shard)
-            samples = EncodedSamples(
-                loaded(), reader, manifest, index, arguments.batch_size, arguments.num_workers, skip
-            )
+            options = arguments.batch_size, arguments.num_workers, skip, encoded.variants
+            samples = EncodedSamples(loaded(), reader, manifest, index, *options)
             encoded.write_shard(shard, rows, counted(samples.of(rows), progress), loaded().tokens_of)
     if missing := encoded.missing():
         print(f"rank {rank}: {len(missing)} of {len(manifest.shards)} shards are left to other ranks")
@@ -175,7 +190,30 @@ def model_files(arguments: argparse.Namespace) -> ModelFiles:
     return resolve_model(ModelSource.from_options(arguments), ("text_encoder", "tokenizer", "vae"))
 
 
-def describe(files: ModelFiles, arguments: argparse.Namespace) -> dict[str, Any]:
+def variant_lines(
+    variants: Variants, arguments: argparse.Namespace, manifest: Manifest, index: ShardIndex
+) -> list[str]:
+    """For people: what becomes of captions, and those that are left out."""
+    told = variants.identity()
+    several, most = int((index.captions > 1).sum()), int(index.captions.max(initial=1))
+    said = []
+    if told:
+        what = f"{variants.count} variants of each sample's" if variants.count > 1 else "each sample's first"
+        said.append(f"captions: {what}, {variants.options.flags() or 'as they stand'}")
+    if arguments.caption_variants > variants.count:
+        said.append(
+            f"--caption_variants {arguments.caption_variants}: no sample has more than {variants.count} different ones without "
+            "another of the caption flags"
+        )
+    if several and variants.count < most:
+        said.append(
+            f"{several} samples have several captions, up to {most}, of which {variants.count} at most "
+            f"{'is' if variants.count == 1 else 'are'} encoded: --caption_variants {most} holds all"
+        )
+    return said
+
+
+def describe(files: ModelFiles, arguments: argparse.Namespace, variants: Variants) -> dict[str, Any]:
     """`Manifest.encoding` of these encoders, from their files: no weights are loaded."""
     from transformers import AutoTokenizer
 
@@ -200,6 +238,7 @@ def describe(files: ModelFiles, arguments: argparse.Namespace) -> dict[str, Any]
         latent_std=arguments.latent_std,
         computed_in=encoder_dtype(arguments.dtype),
         edit=edit,
+        captions=variants.identity(),
     )
 
 
@@ -209,7 +248,7 @@ def prompt_width(files: ModelFiles) -> int:
     return int(Qwen2_5_VLConfig.from_pretrained(files["text_encoder"].folder).text_config.hidden_size)
 
 
-def check_pairs(files: ModelFiles, manifest: Manifest, arguments: argparse.Namespace) -> list[str]:
+def check_pairs(files: ModelFiles, manifest: Manifest, arguments: argparse.Namespace, variants: Variants) -> list[str]:
     """Do model and images go together? Raises ValueError if not; lines for people about what will be stored."""
     from qwen_image.encoders.text_encoder import text_tokens_of
 
@@ -223,11 +262,12 @@ def check_pairs(files: ModelFiles, manifest: Manifest, arguments: argparse.Names
         return []
     samples = sum(bucket.count for bucket in manifest.buckets)
     tokens = sum(bucket.count * text_tokens_of(files.member, bucket.sources) for bucket in manifest.buckets)
-    size = 2 * prompt_width(files) * tokens
+    size = 2 * prompt_width(files) * tokens * variants.count
     said = (
         f"{samples} pairs for {files.member.name}: {tokens // samples} tokens of pictures a prompt, {size / 1e9:.2f} GB"
     )
-    return [said + (f"; with the empty captions {2 * size / 1e9:.2f} GB" * arguments.empty_captions)]
+    both = size * (variants.count + 1) / variants.count
+    return [said + (f"; with the empty captions {both / 1e9:.2f} GB" * arguments.empty_captions)]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_prep.encoding.caption_variants import CaptionOptions
 from files.atomic_files import write_file
 from files.shown import one_line, shown, tolerant_output
 from qwen_image.loading.model_flags import add_model_flags, model_options
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STATE = "make_lora.json"  # in MADE: what the photos were, and which stage was done by which command
 PROMPTS = 4  # captions that samples are drawn of where no --prompt is given
 STEPS = 1000
+VARIANTS = 8  # of each caption, where a flag leaves something to chance
 ENCODERS = ("text_encoder", "vae", "tokenizer")
 COMPONENTS = ("transformer", *ENCODERS)
 DEFAULTS = {"max_steps": STEPS, "deepspeed": ROOT / "ds_configs" / "zero2.json"}
@@ -73,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--photos", type=Path, required=True, help="folder of images with captions")
     add_model_flags(parser, *COMPONENTS)
     parser.add_argument("--output_path", type=Path, required=True, metavar="MADE", help="folder for everything")
+    parser.add_argument(
+        "--caption_variants",
+        type=int,
+        help=f"so many forms of each caption are encoded, of which training draws ({VARIANTS} where a flag asks for chance)",
+    )
     parser.add_argument("--max_pixels", type=int, help="area of the training images (make_shards.py's default)")
     parser.add_argument(
         "--prompt",
@@ -89,15 +96,21 @@ def make(own: argparse.Namespace, flags: list[str]) -> None:
     check_apart(own.output_path, photos=str(own.photos), model=own.model)
     made = own.output_path.resolve()
     shards, encoded, run, samples = (made / name for name in ("shards", "encoded", "run", "samples"))
-    train = train_flags(own, flags, encoded, run)
+    train, captions_are = train_flags(own, flags, encoded, run)
     gpus = number_of_gpus() if own.gpus is None else own.gpus
     state = State.open(made, own.photos)
     pack = {"dataset_base_path": own.photos.resolve(), "output_path": shards, "max_pixels": own.max_pixels}
     state.stage("pack the photos", command([], "data_prep/make_shards.py", **pack), shards / "manifest.json")
     look = command([], "data_prep/check_shards.py", str(shards), report=made / "shards.html")
     state.stage("look at what was packed", look, made / "shards.html")
+    variants = own.caption_variants or (VARIANTS if captions_are.varies else None)
     encode = command(
-        launcher(gpus), "data_prep/encode_shards.py", **model_of(own, *ENCODERS), data=shards, output_path=encoded
+        launcher(gpus),
+        *("data_prep/encode_shards.py", *shlex.split(captions_are.flags())),
+        **model_of(own, *ENCODERS),
+        data=shards,
+        output_path=encoded,
+        caption_variants=variants,
     )
     state.stage("encode: latents and prompt embeddings", encode, encoded / "manifest.json")
     state.stage("train", [*launcher(gpus), "train/train_lora.py", *train], run / "lora.safetensors")
@@ -115,8 +128,11 @@ def make(own: argparse.Namespace, flags: list[str]) -> None:
     print(f" and {shown(run / 'report.html')}" if (run / "report.html").exists() else "")
 
 
-def train_flags(own: argparse.Namespace, flags: list[str], encoded: Path, run: Path) -> list[str]:
-    """The trainer's flags, checked by the trainer's own parser: a typing error must not wait until all is encoded."""
+def train_flags(
+    own: argparse.Namespace, flags: list[str], encoded: Path, run: Path
+) -> tuple[list[str], CaptionOptions]:
+    """The trainer's flags, checked by the trainer's own parser: a typing error must not wait until all is encoded. And what
+    they make of captions, which is done in encoding."""
     from train.config.command_line import parse
 
     given = {flag.split("=")[0].removeprefix("--") for flag in flags}
@@ -128,8 +144,7 @@ def train_flags(own: argparse.Namespace, flags: list[str], encoded: Path, run: P
     all_flags = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", str(value))]
     model = [word for name, text in model_of(own, *COMPONENTS).items() for word in (f"--{name}", text)]
     all_flags += [*model, "--data", str(encoded), "--output_path", str(run), *flags]
-    parse(all_flags)
-    return all_flags
+    return all_flags, CaptionOptions.from_options(parse(all_flags))
 
 
 def model_of(own: argparse.Namespace, *components: str) -> dict[str, str]:

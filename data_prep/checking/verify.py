@@ -31,16 +31,22 @@ from data_prep.shard_format.shards import (
     ShardIndex,
     ShardReader,
     members_of,
+    padded,
     read_index,
     rows_name,
     source_suffix,
     tar_name,
+    variant_rows,
+    variant_suffix,
+    variants_in,
+    variants_of,
     with_more,
 )
 from data_prep.sources.regular_files import read_regular
 from files.shown import one_line
 
 SOURCE = source_suffix(0)  # how the suffixes of source members begin
+VARIANT_MEMBER = variant_suffix(2)[:-13]  # and those of caption variants
 ROW_FIELDS = [
     name for name in INDEX_ROWS.names if name not in ("shard", "bucket")
 ]  # in index.parquet and in NNNNNN.parquet
@@ -194,7 +200,8 @@ def _row_problems(folder: Path, manifest: Manifest, position: int, index: ShardI
     kept = table.filter(pc.equal(table["status"], "ok"))
     if len(kept) != len(rows):
         return [*problems, f"{name} has {len(kept)} rows of samples, the index {len(rows)}"]
-    optional = [name for name in with_more(*OPTIONAL_INDEX_ROWS).names if name in kept.schema.names]
+    more = with_more(*OPTIONAL_INDEX_ROWS, variant_rows(1))
+    optional = [name for name in more.names if name in kept.schema.names]
     for field in [*ROW_FIELDS, *optional]:
         there, here = kept[field].to_pylist(), getattr(index, field)[rows].tolist()
         wrong = next((place for place in range(len(rows)) if there[place] != here[place]), None)
@@ -205,8 +212,10 @@ def _row_problems(folder: Path, manifest: Manifest, position: int, index: ShardI
 
 
 def _rows_schema(path: Path) -> pa.Schema:
-    there = set(pq.read_schema(path).names)
-    return with_more(SHARD_ROWS, *(more for more in (PAIR_ROWS, CAPTION_ROWS) if set(more.names) <= there))
+    schema = pq.read_schema(path)
+    found = [more for more in (PAIR_ROWS, CAPTION_ROWS) if set(more.names) <= set(schema.names)]
+    variants = variants_in(schema)
+    return with_more(SHARD_ROWS, *found, *[variant_rows(variants)] * (variants > 1))
 
 
 @functools.lru_cache(maxsize=1)
@@ -217,7 +226,7 @@ def _index(folder: Path, changed: int) -> ShardIndex:
 
 def _place_problem(members: list[Member], index: ShardIndex, row: int, manifest: Manifest) -> str | None:
     """Members of the tar against offsets and sizes of the index. Shards of others may lack json and txt (size 0)."""
-    sources = [member for member in members if member.suffix.startswith(SOURCE)]
+    sources = [member for member in members if member.suffix.startswith((SOURCE, VARIANT_MEMBER))]
     members = [member for member in members if member not in sources]
     named = {
         ("payload" if member.suffix not in ("json", "txt", "caption") else member.suffix): member for member in members
@@ -233,6 +242,12 @@ def _place_problem(members: list[Member], index: ShardIndex, row: int, manifest:
     suffixes = [member.suffix for member in members]
     if "indexed_by" not in manifest.options and suffixes != [manifest.payload, "json", "txt"]:
         return f"members are {', '.join(suffixes)}, not {manifest.payload}, json, txt"
+    if manifest.payload == "safetensors":
+        expected = [variant_suffix(number) for number in range(2, 2 + len(sources))]
+        if (found := [member.suffix for member in sources]) != expected or len(found) >= max(
+            1, index.variant_tokens.shape[1]
+        ):
+            return f"variants are {', '.join(found)} of {index.variant_tokens.shape[1]}"
     if "indexed_by" not in manifest.options and manifest.payload != "safetensors":
         return _sources_problem(sources, index, row, manifest)
     return None
@@ -271,7 +286,7 @@ def _content_problem(reader: ShardReader, index: ShardIndex, row: int, manifest:
         text = member("txt").decode()
         payload = member("payload")
         if manifest.payload == "safetensors":
-            tokens = int(index.prompt_tokens[row])
+            tokens = int(([*index.variant_tokens[row], index.prompt_tokens[row]])[0])
             problem = _tensors_problem(payload, bucket, tokens, manifest.encoding is not None)
             if problem:
                 return problem
@@ -283,7 +298,14 @@ def _content_problem(reader: ShardReader, index: ShardIndex, row: int, manifest:
             return f"caption has {len(text)} characters, the index says {index.caption_length[row]}"
         if "indexed_by" in manifest.options:
             return None
-        return _record_problem(json.loads(member("json")), index, row, text)
+        record = member("json")
+        if manifest.payload != "safetensors":
+            return _record_problem(json.loads(record), index, row, text) or _captions_problem(
+                json.loads(record).get("captions", [text]), index, row, text
+            )
+        return _record_problem(json.loads(record), index, row, text) or _variants_problem(
+            reader, record, index, row, text
+        )
     except Exception as error:  # whatever damaged bytes make of a decoder or of a record
         return f"cannot be decoded: {one_line(_said(error))}"
 
@@ -294,7 +316,7 @@ def _record_problem(record: dict[str, Any], index: ShardIndex, row: int, text: s
         return f"json says key {record['key']} and caption {record['caption'][:40]!r}, not {text[:40]!r}"
     if record["path"] != index.path[row]:
         return f"json says path {one_line(record['path'])!r}, the index {one_line(index.path[row])!r}"
-    return _captions_problem(record.get("captions", [text]), index, row, text)
+    return None
 
 
 def _captions_problem(captions: Any, index: ShardIndex, row: int, text: str) -> str | None:
@@ -307,6 +329,33 @@ def _captions_problem(captions: Any, index: ShardIndex, row: int, text: str) -> 
     found = len(captions), max(map(len, captions))
     if said != found and (len(captions) > 1 or said[0] > 1):
         return f"json has {found[0]} captions, the longest of {found[1]} characters, the index says {said[0]} and {said[1]}"
+    return None
+
+
+def _variants_problem(reader: ShardReader, record: bytes, index: ShardIndex, row: int, text: str) -> str | None:
+    """The caption variants of an encoded sample against the index and its first one, and each one's member."""
+    draws = index.variant_tokens.shape[1]
+    variants = variants_of(record)
+    if not variants or not draws:
+        return "json tells of variants, the index has none" if variants else None
+    said = [0] * draws
+    for variant in variants:
+        for draw in variant.draws:
+            if draw < draws:
+                said[draw] = variant.tokens
+    there = index.variant_tokens[row].tolist()
+    if said != there or variants[0].caption != text or max(said) != index.prompt_tokens[row]:
+        return f"json's variants have {said} tokens, the index says {there}, the longest {index.prompt_tokens[row]}"
+    end = int(index.txt_offset[row]) + padded(int(index.txt_size[row]))
+    for number, variant in enumerate(variants[1:], start=2):
+        payload = reader.read(int(index.shard[row]), end + variant.offset, variant.size)
+        length = int.from_bytes(payload[:8], "little")
+        header = json.loads(payload[8 : 8 + length])
+        prompt = header["prompt_embeds"]
+        if prompt["dtype"] != "BF16" or prompt["shape"][:1] != [variant.tokens] or list(header) != ["prompt_embeds"]:
+            return f"variant {number} is {prompt['shape']} of {prompt['dtype']}, its json says {variant.tokens} tokens"
+        if prompt["data_offsets"][1] != len(payload) - 8 - length:
+            return f"variant {number} is not as long as its header says"
     return None
 
 

@@ -160,8 +160,41 @@ class CaptionOptions:
         return re.compile(rf"(?<!\w){re.escape(self.trigger_word)}(?!\w)", re.ASCII)
 
 
+@dataclasses.dataclass(frozen=True)
+class Variants:
+    """What encode_shards.py makes of each sample's captions: `count` texts, drawn by `seed`; or the first form alone."""
+
+    options: CaptionOptions
+    count: int = 1
+    seed: int = 0
+
+    def of(self, captions: Sequence[str], name: str) -> list[str]:
+        """The texts of the sample `name` (its source path, or key), as CaptionOptions.variants gives them."""
+        return self.options.variants(captions, self.count, self.seed, name)
+
+    def identity(self) -> dict[str, Any]:
+        """What an encoded set keeps of it, JSON; empty where captions stay as they are, one for each sample."""
+        found = self.options.used() | ({"variants": self.count} if self.count > 1 else {})
+        return found | ({"seed": self.seed} if self.options.varies else {})
+
+    @classmethod
+    def from_options(cls, options: Any, most_captions: int) -> Variants:
+        """Of encode_shards.py's flags, for images of which one has `most_captions` captions. Raises ValueError."""
+        captions, count, seed = CaptionOptions.from_options(options), options.caption_variants, options.caption_seed
+        if not 1 <= count <= MOST_VARIANTS:
+            raise ValueError(f"--caption_variants {count}: must be from 1 to {MOST_VARIANTS}")
+        if captions.varies and count == 1:
+            raise ValueError(
+                f"{captions.flags()} would change nothing with --caption_variants 1, the first form of each caption: give "
+                "--caption_variants 8, say"
+            )
+        return cls(captions, count if captions.varies else min(count, max(1, most_captions)), seed)
+
+
+MOST_VARIANTS = 1000
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(CaptionOptions)}
 PLAIN = CaptionOptions()  # captions as they stand
+FIRST = Variants(PLAIN)  # of each sample the first alone
 
 
 def caption_chance(seed: int, epoch: int, name: int | str) -> Random:
@@ -221,13 +254,17 @@ def add_caption_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text.replace("%", "%%"))
 
 
+def encoded_options(told: dict[str, Any]) -> CaptionOptions:
+    """The inverse of Variants.identity."""
+    return CaptionOptions(**{field: told[field] for field in _DEFAULTS if field in told})
+
+
 def refuse_in_training(name: str, asked: CaptionOptions, encoded: dict[str, Any]) -> None:
     """Raise ValueError where captions that are encoded already shall have another form than they were given then.
 
     `name`: of the data set; `encoded`: its `Manifest.encoding`.
     """
-    told = encoded.get("captions", {})
-    given = CaptionOptions(**{field: told[field] for field in _DEFAULTS if field in told})
+    given = encoded_options(encoded.get("captions", {}))
     if asked in (PLAIN, given):
         return
     variants = " --caption_variants 8" if asked.varies else ""

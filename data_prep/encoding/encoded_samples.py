@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, members_of, original_sizes
+from data_prep.encoding.caption_variants import FIRST, Variants
+from data_prep.encoding.encoders import VARIANT
+from data_prep.shard_format.shards import (
+    Manifest,
+    ShardIndex,
+    ShardReader,
+    captions_of,
+    members_of,
+    original_sizes,
+)
 from files.shown import one_line, shown
 
 if TYPE_CHECKING:
@@ -36,6 +45,7 @@ class EncodedSamples:
     batch_size: int
     threads: int
     skip_broken: bool
+    variants: Variants = FIRST
 
     def of(self, rows: np.ndarray) -> Iterator[Sample]:
         """(row, tensors, or why it cannot be read) of every sample of `rows`. Memory is that of one window of captions.
@@ -52,10 +62,10 @@ class EncodedSamples:
         with ThreadPoolExecutor(self.threads) as pool:
             ahead = self._submit(pool, batches[0]) if batches else {}
             for number in range(len(batches)):
-                if number % (in_window := max(1, WINDOW // self.batch_size)) == 0:
+                if number % (in_window := max(1, WINDOW // self.batch_size // self.variants.count)) == 0:
                     window = batches[number : number + in_window]
-                    captions = {int(row): self._caption(int(row)) for part in window for row in part}
-                    texts = [text for text in captions.values() if isinstance(text, str)]
+                    captions = {int(row): self._texts(int(row)) for part in window for row in part}
+                    texts = [text for found in captions.values() if isinstance(found, list) for text in found]
                     paired = bool(self.manifest.buckets[self.index.bucket[batches[number][0]]].sources)
                     prompts = {} if paired else self.encoders.encode_captions(texts, self.batch_size)
                 images = {row: future.result() for row, future in ahead.items()}
@@ -65,11 +75,11 @@ class EncodedSamples:
     def _encode(
         self,
         images: dict[int, Images | ValueError],
-        captions: dict[int, str | ValueError],
+        captions: dict[int, list[str] | ValueError],
         prompts: dict[str, torch.Tensor],
     ) -> Iterator[Sample]:
         pixels: dict[int, Images] = {}
-        texts: dict[int, str] = {}
+        texts: dict[int, list[str]] = {}
         for row, image in images.items():
             caption = captions[row]
             if not isinstance(image, ValueError) and not isinstance(caption, ValueError):
@@ -85,9 +95,13 @@ class EncodedSamples:
             yield row, broken
         if pixels:
             latents = self.encoders.encode_images([target for target, _ in pixels.values()])
-            for (row, text), tensors in zip(texts.items(), latents, strict=True):
+            for (row, (first, *others)), tensors in zip(texts.items(), latents, strict=True):
                 sources = pixels[row][1]
-                told = self.encoders.encode_pair(text, sources) if sources else {"prompt_embeds": prompts[text]}
+                if sources:
+                    told = self.encoders.encode_pair(first, sources, others)
+                else:
+                    told = {"prompt_embeds": prompts[first]}
+                    told |= {f"{VARIANT}{number}": prompts[text] for number, text in enumerate(others, start=2)}
                 yield row, tensors | told
 
     def _submit(self, pool: ThreadPoolExecutor, batch: np.ndarray) -> dict[int, Future[Images | ValueError]]:
@@ -119,9 +133,18 @@ class EncodedSamples:
         record = self.reader.read(shard, int(self.index.json_offset[row]), int(self.index.json_size[row]))
         return list(zip(members_of(run), original_sizes(record), strict=True))
 
-    def _caption(self, row: int) -> str | ValueError:
-        place = int(self.index.shard[row]), int(self.index.txt_offset[row]), int(self.index.txt_size[row])
+    def _texts(self, row: int) -> list[str] | ValueError:
+        """What is encoded of a sample's captions, each text once."""
         try:
-            return self.reader.read(*place).decode("utf-8")
-        except UnicodeDecodeError as error:
+            return list(dict.fromkeys(texts_of(self.reader, self.index, row, self.variants)))
+        except (ValueError, KeyError) as error:  # UnicodeDecodeError among them
             return ValueError(f"caption: {error}")
+
+
+def texts_of(reader: ShardReader, index: ShardIndex, row: int, variants: Variants, errors: str = "strict") -> list[str]:
+    """What becomes of a sample's captions, equal ones as often as they were drawn. Raises ValueError for what is no text."""
+    shard = int(index.shard[row])
+    captions = [reader.read(shard, int(index.txt_offset[row]), int(index.txt_size[row])).decode("utf-8", errors)]
+    if index.captions[row] > 1:
+        captions = captions_of(reader.read(shard, int(index.json_offset[row]), int(index.json_size[row])))
+    return variants.of(captions, str(index.path[row]) or str(index.key[row]))

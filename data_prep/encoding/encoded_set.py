@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.encoding.caption_variants import FIRST, Variants
+from data_prep.encoding.encoded_samples import texts_of
 from data_prep.encoding.encoder_facts import EDIT_IDENTITY, IDENTITY
+from data_prep.encoding.encoders import VARIANT
+from data_prep.encoding.variant_members import variant_members, with_variants
 from data_prep.packing.finalize import finalize
 from data_prep.packing.pack import read_stats, stats_of
 from data_prep.shard_format.shards import (
@@ -20,6 +24,7 @@ from data_prep.shard_format.shards import (
     MANIFEST,
     PAIR_ROWS,
     SHARD_ROWS,
+    VARIANT_TOKENS,
     Manifest,
     ShardIndex,
     ShardReader,
@@ -29,6 +34,7 @@ from data_prep.shard_format.shards import (
     sizes_of,
     stats_name,
     tar_name,
+    variant_rows,
     with_more,
     write_rows,
 )
@@ -42,6 +48,7 @@ if TYPE_CHECKING:
 ENCODING = "encoding.json"  # written first: what every shard of this folder must agree with
 SETTINGS = (*IDENTITY, "latent_std", "computed_in")  # shards that differ in one of these don't go into one set
 EDIT_SETTINGS = (*EDIT_IDENTITY, "empty_captions")  # in sets for edit models
+CAPTIONS = "captions"  # where they were given another form, or there are several of a sample
 DEFAULT_PROMPT_TOKENS = 512  # train_lora.py's --max_prompt_tokens
 FAILED = "cannot be read"  # the reason that stands in the statistics; the details stand in NNNNNN.parquet
 
@@ -56,14 +63,21 @@ class EncodedSet:
     """
 
     def __init__(
-        self, folder: Path, images: Manifest, index: ShardIndex, encoding: dict[str, Any], source: Path
+        self,
+        folder: Path,
+        images: Manifest,
+        index: ShardIndex,
+        encoding: dict[str, Any],
+        source: Path,
+        variants: Variants = FIRST,
     ) -> None:
+        self.variants = variants
         self.folder, self.images, self.index, self.encoding = folder, images, index, encoding
         self._reader = ShardReader(source, images)
         names = [shard.name for shard in images.shards]
         ours = all(re.fullmatch(r"\d{6}\.tar", name) for name in names)  # shards made elsewhere are just counted
         self._numbers = [int(name[:6]) for name in names] if ours else list(range(len(names)))
-        identity = {name: encoding[name] for name in (*SETTINGS, *EDIT_SETTINGS) if name in encoding}
+        identity = {name: encoding[name] for name in (*SETTINGS, *EDIT_SETTINGS, CAPTIONS) if name in encoding}
         # Shards of one fingerprint may differ: images may have been edited, and packed again, without changing in size.
         identity["shards"] = [shard.sha256 for shard in images.shards]
         self.fingerprint = hashlib.sha256(json_bytes({"images": images.fingerprint, **identity})).hexdigest()
@@ -103,7 +117,7 @@ class EncodedSet:
 
     def _difference(self, there: dict[str, Any]) -> str:
         here = self._identity()
-        names = [name for name in ("images", *SETTINGS, *EDIT_SETTINGS) if there.get(name) != here.get(name)]
+        names = [name for name in ("images", *SETTINGS, *EDIT_SETTINGS, CAPTIONS) if there.get(name) != here.get(name)]
         differences = [f"{name} {there.get(name)} there, {here.get(name)} here" for name in names]
         return ", ".join(differences) or "its image shards had other content"
 
@@ -132,32 +146,24 @@ class EncodedSet:
 
         `tokens_of` a caption that may be longer than what was encoded of it. Returns how many samples were left out.
         """
-        import safetensors.torch
-
         number = self._numbers[shard]
         for stale in (self.folder / stats_name(number), self.folder / MANIFEST):
             stale.unlink(missing_ok=True)
         records: dict[int, dict[str, Any]] = {}
         with TarShardWriter(self.folder / tar_name(number)) as tar:
             for row, tensors in samples:
-                text, body, record = self._sample(row)
+                text, body, record, texts = self._sample(row)
                 records[row] = record
                 if isinstance(tensors, ValueError):
                     record |= {"status": "failed", "reason": FAILED, "detail": str(tensors)}
                     continue
-                members = (("safetensors", safetensors.torch.save(tensors)), ("json", body), ("txt", text))
-                places = tar.add(record["key"], members)
-                for member, (offset, size) in zip(("payload", "json", "txt"), places.values(), strict=True):
-                    record |= {f"{member}_offset": offset, f"{member}_size": size}
-                record["prompt_tokens"] = len(tensors["prompt_embeds"])
-                record["picture_tokens"] = int(tensors.get("picture_tokens", 0))
-                if (tokens := tokens_of(record["caption"])) > (kept_of_it := caption_tokens(record)):
-                    record["detail"] = f"its caption of {tokens} tokens is cut at {kept_of_it}"
+                self._add(tar, record, tensors, (text, body, texts), tokens_of)
         ordered = [records[int(row)] for row in rows]
         kept = [record for record in ordered if record["status"] == "ok"]
         if not kept:
             tar.path.unlink()
-        schema = with_more(SHARD_ROWS, PAIR_ROWS) if any(record["sources"] for record in ordered) else SHARD_ROWS
+        paired, count = any(record["sources"] for record in ordered), self.variants.count
+        schema = with_more(SHARD_ROWS, *[PAIR_ROWS] * paired, *[variant_rows(count)] * (count > 1))
         columns = {name: [record[name] for record in ordered] for name in schema.names}
         write_rows(self.folder / rows_name(number), columns, schema)
         failed = len(ordered) - len(kept)
@@ -182,6 +188,35 @@ class EncodedSet:
         write_file(self.folder / stats_name(number), json_bytes(stats))
         return failed
 
+    def _add(
+        self,
+        tar: TarShardWriter,
+        record: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+        told: tuple[bytes, bytes, list[str]],
+        tokens_of: Callable[[str], int],
+    ) -> None:
+        """The members of one sample into the tar, their places and tokens into its record. `told`: what _sample says."""
+        import safetensors.torch
+
+        text, body, texts = told
+        others = [name for name in tensors if name.startswith(VARIANT)]
+        embeds = [tensors["prompt_embeds"], *(tensors.pop(name) for name in others)]
+        entries, more = variant_members(texts, embeds)
+        if self.variants.identity():
+            body = with_variants(body, entries)
+        members = (("safetensors", safetensors.torch.save(tensors)), ("json", body), ("txt", text), *more)
+        places = list(tar.add(record["key"], members).values())
+        for member, (offset, size) in zip(("payload", "json", "txt"), places, strict=False):
+            record |= {f"{member}_offset": offset, f"{member}_size": size}
+        record["prompt_tokens"] = max(map(len, embeds))
+        record["picture_tokens"] = int(tensors.get("picture_tokens", 0))
+        tokens = {entry["caption"]: entry["tokens"] for entry in entries}
+        record[VARIANT_TOKENS][: len(texts)] = [tokens[each] for each in texts]
+        for each in tokens:
+            if (whole := tokens_of(each)) > (kept := tokens[each] - record["picture_tokens"]):
+                record["detail"] = f"its caption of {whole} tokens is cut at {kept}"
+
     def long_captions(self) -> list[str]:
         """What to say of captions that were cut here, and of those that training cuts unless it is told otherwise."""
         counts: Counter[str] = Counter()
@@ -203,8 +238,9 @@ class EncodedSet:
             )
         return said
 
-    def _sample(self, row: int) -> tuple[bytes, bytes, dict[str, Any]]:
-        """txt member, json member, and the record for NNNNNN.parquet without places. Shards made elsewhere may lack both."""
+    def _sample(self, row: int) -> tuple[bytes, bytes, dict[str, Any], list[str]]:
+        """txt member, json member, the record for NNNNNN.parquet without places, and the texts that were encoded, the first
+        of which is txt's. Shards made elsewhere may lack both members."""
         index = self.index
         shard, bucket = int(index.shard[row]), self.images.buckets[index.bucket[row]]
         text, body = (
@@ -212,7 +248,13 @@ class EncodedSet:
             for offset, size in ((index.txt_offset, index.txt_size), (index.json_offset, index.json_size))
         )
         known = {} if "indexed_by" in self.images.options else json.loads(body)
-        caption = text.decode("utf-8", "replace")
+        caption, texts = text.decode("utf-8", "replace"), []
+        try:
+            texts = texts_of(self._reader, index, row, self.variants, "replace")
+            caption = texts[0]
+        except (ValueError, KeyError):  # then the sample is left out
+            pass
+        text = caption.encode() if self.variants.identity() else text
         record: dict[str, Any] = dict.fromkeys(SHARD_ROWS.names, -1)
         record |= {"key": str(index.key[row]), "path": str(index.path[row]), "width": bucket.width}
         record |= {"height": bucket.height, "caption": caption, "caption_length": len(caption)}
@@ -225,7 +267,8 @@ class EncodedSet:
             (width, height), *others = bucket.sources
             record["sources"] = bucket_name(width, height, others)
             record["source_sha256"] = ",".join(str(source["sha256"]) for source in known.get("sources", ()))
-        return text, body, record | {"copied": False, "frames": 0, "prompt_tokens": 0}
+        record |= {"copied": False, "frames": 0, "prompt_tokens": 0, VARIANT_TOKENS: [0] * self.variants.count}
+        return text, body, record, texts
 
     def finish(self) -> Manifest:
         """Write index, sizes and manifest; every shard must be there. Ranks that end together write the same bytes."""

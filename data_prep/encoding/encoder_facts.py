@@ -23,24 +23,30 @@ def describe_encoding(
     latent_std: bool,
     computed_in: str,
     edit: dict[str, Any] | None = None,
+    captions: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`Manifest.encoding`: `vae` and `text_encoder` are fingerprints of their weights, `model` is for people.
 
     `dtype` is that of the stored tensors, `computed_in` that of the encoders. `edit`: what there is besides for an edit model:
     EDIT_IDENTITY, `prompt_width`, `empty_captions` (whether each sample has the embedding of "" with its pictures).
+    `captions`: what became of them (caption_variants.Variants.identity), where anything did.
     """
-    return (edit or {}) | {
-        "model": model,
-        "revision": revision,
-        "vae": vae,
-        "text_encoder": text_encoder,
-        "dtype": "bfloat16",
-        "computed_in": computed_in,
-        "latents": LATENTS,
-        "latent_std": latent_std,
-        "prompts": PROMPTS,
-        "template_drop": template_drop,
-    }
+    return (
+        (edit or {})
+        | ({"captions": captions} if captions else {})
+        | {
+            "model": model,
+            "revision": revision,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "dtype": "bfloat16",
+            "computed_in": computed_in,
+            "latents": LATENTS,
+            "latent_std": latent_std,
+            "prompts": PROMPTS,
+            "template_drop": template_drop,
+        }
+    )
 
 
 def check_encoding(folder: str, encoding: dict[str, Any], own: dict[str, Any], model: str) -> None:

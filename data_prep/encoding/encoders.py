@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from qwen_image.encoders.vae import VAE
     from qwen_image.loading.model_files import ModelFiles
 
+VARIANT = "variant_embeds_"  # and its number, from 2: the embedding of another text of the same sample
 CACHE_BYTES = 1 << 30  # embeddings of the latest captions on a rank: about 1,000 captions of 150 tokens
 
 
@@ -90,15 +92,20 @@ class Encoders:
         stored = {name: tensor.squeeze(2).to(torch.bfloat16).cpu() for name, tensor in found.items()}
         return [{name: tensor[i].clone() for name, tensor in stored.items()} for i in range(len(images))]
 
-    def encode_pair(self, instruction: str, sources: list[SourceImage]) -> dict[str, torch.Tensor]:
+    def encode_pair(
+        self, instruction: str, sources: list[SourceImage], others: Sequence[str] = ()
+    ) -> dict[str, torch.Tensor]:
         """Of an instruction with its source images: prompt_embeds bf16 [T, D], picture_tokens int32 [1] (how many of them
-        stand before the instruction), source_latent_1 … bf16 [16, h, w], and empty_prompt_embeds if asked."""
+        stand before the instruction), source_latent_1 … bf16 [16, h, w], and empty_prompt_embeds if asked; variant_embeds_2 …
+        of `others`, further instructions for the same images."""
         import torch
 
         from qwen_image.pipeline import encode_sources
 
         prompt = self.text_encoder.encode_pictures(instruction, sources)
         found = {"prompt_embeds": prompt.embeds}
+        for number, other in enumerate(others, start=2):
+            found[f"{VARIANT}{number}"] = self.text_encoder.encode_pictures(other, sources).embeds
         if self.empty_captions:
             found["empty_prompt_embeds"] = self.text_encoder.encode_pictures("", sources).embeds
         for number, latent in enumerate(encode_sources(self.vae, [sources]), start=1):

@@ -14,17 +14,16 @@ from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import (
     CAPTION_ROWS,
     INDEX,
-    INDEX_ROWS,
     PAIR_INDEX_ROWS,
     SIZES,
     Bucket,
     Manifest,
     Shard,
     bucket_name,
+    index_schema,
     rows_name,
     sizes_of,
     tar_name,
-    with_more,
     write_manifest,
 )
 from files.atomic_files import PARTIAL, json_bytes, write_file
@@ -57,7 +56,9 @@ def finalize(
     ids = {name: id for id, name in enumerate(names)}
     paired = any(bucket.sources for bucket in buckets)
     several = any(stats[number].get("several_captions") for number in numbers)
-    schema = with_more(INDEX_ROWS, *[PAIR_INDEX_ROWS] * paired, *[CAPTION_ROWS] * several)
+    variants = (encoding or {}).get("captions", {}).get("variants", 1)
+    optional = [*[PAIR_INDEX_ROWS] * paired, *[CAPTION_ROWS] * several]
+    schema = index_schema([field.name for each in optional for field in each], variants)
     write_row_groups(folder / INDEX, _index_batches(folder, numbers, ids, schema.names), schema)
     shards = [
         Shard(tar_name(number), *(stats[number][name] for name in ("samples", "bytes", "sha256"))) for number in numbers

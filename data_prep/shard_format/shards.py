@@ -13,6 +13,11 @@ A data set is a folder:
 In a set with pairs the bucket of a sample tells the sizes of its source images too, and rows and index have PAIR_ROWS and
 PAIR_INDEX_ROWS besides. Where a sample has several captions, KEY.txt holds the first and `captions` in KEY.json all of them;
 rows and index have CAPTION_ROWS.
+
+In an encoded set with caption variants KEY.safetensors holds the first one's embedding, and members KEY.variant_2.safetensors …
+behind KEY.txt those of the others. `variants` in KEY.json tells of each its caption, its tokens, which draws it is the outcome
+of (equal ones are stored once), and its place and size behind KEY.txt. Rows and index have variant_rows, and prompt_tokens
+are those of the longest.
 """
 
 from __future__ import annotations
@@ -71,6 +76,7 @@ PAIR_INDEX_ROWS = pa.schema(
 # In sets where a sample has several captions: how many (0 or 1: one; the json member's `captions` holds them), and the
 # characters of the longest.
 CAPTION_ROWS = pa.schema([("captions", pa.int32()), ("longest_caption", pa.int32())])
+VARIANT_TOKENS = "variant_tokens"  # in encoded sets with caption variants: variant_rows
 PAIR_ROWS = pa.schema([("sources", pa.string()), ("source_sha256", pa.string()), *PAIR_INDEX_ROWS])
 OPTIONAL_INDEX_ROWS = (PAIR_INDEX_ROWS, CAPTION_ROWS)
 
@@ -237,6 +243,9 @@ class ShardIndex:
     picture_tokens: np.ndarray  # int32: so many of prompt_tokens are source images'
     captions: np.ndarray  # int32; this and what follows: 0 in sets where no sample has several
     longest_caption: np.ndarray  # int32, characters
+    variant_tokens: (
+        np.ndarray
+    )  # int32 [N, variants]: the tokens of each draw, 0 behind the last; no column without variants
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -252,11 +261,27 @@ def write_index(folder: Path, columns: Mapping[str, Any]) -> None:
     write_rows(folder / INDEX, columns, index_schema(columns.keys()))
 
 
-def index_schema(names: Iterable[str]) -> pa.Schema:
-    """The schema of an index that has, among others, columns of these names."""
+def index_schema(names: Iterable[str], variants: int = 0) -> pa.Schema:
+    """The schema of an index that has, among others, columns of these names, and those of `variants` of captions."""
     there = set(names)
     found = [more for more in OPTIONAL_INDEX_ROWS if set(more.names) <= there]
-    return with_more(INDEX_ROWS, *found)
+    return with_more(INDEX_ROWS, *found, *[variant_rows(variants)] * (variants > 1))
+
+
+def variant_rows(count: int) -> pa.Schema:
+    """What rows and index have besides in an encoded set of so many caption variants: the tokens of each, 0 where a sample has
+    fewer."""
+    return pa.schema([(VARIANT_TOKENS, pa.list_(pa.int32(), count))])
+
+
+def variants_in(schema: pa.Schema) -> int:
+    """How many variants of captions the rows of a file have; 0 without. Raises ValueError for a column of another type."""
+    if VARIANT_TOKENS not in schema.names:
+        return 0
+    kind = schema.field(VARIANT_TOKENS).type
+    if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.int32():
+        raise ValueError(f"{VARIANT_TOKENS} is {kind}, not a list of int32 of one length")
+    return int(kind.list_size)
 
 
 def with_more(schema: pa.Schema, *more: pa.Schema) -> pa.Schema:
@@ -273,20 +298,32 @@ def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {INDEX}: make it with data_prep/make_shards.py or scan.build_index")
     try:
-        schema = index_schema(pq.read_schema(path).names)
+        there = pq.read_schema(path)
+        schema = index_schema(there.names, variants_in(there))
         names = [name for name in schema.names if strings or name not in ("key", "path")]
         table = pq.read_table(path, columns=names, schema=pa.schema([schema.field(name) for name in names]))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): {_REMAKE}") from None
     if any(table[name].null_count for name in names):
         raise ValueError(f"{path} is damaged (it has empty cells): {_REMAKE}")
-    columns = {name: table[name].to_numpy() for name in names}
+    columns = {name: table[name].to_numpy() for name in names if name != VARIANT_TOKENS}
+    columns[VARIANT_TOKENS] = (
+        _lists(table[VARIANT_TOKENS], path) if VARIANT_TOKENS in names else np.zeros((len(table), 0), int)
+    )
     blank = np.zeros(len(table), "U1")
     columns["key"] = columns["key"].astype("U12") if strings else blank
     columns.setdefault("path", blank)
     for field in with_more(*OPTIONAL_INDEX_ROWS):
         columns.setdefault(field.name, np.zeros(len(table), field.type.to_pandas_dtype()))
     return ShardIndex(**columns)
+
+
+def _lists(column: pa.ChunkedArray, path: Path) -> np.ndarray:
+    """A column of lists of one length as an array [N, length]."""
+    flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
+    if flat.null_count or len(flat) != len(column) * column.type.list_size:
+        raise ValueError(f"{path} is damaged (it has empty cells): {_REMAKE}")
+    return flat.to_numpy().reshape(len(column), column.type.list_size)
 
 
 def check_index(index: ShardIndex, manifest: Manifest, folder: object) -> None:
@@ -388,6 +425,45 @@ def members_of(run: bytes) -> list[bytes]:
         position += tarfile.BLOCKSIZE
         found.append(run[position : position + header.size])
         position += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return found
+
+
+def variant_suffix(number: int) -> str:
+    """The member of a sample's `number`-th stored variant, from 2: the first is its payload."""
+    return f"variant_{number}.safetensors"
+
+
+def padded(size: int) -> int:
+    """Bytes that a member's content of `size` takes in a tar."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredVariant:
+    """One of a sample's caption variants, from `variants` in its json member."""
+
+    caption: str
+    tokens: int
+    draws: tuple[int, ...]  # which of the draws have it as their outcome
+    offset: int = 0  # from the end of KEY.txt in the tar, its padding included; the first has none: it is the payload
+    size: int = 0
+
+
+def variants_of(record: bytes) -> list[StoredVariant]:
+    """The variants of a sample of an encoded set, the first one first; none where it has one caption.
+
+    Raises ValueError for what is no such list, or where a draw has no outcome or two.
+    """
+    try:
+        found = [
+            StoredVariant(**each | {"draws": tuple(each["draws"])}) for each in json.loads(record).get("variants", [])
+        ]
+        draws = sorted(draw for each in found for draw in each.draws)
+        sound = all(type(n) is int and n >= 0 for each in found for n in (each.tokens, each.offset, each.size))
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"variants in its json: {error}") from None
+    if not sound or draws != list(range(len(draws))) or not all(isinstance(each.caption, str) for each in found):
+        raise ValueError("variants in its json are damaged")
     return found
 
 

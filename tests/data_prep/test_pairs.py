@@ -202,6 +202,33 @@ def test_encoded_pairs_hold_what_the_encoders_make(packed, tiny_edit_models, tmp
     assert len(found.cut(1).prompt_embeds) == found.picture_tokens + 1, "the limit is the instruction's"
 
 
+def test_variants_of_an_instruction_have_the_pictures_too(packed, tiny_edit_models, tmp_path):
+    from functools import partial
+
+    from data_prep.encoding.caption_variants import CaptionOptions, caption_chance
+    from qwen_image.encoders.source_images import SourceImage
+    from qwen_image.pipeline import QwenImagePipeline
+    from train.data.shard_dataset import ShardDataset
+
+    model, levers = tiny_edit_models["edit-2509"], ["--caption_suffix", "{in oil|in chalk}", "--caption_alternatives"]
+    assert encode(model, packed, tmp_path / "enc", "--caption_variants", "4", *levers) == 0
+    assert check_shards.main([str(tmp_path / "enc"), "--num_workers", "0"]) == 0
+    dataset, sample = ShardDataset(tmp_path / "enc"), ShardDataset(packed).read(0)
+    sources = [SourceImage(pixels.permute(1, 2, 0).numpy(), 300, 200) for pixels in sample.sources]
+    pipeline = QwenImagePipeline.from_pretrained(str(model), components=("text_encoder",), dtype=torch.float32)
+    drawn = [dataset.read(0, partial(caption_chance, 0, epoch, 0)) for epoch in range(30)]
+    options = CaptionOptions(caption_suffix="{in oil|in chalk}", caption_alternatives=True)
+    texts = options.variants(["p"], 4, 0, str(read_index(packed).path[0]))
+    assert {each.caption for each in drawn} == set(texts) == {"p in oil", "p in chalk"}
+    for each in drawn:
+        assert torch.equal(
+            each.prompt_embeds, pipeline.text_encoder.encode_pictures(each.caption, sources).embeds.bfloat16()
+        )
+    cut = ShardDataset(tmp_path / "enc", max_prompt_tokens=1)
+    lengths = {len(cut.read(0, partial(caption_chance, 0, epoch, 0)).prompt_embeds) for epoch in range(9)}
+    assert lengths == {int(dataset.index.picture_tokens[0]) + 1}
+
+
 def test_models_and_images_that_do_not_go_together_are_refused(packed, tiny_model, tiny_edit_models, tmp_path, capsys):
     assert encode(tiny_model, packed, tmp_path / "a") == 2
     assert "has 2 source images, but Qwen-Image paints from text alone" in capsys.readouterr().err

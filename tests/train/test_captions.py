@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import encode_shards
 from tests.helpers.data_sets import write_set
 from tests.helpers.forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
 from tests.helpers.training_run import losses, train
@@ -97,3 +98,61 @@ def test_flags_that_cannot_be_meant_are_one_line(small_model, small_data, tmp_pa
     assert train(small_model, small_data, tmp_path / "run", *flags) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error
+
+
+@pytest.fixture(scope="module")
+def encoded(images, tiny_model, tmp_path_factory) -> list[Path]:
+    """The first forms alone; and six variants of each caption."""
+    folder, found = tmp_path_factory.mktemp("captions"), []
+    for more in (TRIGGER, [*TRIGGER, *LEVERS, "--caption_variants", "6"]):
+        found.append(folder / f"encoded{len(found)}")
+        flags = [
+            "--model",
+            str(tiny_model),
+            "--data",
+            str(images),
+            "--output_path",
+            str(found[-1]),
+            "--dtype",
+            "float32",
+        ]
+        assert encode_shards.main([*flags, "--num_workers", "1", *more]) == 0
+    return found
+
+
+def test_encoded_variants_give_one_curve_and_validate_on_the_first(tiny_model, encoded, tmp_path, capfd):
+    first, variants = encoded
+    assert run_ranks(1, run, command(tiny_model, variants, tmp_path / "whole", 1, 4)) == [0]
+    said = capfd.readouterr().out
+    assert "captions were encoded --trigger_word zwx" in said and "in 6 variants, of which one is drawn" in said
+    same = [*TRIGGER, *LEVERS]  # said again in training, as one file for both commands has it
+    for world, steps, more in ((2, 2, []), (1, 4, same)):
+        assert run_ranks(world, run, command(tiny_model, variants, tmp_path / "moved", world, steps, *more)) == [0]
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=2e-6)
+    assert run_ranks(1, run, command(tiny_model, first, tmp_path / "first", 1, 4)) == [0]
+    assert losses(tmp_path / "first") != losses(tmp_path / "whole"), "the variants do something"
+    remote = [*("--data_cache_path", str(tmp_path / "cache")), "--data_cache_gb", "1"]
+    assert run_ranks(1, run, command(tiny_model, f"file://{variants}", tmp_path / "remote", 1, 4, *remote)) == [0]
+    assert losses(tmp_path / "remote") == losses(tmp_path / "whole")
+
+
+def test_validation_of_encoded_variants_is_that_of_the_first_forms(tiny_model, images, encoded, tmp_path):
+    """The first alternative is taken where alternatives are drawn: so both sets are encoded with them."""
+    flags = ["--model", str(tiny_model), "--data", str(images), "--dtype", "float32", "--num_workers", "1", *TRIGGER]
+    levers = [each for each in LEVERS if each != "--caption_alternatives"]
+    for name, more in (("one", []), ("six", [*levers, "--caption_variants", "6"])):
+        assert encode_shards.main([*flags, "--output_path", str(tmp_path / name), *more]) == 0
+        assert (
+            train(
+                tiny_model, tmp_path / name, tmp_path / f"run-{name}", "--max_steps", "1", "--validation_samples", "3"
+            )
+            == 0
+        )
+    for name in ("validation_loss", "training_subset_loss"):
+        found = [rows(tmp_path / f"run-{each}", name)[0] for each in ("one", "six")]
+        assert found[0] == found[1]
+
+
+def test_other_captions_than_the_encoded_ones_are_refused(tiny_model, encoded, tmp_path, capsys):
+    assert train(tiny_model, encoded[1], tmp_path / "run", "--trigger_word", "other") == 2
+    assert "are encoded already (--trigger_word zwx --caption_suffix 'at night' " in capsys.readouterr().err

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import safetensors.torch
 import torch
 
-from data_prep.shard_format.shards import Manifest, ShardIndex
+from data_prep.shard_format.shards import Manifest, ShardIndex, StoredVariant
 from files.shown import shown
 from qwen_image.model.sizes import LATENT_CHANNELS
 
@@ -35,7 +36,10 @@ class Sample:
     sources: tuple[torch.Tensor, ...] = ()  # of a pair, each [16, h, w] or uint8 [3, h, w]
     source_sizes: tuple[tuple[int, int], ...] = ()  # their widths and heights before they were packed; for images
     empty_prompt: torch.Tensor | None = None  # [T, D]: that of the empty caption with the sources, if it was encoded
-    captions: tuple[str, ...] = ()  # of a stream's image, all of them: which one is trained is drawn with the batch
+    # Of a stream, where it is drawn with the batch which of them is trained: an image's captions; an encoded sample's variants,
+    # with the member of each but the first
+    captions: tuple[str, ...] = ()
+    variants: tuple[tuple[StoredVariant, bytes], ...] = ()
     mask: torch.Tensor | None = (
         None  # uint8 [H/8, W/8], 255: learn; of all samples of a run with masked loss, else of none
     )
@@ -87,6 +91,26 @@ def read_encoded(payload: bytes, prompt_width: int) -> Encoded:
         raise ValueError(f"picture_tokens says {pictures.tolist()} of {len(embeds)} tokens")
     sources = tuple(tensors[name] for name in names)
     return Encoded(tensors["latent"], embeds, int(pictures), sources, tensors.get("empty_prompt_embeds"))
+
+
+def read_variant(payload: bytes, prompt_width: int, tokens: int) -> torch.Tensor:
+    """[T, D] of another form of a sample's caption. Raises ValueError for another type or shape, and for what isn't finite."""
+    tensors = safetensors.torch.load(payload)
+    if set(tensors) != {"prompt_embeds"}:
+        raise ValueError(f"a variant holds {', '.join(map(shown, sorted(tensors))) or 'nothing'}, not prompt_embeds")
+    embeds = tensors["prompt_embeds"]
+    if tuple(embeds.shape) != (tokens, prompt_width) or embeds.dtype != torch.bfloat16:
+        kind = str(embeds.dtype).removeprefix("torch.")
+        raise ValueError(f"a variant is {kind} {tuple(embeds.shape)}, must be bfloat16 ({tokens}, {prompt_width})")
+    if not torch.isfinite(embeds).all():
+        raise ValueError("a variant is not finite")
+    return embeds
+
+
+def draw_variant(variants: list[StoredVariant], chance: Random) -> int:
+    """Which of a sample's variants is trained: each as often as it is the outcome of a draw."""
+    draw = int(chance.random() * sum(len(variant.draws) for variant in variants))
+    return next(number for number, variant in enumerate(variants) if draw in variant.draws)
 
 
 def read_empty_prompt(path: Path) -> torch.Tensor:

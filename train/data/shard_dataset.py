@@ -36,13 +36,23 @@ from data_prep.shard_format.shards import (
     check_index,
     members_of,
     original_sizes,
+    padded,
     read_index,
     read_manifest,
+    variants_of,
 )
 from files.shown import shown
 from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.remote_shards import RemoteReader, Unreachable, is_remote, open_remote
-from train.data.sample import BrokenSample, Sample, read_empty_prompt, read_encoded
+from train.data.sample import (
+    BrokenSample,
+    Encoded,
+    Sample,
+    draw_variant,
+    read_empty_prompt,
+    read_encoded,
+    read_variant,
+)
 from train.data.sample_order import WINDOW, Order, Tail
 
 # A sample's members stand next to each other in our shards: one read fetches them when no more than this lies between.
@@ -174,8 +184,12 @@ class ShardDataset:
                     f"latent has shape {', '.join(map(str, shapes))}, its bucket {bucket} needs "
                     f"{', '.join(map(str, expected))}"
                 )
-            if (tokens := int(self.index.prompt_tokens[index])) not in (0, len(found.prompt_embeds)):
+            draws = self.index.variant_tokens[index]
+            tokens = int(draws[0] if len(draws) else self.index.prompt_tokens[index])
+            if tokens not in (0, len(found.prompt_embeds)):
                 raise ValueError(f"prompt_embeds has {len(found.prompt_embeds)} tokens, the index says {tokens}")
+            if len(draws) and chance is not None:
+                sample, found = self._variant(sample, found, int(index), chance())
             embeds = found.cut(self.max_prompt_tokens).prompt_embeds
             return replace(
                 sample,
@@ -190,6 +204,18 @@ class ShardDataset:
             shard = self.reader.names[int(self.index.shard[index])]
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise BrokenSample(f"{key} in {self.folder / shard}: {why}") from error
+
+    def _variant(self, sample: Sample, found: Encoded, index: int, chance: Random) -> tuple[Sample, Encoded]:
+        """An encoded sample with the form of its caption that `chance` draws, which is read if it isn't the first."""
+        i, shard = self.index, int(self.index.shard[index])
+        variants = variants_of(self.reader.read(shard, int(i.json_offset[index]), int(i.json_size[index])))
+        number = draw_variant(variants, chance) if variants else 0
+        if number == 0:
+            return sample, found
+        drawn = variants[number]
+        end = int(i.txt_offset[index]) + padded(int(i.txt_size[index]))
+        embeds = read_variant(self.reader.read(shard, end + drawn.offset, drawn.size), self.prompt_width, drawn.tokens)
+        return replace(sample, caption=drawn.caption), found._replace(prompt_embeds=embeds)
 
     def _captions(self, index: int) -> list[str]:
         """All captions of a sample that has several."""

@@ -46,6 +46,10 @@ def batch_shapes(options: BatchOptions, dataset: DataSet, text_padding: int) -> 
     bucket = np.asarray(index.bucket)[dataset.training].astype(np.int64)
     pictures, told = token_counts(options, dataset)
     tokens = pictures + told.clip(1, longest)
+    if dataset.encoded and (variants := index.variant_tokens[dataset.training]).shape[1]:  # each of them may be drawn
+        each, there = variants.shape[1], (variants > 0).ravel()
+        bucket, pictures = (np.repeat(values, each)[there] for values in (bucket, pictures))
+        tokens = pictures + (variants.ravel()[there] - pictures).clip(1, longest)
     if options.caption_dropout > 0:
         empty = 1 if dataset.empty_prompt is None else len(dataset.empty_prompt)
         bucket, pictures = np.concatenate([bucket, bucket]), np.concatenate([pictures, pictures])

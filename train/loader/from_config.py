@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encoding.caption_variants import CaptionOptions, refuse_in_training
+from data_prep.encoding.caption_variants import CaptionOptions, encoded_options, refuse_in_training
 from data_prep.shard_format.shards import MANIFEST
 from files.shown import shown
 from qwen_image.encoders.text_encoder import MAX_TOKENS
@@ -158,6 +158,7 @@ class RunData:
                 max_prompt_tokens=self.options.max_prompt_tokens,
                 total=len(self.dataset),
                 captions=self.dataset.captions,
+                variants="variants" in (self.dataset.manifest.encoding or {}).get("captions", {}),
             )
         assert self.order is not None
         return BatchLoader(self.dataset, self.order, sampling, reading, self.cache_bytes)
@@ -246,6 +247,12 @@ def cut_captions(dataset: ShardDataset, max_prompt_tokens: int) -> str | None:
 
 def caption_lines(dataset: ShardDataset | StreamedSet) -> list[str]:
     """What to say of captions that aren't trained as they stand."""
+    encoded = (dataset.manifest.encoding or {}).get("captions", {})
+    if dataset.encoded:
+        flags = encoded_options(encoded).flags() or "as they stood"
+        how = "of which one is drawn for each sample of each epoch; validation takes the first"
+        variants = f", in {encoded['variants']} variants, {how}" if "variants" in encoded else ""
+        return [f"captions were encoded {flags}{variants}"] if encoded else []
     several = dataset.manifest.totals.get("several_captions", 0)
     said = [f"one of several for {several} samples"] if several else []
     said += [flags] if (flags := dataset.captions.flags()) else []

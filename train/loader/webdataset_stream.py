@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,21 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data_prep.encoding.caption_variants import PLAIN, CaptionOptions, caption_chance
 from data_prep.images.stored_pixels import decode_stored
-from data_prep.shard_format.shards import EMPTY_PROMPT, MANIFEST, Bucket, Manifest, captions_of, read_manifest
+from data_prep.shard_format.shards import (
+    EMPTY_PROMPT,
+    MANIFEST,
+    Bucket,
+    Manifest,
+    captions_of,
+    read_manifest,
+    variant_suffix,
+    variants_of,
+)
 from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.batch import Batch, collate
 from train.data.draws import sample_draws
 from train.data.remote_shards import Remote, is_remote, write_whole
-from train.data.sample import BrokenSample, Sample, read_empty_prompt, read_encoded
+from train.data.sample import BrokenSample, Sample, draw_variant, read_empty_prompt, read_encoded, read_variant
 from train.data.sample_order import places
 from train.flow.timestep_sampling import SigmaSampling
 from train.loader.worker_loader import DEFAULTS, Batches, Reading
@@ -138,6 +148,8 @@ class StreamLoader(Batches):
         reading: `consumed` micro-batches of an earlier run are counted on from, and change the shuffle, no more.
         empty_prompt: [5, D] for caption dropout; encoded shards need it.
         total: samples of the whole set, for `epoch`; 0 where nobody knows.
+        captions: what becomes of images' captions.
+        variants: encoded samples may have several forms of their captions.
     """
 
     def __init__(
@@ -153,10 +165,21 @@ class StreamLoader(Batches):
         buffer: int = BUFFER,
         total: int = 0,
         captions: CaptionOptions = PLAIN,
+        variants: bool = False,
     ) -> None:
         shuffle_seed = (seed * 1_000_003 + reading.rank) * 1_000_003 + reading.consumed
         source = StreamedBatches(
-            urls, batch_size, buffer, shuffle_seed, seed, sampling, empty_prompt, max_prompt_tokens, reading, captions
+            urls,
+            batch_size,
+            buffer,
+            shuffle_seed,
+            seed,
+            sampling,
+            empty_prompt,
+            max_prompt_tokens,
+            reading,
+            captions,
+            variants,
         )
         self._places = places(reading.consumed, reading.rank, reading.world, reading.accumulation)
         super().__init__(source, None, reading, {"loader": "webdataset"}, total / batch_size, "left out")
@@ -180,8 +203,9 @@ class StreamedBatches(IterableDataset[Any]):
         max_prompt_tokens: int,
         reading: Reading,
         captions: CaptionOptions,
+        variants: bool,
     ) -> None:
-        self.captions = captions
+        self.captions, self.variants = captions, variants
         self.urls, self.batch_size, self.buffer, self.shuffle_seed = urls, batch_size, buffer, shuffle_seed
         self.seed, self.sampling, self.caption_dropout = seed, sampling, reading.caption_dropout
         self.empty_prompt, self.max_prompt_tokens = empty_prompt, max_prompt_tokens
@@ -235,17 +259,27 @@ class StreamedBatches(IterableDataset[Any]):
             latent, embeds, *_ = read_encoded(raw["safetensors"], self.empty_prompt.shape[1])
             embeds = embeds[: self.max_prompt_tokens]
             height, width = (side * VAE_FACTOR for side in latent.shape[-2:])
-            return Sample(0, key, width, height, caption, latent=latent, prompt_embeds=embeds)
+            variants = tuple(
+                (each, raw[variant_suffix(number)] if number > 1 else b"")
+                for number, each in enumerate(variants_of(raw.get("json", b"{}")) if self.variants else (), start=1)
+            )
+            return Sample(0, key, width, height, caption, latent=latent, prompt_embeds=embeds, variants=variants)
         data = next(raw[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in raw)
         pixels = torch.from_numpy(decode_stored(data, *image_size(data)).copy()).permute(2, 0, 1).contiguous()
         several = tuple(all_captions(raw, caption))
         return Sample(0, key, pixels.shape[2], pixels.shape[1], caption, pixels=pixels, captions=several)
 
-    def caption(self, sample: Sample, times: int, index: int) -> str:
-        """What is trained of an image sample's caption, when it comes for the time `times`; encoded ones have their form."""
-        if sample.pixels is None:
-            return sample.caption
-        return self.captions.drawn(sample.captions, caption_chance(self.seed, times, index))
+    def with_caption(self, sample: Sample, chance: Random) -> Sample:
+        """The sample with the caption that is trained: drawn of an image's; of an encoded sample's variants one."""
+        if sample.pixels is not None:
+            return replace(sample, caption=self.captions.drawn(sample.captions, chance))
+        number = draw_variant([variant for variant, _ in sample.variants], chance) if sample.variants else 0
+        if number == 0:
+            return sample
+        assert sample.prompt_embeds is not None
+        variant, payload = sample.variants[number]
+        embeds = read_variant(payload, sample.prompt_embeds.shape[1], variant.tokens)[: self.max_prompt_tokens]
+        return replace(sample, caption=variant.caption, prompt_embeds=embeds)
 
     def make(self, samples: list[Sample], seed: int, came: Counter[str], broken: list[str]) -> Batch:
         """A batch; `came` counts how often each sample has come to this worker since it began with `seed`."""
@@ -256,7 +290,7 @@ class StreamedBatches(IterableDataset[Any]):
             digest = hashlib.blake2b(f"{sample.key} {seed}".encode(), digest_size=7).digest()
             indices.append(int.from_bytes(digest, "little"))
             times = came[sample.key]
-            samples[place] = replace(sample, caption=self.caption(sample, times, indices[-1]))
+            samples[place] = self.with_caption(sample, caption_chance(self.seed, times, indices[-1]))
             draws.append(sample_draws(self.seed, times, indices[-1], shape, self.sampling, self.caption_dropout))
             came[sample.key] += 1
         tensors = collate(samples, draws, self.empty_prompt, self.text_padding)

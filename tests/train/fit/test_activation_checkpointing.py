@@ -263,7 +263,12 @@ def dataset(encoded: bool, training: list[int] | None = None) -> Any:
     buckets = [SimpleNamespace(id=id, width=width, height=64, sources=()) for id, width in enumerate((64, 96))]
     tokens = np.array([30, 90, 20, 50])
     index = SimpleNamespace(
-        bucket=np.array([0, 0, 1, 1]), prompt_tokens=tokens, caption_length=tokens, picture_tokens=0 * tokens
+        bucket=np.array([0, 0, 1, 1]),
+        prompt_tokens=tokens,
+        caption_length=tokens,
+        picture_tokens=0 * tokens,
+        longest_caption=0 * tokens,
+        variant_tokens=np.zeros((4, 0), np.int32),
     )
     chosen = np.arange(4) if training is None else np.array(training, dtype=np.int64)
     manifest = SimpleNamespace(buckets=buckets)

@@ -21,6 +21,8 @@ def data_set(bucket: list[int], tokens: list[int], encoded: bool = True, trainin
         prompt_tokens=np.array(tokens),
         caption_length=characters,
         picture_tokens=np.zeros(len(bucket), np.int32),
+        longest_caption=np.zeros(len(bucket), np.int32),
+        variant_tokens=np.zeros((len(bucket), 0), np.int32),
     )
     chosen = np.arange(len(bucket)) if training is None else np.array(training, dtype=np.int64)
     empty = torch.zeros(5, 8) if encoded else None
