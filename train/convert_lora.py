@@ -3,8 +3,8 @@
     python train/convert_lora.py RUN/lora.safetensors style.safetensors --format comfyui
     python train/convert_lora.py dora.safetensors dora_comfyui.safetensors --format comfyui --model Qwen/Qwen-Image
 
-Any spelling that this project reads goes in. The update stays what it was: alpha/rank is multiplied into lora_B, in the
-file's own dtype if that is exact, else in float32. A DoRA needs the base that it was trained on (--model, and
+Any spelling that this project reads goes in. The update stays what it was: alpha/rank is multiplied into lora_B (a LoKr's
+w1), in the file's own dtype if that is exact, else in float32. A DoRA needs the base that it was trained on (--model, and
 --transformer_path if it is another one): ComfyUI divides by other lengths than PEFT does, and reads it from v0.3.77 on.
 """
 
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from train.lora.lora_file import Layer, LoraFile
 
 FORMATS = ("diffusers", "comfyui", "diffsynth", "kohya")
-STALE = ("format", "dora_scale", "lora_adapter_metadata", "lora_scale_in_lora_B")  # true of IN alone
+STALE = (
+    "format",
+    "dora_scale",
+    "lora_adapter_metadata",
+    "lora_scale_in_lora_B",
+    "lokr_scale_in_w1",
+)  # true of IN alone
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,6 +72,7 @@ def convert(
     from qwen_image.loading.weights import empty_transformer
     from qwen_image.model.sizes import TransformerConfig
     from qwen_image.model.transformer import QwenImageTransformer
+    from train.lora.lokr import SCALED, is_lokr
     from train.lora.lora_file import read_lora, write_lora
     from train.lora.lora_format import SPELLINGS
 
@@ -97,11 +104,26 @@ def convert(
             )
         layers, more = with_magnitudes(lora, lora_format, source, transformer, files)
         lines += more
-    exact = all(torch.equal(layer["lora_B"].to(lora.dtype).float(), layer["lora_B"]) for layer in layers.values())
+    lokr = any(map(is_lokr, layers.values()))
+    if lokr and not is_lokr(SPELLINGS[lora_format].endings):
+        raise ValueError(
+            f"{shown(source)} is a LoKr, which {lora_format} has no spelling for: merge it into the base with "
+            "train/merge_lora.py"
+        )
+    exact = all(
+        torch.equal(tensor.to(lora.dtype).float(), tensor)
+        for layer in layers.values()
+        for kind, tensor in layer.items()
+        if kind in SCALED
+    )
     dtype = lora.dtype if exact else torch.float32
     kept = {key: value for key, value in lora.metadata.items() if key not in STALE}
-    write_lora(output, layers, lora_format, kept | {"lora_scale_in_lora_B": "included"}, dtype)
-    said = "" if dtype == lora.dtype else f" (float32, since {name_of(lora.dtype)} would round lora_B times its scale)"
+    included = {"lokr_scale_in_w1": "included"} if lokr else {"lora_scale_in_lora_B": "included"}
+    write_lora(output, layers, lora_format, kept | included, dtype)
+    rounded = "w1" if lokr else "lora_B"
+    said = (
+        "" if dtype == lora.dtype else f" (float32, since {name_of(lora.dtype)} would round {rounded} times its scale)"
+    )
     return [*lines, f"wrote {shown(output)}: {len(layers)} layers as {lora_format} spells them, {name_of(dtype)}{said}"]
 
 

@@ -263,8 +263,7 @@ def load(
     from qwen_image.noise_schedule import SigmaSchedule
     from qwen_image.pipeline import QwenImagePipeline
     from train.fit.sampling_plan import ImageWork, SamplingPlan
-    from train.lora.preset_loras import Preset
-    from train.lora.several_loras import as_one
+    from train.lora.preset_loras import Preset, as_one
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     limit_device(device, arguments.gpu_memory_limit)

@@ -11,11 +11,9 @@ from demo.drawing import probe
 from demo.drawing.classifier import FILE, Classifier, load, score
 from demo.drawing.scoring import draw, load_pipeline, wanted_scenes
 from demo.pictures.new_things import STYLE, SUBJECT, WISHES
-from qwen_image.model.transformer import QwenImageTransformer
 from qwen_image.pipeline import QwenImagePipeline
-from train.lora.inject import attach_lora, set_lora_enabled
+from train.lora.inject import attach_lora, set_lora_strength
 from train.lora.lora_file import read_lora
-from train.lora.spec import ADAPTER
 
 STRENGTHS = (0.0, 0.5, 1.0)
 STEPS, GUIDANCE = 16, 3.0
@@ -67,16 +65,6 @@ class Trial:
         ]
 
 
-def set_strength(transformer: QwenImageTransformer, strength: float) -> None:
-    """Multiply an attached LoRA's update with `strength`; 0 is the base model, bit for bit."""
-    from peft.tuners.lora import LoraLayer
-
-    set_lora_enabled(transformer, strength != 0)
-    for module in transformer.modules():
-        if isinstance(module, LoraLayer):
-            module.set_scale(ADAPTER, strength)
-
-
 def try_lora(model: Path, lora: Path, side: int) -> Trial:
     """Draw with and without the LoRA file and measure. Raises what loading the model, its classifier or the file raises."""
     judge = load(model / FILE)
@@ -90,7 +78,7 @@ def measure(pipeline: QwenImagePipeline, judge: Classifier, side: int) -> Trial:
     """The same with a LoRA that is attached already."""
     transformer = pipeline.transformer
     assert transformer is not None
-    set_strength(transformer, 0.0)
+    set_lora_strength(transformer, 0.0)
     asked = [wish.prompt for wish in WISHES if wish.shows_subject and not wish.shows_style] * BLOBS
     blobs = draw(pipeline, asked, side, list(range(BLOB_SEED, BLOB_SEED + len(asked))), STEPS, GUIDANCE)
     shown = {SUBJECT: probe.fit_probe(judge, side, blobs).shows, STYLE: probe.in_blueprint}
@@ -98,7 +86,7 @@ def measure(pipeline: QwenImagePipeline, judge: Classifier, side: int) -> Trial:
     prompts = [wish.prompt for wish in WISHES]
     grid, shares, others, other_pictures = [], [], [], []
     for strength in STRENGTHS:
-        set_strength(transformer, strength)
+        set_lora_strength(transformer, strength)
         rounds = SEEDS if strength in (STRENGTHS[0], STRENGTHS[-1]) else 1
         pictures = draw(pipeline, prompts * rounds, side, steps=STEPS, guidance=GUIDANCE)
         grid.append(pictures[: len(prompts)])

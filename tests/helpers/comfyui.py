@@ -1,6 +1,6 @@
 """What ComfyUI does with a LoRA file of Qwen-Image, by its rules and its formula, since it is no package.
 
-From ComfyUI v0.3.77: comfy/lora.py (model_lora_keys_unet, load_lora) for the names, comfy/weight_adapter/lora.py and
+From ComfyUI v0.3.77: comfy/lora.py (model_lora_keys_unet, load_lora) for the names, comfy/weight_adapter/lora.py, lokr.py and
 base.py (weight_decompose) for the arithmetic, in float32 as its model patcher computes it.
 """
 
@@ -44,12 +44,41 @@ class Patch:
         return merged if strength == 1 else weight + strength * (merged - weight)
 
 
-def load(state: dict[str, torch.Tensor], layers: Iterable[str]) -> tuple[dict[str, Patch], list[str]]:
+@dataclass
+class LokrPatch:
+    """One layer's part of a LoKr: LoKrAdapter.load and calculate_weight of a linear layer."""
+
+    weights: dict[str, torch.Tensor]
+    alpha: float | None
+
+    def applied(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+        """The layer's weight with the LoKr in it."""
+        w1, w2, dim = self.weights.get("lokr_w1"), self.weights.get("lokr_w2"), None
+        if w1 is None:
+            dim = self.weights["lokr_w1_b"].shape[0]
+            w1 = torch.mm(self.weights["lokr_w1_a"].float(), self.weights["lokr_w1_b"].float())
+        if w2 is None:
+            dim = self.weights["lokr_w2_b"].shape[0]
+            w2 = torch.mm(self.weights["lokr_w2_a"].float(), self.weights["lokr_w2_b"].float())
+        alpha = self.alpha / dim if self.alpha is not None and dim is not None else 1.0
+        update = torch.kron(w1.float(), w2.float()).reshape(weight.shape)
+        return weight + strength * alpha * update
+
+
+LOKR = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
+
+
+def load(state: dict[str, torch.Tensor], layers: Iterable[str]) -> tuple[dict[str, Patch | LokrPatch], list[str]]:
     """Patch by layer name, and the keys that it would report as "lora key not loaded"."""
-    patches, loaded = {}, set()
+    patches: dict[str, Patch | LokrPatch] = {}
+    loaded = set()
     for layer in layers:
         flat = layer.replace(".", "_")
         for name in (f"lora_unet_{flat}", f"diffusion_model.{layer}", layer, f"transformer.{layer}", f"lycoris_{flat}"):
+            if found := {kind: state[f"{name}.{kind}"] for kind in LOKR if f"{name}.{kind}" in state}:
+                alpha = state.get(f"{name}.alpha")
+                loaded |= {f"{name}.{kind}" for kind in (*found, "alpha")}
+                patches[layer] = LokrPatch(found, None if alpha is None else alpha.item())
             for up, down in PAIRS:
                 if name + up not in state:
                     continue

@@ -110,8 +110,7 @@ def test_several_loras_add_up_and_a_run_folder_stands_for_its_file(tiny_model, l
 
 def test_doras_are_not_added(tmp_path):
     from train.lora.lora_file import LoraFile
-    from train.lora.preset_loras import Preset
-    from train.lora.several_loras import as_one
+    from train.lora.preset_loras import Preset, as_one
 
     dora = LoraFile(
         {"to_q": {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(4, 2), "lora_magnitude_vector": torch.ones(4)}}, {}

@@ -20,6 +20,7 @@ from data_prep.encoding.caption_variants import CAPTION_HELP, CaptionOptions
 from qwen_image.loading.model_flags import MODEL_HELP
 from train.config.sample_prompts import SamplePrompt, read_prompts
 from train.config.typed_fields import (
+    MOST,
     Count,
     NotNegative,
     Number,
@@ -134,6 +135,17 @@ class TrainConfig:
         "add_k_proj",
         "add_v_proj",
     )
+    lora_type: Annotated[
+        Literal["lora", "lokr"],
+        "lora: two matrices of low rank (rsLoRA and DoRA have flags of their own); lokr: the Kronecker product of two small "
+        "matrices, fewer parameters or a higher rank (docs/levers.md)",
+    ] = "lora"
+    lokr_factor: Annotated[
+        Annotated[int, Interval(ge=-1, le=MOST)],
+        "LoKr: rows and columns of its first matrix, where they divide the layer's; -1: about the square root of them, the "
+        "fewest parameters",
+    ] = -1
+    lokr_decompose_both: Annotated[bool, "LoKr: a product of rank lora_rank for the first matrix too"] = False
     lora_rslora: Annotated[bool, "rank-stabilised LoRA: scale by alpha / sqrt(rank)"] = False
     lora_dora: Annotated[
         bool,
@@ -142,7 +154,7 @@ class TrainConfig:
     ] = False
     lora_format: Annotated[
         Literal["diffusers", "comfyui", "diffsynth", "kohya"],
-        "whose spelling the LoRA files have: ComfyUI reads all, DiffSynth comfyui and diffsynth (docs/lora_files.md); "
+        "whose spelling the LoRA files have: ComfyUI reads all, DiffSynth comfyui and diffsynth (no LoKr), docs/lora_files.md; "
         "train/convert_lora.py rewrites a file",
     ] = "diffusers"
     lora_dtype: Annotated[
@@ -378,6 +390,7 @@ class TrainConfig:
             raise ValueError(
                 f"lora_format {self.lora_format} has no name for the magnitudes of lora_dora: use diffusers or comfyui"
             )
+        self._check_lokr()
         for name in ("model", "data", "resume", "wandb_project", "lora_target_modules"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
@@ -398,6 +411,24 @@ class TrainConfig:
             )
         if self.lr_min > self.learning_rate:
             raise ValueError(f"lr_min ({self.lr_min:g}) must not be above learning_rate ({self.learning_rate:g})")
+
+    def _check_lokr(self) -> None:
+        """Raise ValueError for what doesn't go with a LoKr, or is a LoKr's alone."""
+        if self.lokr_factor == 0:
+            raise ValueError("lokr_factor must be -1 or at least 1, got 0")
+        if self.lora_type == "lora":
+            if self.lokr_factor != -1 or self.lokr_decompose_both:
+                raise ValueError("lokr_factor and lokr_decompose_both are a LoKr's: say lora_type lokr, or leave them")
+            return
+        if self.lora_dora or self.lora_rslora:
+            name = "lora_dora" if self.lora_dora else "lora_rslora"
+            raise ValueError(f"lora_type lokr has no {name} (nor has PEFT's LoKr): leave one of the two")
+        if self.lora_dropout:
+            raise ValueError(
+                f"lora_type lokr has no lora_dropout: there is no lora_A that it could stand before, got {self.lora_dropout:g}"
+            )
+        if self.lora_format == "diffsynth":
+            raise ValueError("lora_format diffsynth has no name for a LoKr: use diffusers, comfyui or kohya")
 
     @property
     def alpha(self) -> float:

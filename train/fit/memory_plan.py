@@ -27,6 +27,7 @@ from train.config.train_config import TrainConfig
 from train.config.zero_plan import ZeroPlan
 from train.fit.activation_checkpointing import checkpointed_blocks
 from train.loader.from_config import RunData
+from train.lora.lokr import shapes
 from train.lora.spec import LoraSpec
 from train.lora.targets import resolve_targets
 from train.process.ranks import Ranks, ranks_here
@@ -175,7 +176,7 @@ class Setup:
 
 
 def trainable_parameters(spec: LoraSpec, base: BasePlan) -> int:
-    """How many parameters the LoRA has: rank · (in + out) a layer, and DoRA's magnitude of each output."""
+    """How many parameters the LoRA has: rank · (in + out) a layer, and DoRA's magnitude of each output; or those of a LoKr."""
     names = resolve_targets(base.empty, spec.target_modules)
     return sum(layer_parameters(spec, base.empty.get_submodule(name)) for name in names)
 
@@ -183,6 +184,9 @@ def trainable_parameters(spec: LoraSpec, base: BasePlan) -> int:
 def layer_parameters(spec: LoraSpec, layer: torch.nn.Module) -> int:
     """Of the LoRA on one linear layer."""
     assert isinstance(layer, torch.nn.Linear)
+    if spec.is_lokr:
+        matrices = shapes(layer.out_features, layer.in_features, spec.rank, spec.factor, spec.decompose_both)
+        return sum(rows * columns for rows, columns in matrices.values())
     return spec.rank * (layer.in_features + layer.out_features) + (layer.out_features if spec.dora else 0)
 
 

@@ -84,12 +84,11 @@ class ImageWork:
     def wearing(self, lora: LoraFile) -> "ImageWork":
         """With this LoRA as well, at its time."""
         parameters = sum(tensor.numel() for layer in lora.layers.values() for tensor in layer.values())
-        dora = any(layer.keys() != {"lora_A", "lora_B"} for layer in lora.layers.values())
         return replace(
             self,
             adapted=tuple(dict.fromkeys((*self.adapted, *lora.layers))),
             lora_parameters=max(self.lora_parameters, parameters),
-            dora=self.dora or dora,
+            dora=self.dora or lora.is_dora,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The header that diffusers' `save_lora_weights` writes: PEFT's LoraConfig as JSON, with rank and alpha per layer."""
+"""The header that diffusers' `save_lora_weights` writes: PEFT's LoraConfig or LoKrConfig as JSON, rank and alpha a layer."""
 
 import json
 import math
@@ -45,7 +45,7 @@ class AdapterMetadata:
             return cls(
                 True,
                 _number("r", own.get("r", DEFAULT_RANK)),
-                _number("lora_alpha", own.get("lora_alpha", DEFAULT_ALPHA)),
+                _number("lora_alpha", own.get("lora_alpha", own.get("alpha", DEFAULT_ALPHA))),  # LoKrConfig's name
                 _numbers("rank_pattern", own.get("rank_pattern")),
                 _numbers("alpha_pattern", own.get("alpha_pattern")),
                 _switch("use_rslora", own.get("use_rslora")),
@@ -55,11 +55,16 @@ class AdapterMetadata:
         except (ValueError, OverflowError, RecursionError, re.error) as error:
             raise ValueError(f"{file}: {KEY} in its header is damaged: {shown(error)}") from error
 
-    def scale(self, layer: str, rank: int) -> float:
-        """alpha/rank (rsLoRA: alpha/√rank) of a layer. Raises ValueError unless the header knows it by this rank."""
+    def scale(self, layer: str, rank: int | None) -> float:
+        """alpha/rank (rsLoRA: alpha/√rank) of a layer. Raises ValueError unless the header knows it by this rank.
+
+        None: the weights of the layer tell none (a LoKr of whole factors), so the header's counts.
+        """
         if not self.present:
             return 1.0
         said = _matching(self.rank_pattern, layer, self.rank)
+        if rank is None and said >= 1:
+            rank = int(said)
         if said != rank:
             raise ValueError(f"{self.file}: {KEY} says rank {said:g} for {layer}, its weights have rank {rank}")
         alpha = _matching(self.alpha_pattern, layer, self.alpha)

@@ -1,4 +1,4 @@
-"""LoRA on the frozen transformer: which layers, injection by PEFT, starting values, switching on and off."""
+"""LoRA or LoKr on the frozen transformer: injection by PEFT, starting values, starting files, switching on and off."""
 
 import hashlib
 import math
@@ -13,14 +13,16 @@ from torch import nn
 
 from qwen_image.model.family import Member
 from qwen_image.model.transformer import QwenImageTransformer
+from train.lora import lokr
 from train.lora.dora import magnitude
+from train.lora.lokr import is_lokr
 from train.lora.spec import ADAPTER, LoraSpec
 from train.lora.targets import base_layer, resolve_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from train.lora.lora_file import LoraFile
+    from train.lora.lora_file import Layer, LoraFile
 
 
 def inject_lora(
@@ -29,13 +31,36 @@ def inject_lora(
     """Freeze the transformer and add trainable LoRA weights of `dtype` to its target layers; returns their names.
 
     lora_A is Kaiming-uniform as in PEFT, but drawn from (seed, layer name): every rank, device and choice of targets
-    starts with the same weights. lora_B is zero, so the model's output does not change. Raises ValueError for
-    unknown targets.
+    starts with the same weights. lora_B is zero, so the model's output does not change. Of a LoKr, w2 or the second half of
+    it is zero and the rest drawn, as in LyCORIS (PEFT's init_weights="lycoris"), whose learning rates people know. Raises
+    ValueError for unknown targets.
     """
-    from peft import LoraConfig
-
     modules = resolve_targets(transformer, spec.target_modules)
     transformer.requires_grad_(False)
+    if spec.is_lokr:
+        _put_lokr_on(transformer, modules, spec)
+    else:
+        _put_lora_on(transformer, modules, spec)
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+            if name.endswith(DRAWN):
+                parameter.data.copy_(_drawn(seed, name, parameter.shape))
+            elif name.endswith(ZERO):
+                parameter.data.zero_()
+    return modules
+
+
+def _put_lokr_on(transformer: QwenImageTransformer, modules: list[str], spec: LoraSpec) -> None:
+    from train.lora.lokr_layer import put_on
+
+    for name in modules:
+        put_on(transformer, name, spec, transformer.txt_norm.weight.device)  # no LoRA goes around a norm
+
+
+def _put_lora_on(transformer: QwenImageTransformer, modules: list[str], spec: LoraSpec) -> None:
+    from peft import LoraConfig
+
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
@@ -45,14 +70,6 @@ def inject_lora(
         target_modules=modules,
     )
     _adapt(transformer, config)
-    for name, parameter in transformer.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-            if ".lora_A." in name:
-                parameter.data.copy_(_initial_lora_a(seed, name, parameter.shape))
-            elif ".lora_B." in name:
-                parameter.data.zero_()
-    return modules
 
 
 def _adapt(transformer: QwenImageTransformer, config: "LoraConfig") -> None:
@@ -73,11 +90,15 @@ def _adapt(transformer: QwenImageTransformer, config: "LoraConfig") -> None:
                     side.weight = nn.Parameter(torch.empty_like(side.weight, device=device), side.weight.requires_grad)
 
 
-def _initial_lora_a(seed: int, name: str, shape: torch.Size) -> torch.Tensor:
+def _drawn(seed: int, name: str, shape: torch.Size) -> torch.Tensor:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     bound = 1 / math.sqrt(shape[1])  # Kaiming-uniform with a = √5
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+DRAWN = (".lora_A.default.weight", *(f".{kind}.default" for kind in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a")))
+ZERO = (".lora_B.default.weight", ".lokr_w2.default", ".lokr_w2_b.default")
 
 
 def short_name(parameter_name: str) -> str:
@@ -86,7 +107,7 @@ def short_name(parameter_name: str) -> str:
 
 
 def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by their short name, `<module>.lora_A` / `lora_B` / `lora_magnitude_vector`."""
+    """The trainable parameters by their short name, `<module>.lora_A` / `lora_B` / `lora_magnitude_vector` / `lokr_w1` …"""
     return {short_name(name): p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
@@ -96,11 +117,14 @@ def start_from(transformer: QwenImageTransformer, lora: "LoraFile", spec: LoraSp
     What the layer computes is then what the file says, exactly: a lower rank fills the first rows, and the rest starts as
     in a new run (lora_B zero). In a DoRA run, the magnitude of a plain LoRA's layer is the length that it gives the rows.
     Layers that the file doesn't have stay as they are (an update of zero). Raises ValueError when the file adapts a layer
-    that this run doesn't, has a higher rank, or is a DoRA and the run is none.
+    that this run doesn't, has a higher rank, is of another type or has other factors, or is a DoRA and the run is none.
     """
     parameters = lora_parameters(transformer)
-    check_start(lora, spec, {name.removesuffix(".lora_A") for name in parameters if name.endswith(".lora_A")})
+    check_start(lora, spec, {name.rpartition(".")[0] for name in parameters})
     for name, layer in lora.layers.items():
+        if spec.is_lokr:
+            lokr.start_layer(parameters, name, layer, spec.scale)
+            continue
         rank = len(layer["lora_A"])
         parameters[f"{name}.lora_A"].data[:rank] = layer["lora_A"]
         parameters[f"{name}.lora_B"].data[:, :rank] = layer["lora_B"] / spec.scale
@@ -114,6 +138,15 @@ def check_start(lora: "LoraFile", spec: LoraSpec, adapted: Collection[str]) -> N
     for name, layer in lora.layers.items():
         if name not in adapted:
             raise ValueError(f"lora_checkpoint adapts {name}, this run doesn't: add it to lora_target_modules")
+        if is_lokr(layer) != spec.is_lokr:
+            has, trains = ("LoKr", "LoRA") if is_lokr(layer) else ("LoRA", "LoKr")
+            raise ValueError(
+                f"lora_checkpoint has a {has} on {name}, this run trains a {trains}: say --lora_type {has.lower()}, or merge "
+                "the file into the base with --preset_lora_path"
+            )
+        if spec.is_lokr:
+            lokr.check_start(name, layer, spec)
+            continue
         rank = len(layer["lora_A"])
         if rank > spec.rank:
             raise ValueError(
@@ -151,13 +184,27 @@ def magnitude_of(transformer: nn.Module, name: str, layer: dict[str, torch.Tenso
 
 
 def attach_lora(transformer: QwenImageTransformer, lora: "LoraFile", strength: float = 1.0) -> None:
-    """Put a LoRA file onto the transformer as an adapter for inference; ranks and DoRA may differ from layer to layer."""
+    """Put a LoRA file onto the transformer as an adapter for inference; ranks, DoRA and LoKr may differ from layer to layer."""
+    _attach_plain_and_dora(transformer, {n: layer for n, layer in lora.layers.items() if not is_lokr(layer)}, strength)
+    _attach_lokr(transformer, {n: layer for n, layer in lora.layers.items() if is_lokr(layer)}, strength)
+    transformer.requires_grad_(False)
+
+
+def _attach_lokr(transformer: QwenImageTransformer, layers: "dict[str, Layer]", strength: float) -> None:
+    from train.lora.lokr_layer import wear
+
+    exact = transformer.txt_norm.weight  # no LoRA goes around a norm
+    for name, layer in layers.items():
+        wear(transformer, name, {kind: tensor.to(exact) for kind, tensor in layer.items()}, strength)
+
+
+def _attach_plain_and_dora(transformer: QwenImageTransformer, layers: "dict[str, Layer]", strength: float) -> None:
     from peft import LoraConfig
 
-    plain = {name for name, layer in lora.layers.items() if layer.keys() == {"lora_A", "lora_B"}}
-    magnitudes = {n: magnitude_of(transformer, n, layer) for n, layer in lora.layers.items() if n not in plain}
+    plain = {name for name, layer in layers.items() if layer.keys() == {"lora_A", "lora_B"}}
+    magnitudes = {n: magnitude_of(transformer, n, layer) for n, layer in layers.items() if n not in plain}
     for names, dora in ((plain, False), (magnitudes.keys(), True)):
-        ranks = {name: rank for name, rank in lora.ranks().items() if name in names}
+        ranks = {name: len(layer["lora_A"]) for name, layer in layers.items() if name in names}
         if not ranks:
             continue
         rank = max(ranks.values())
@@ -174,7 +221,7 @@ def attach_lora(transformer: QwenImageTransformer, lora: "LoraFile", strength: f
             warnings.simplefilter("ignore")
             _adapt(transformer, config)
     exact = transformer.txt_norm.weight  # no LoRA goes around a norm
-    for name, layer in lora.layers.items():
+    for name, layer in layers.items():
         module: Any = transformer.get_submodule(name)
         for kind in ("lora_A", "lora_B"):
             weight = getattr(module, kind)[ADAPTER].weight  # PEFT makes it float8 where the base is
@@ -183,15 +230,14 @@ def attach_lora(transformer: QwenImageTransformer, lora: "LoraFile", strength: f
         if name in magnitudes:
             module.lora_magnitude_vector[ADAPTER].weight.data.copy_(magnitudes[name])
         module.set_scale(ADAPTER, strength)
-    transformer.requires_grad_(False)
 
 
 def set_lora_strength(transformer: nn.Module, strength: float) -> None:
     """Multiply the update of an attached LoRA with `strength`; 0 switches it off (the base model's output, bit for bit)."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in transformer.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             module.enable_adapters(strength != 0)
             if strength != 0:
                 module.set_scale(ADAPTER, strength)
@@ -199,10 +245,10 @@ def set_lora_strength(transformer: nn.Module, strength: float) -> None:
 
 def detach_lora(transformer: nn.Module) -> None:
     """Take an attached LoRA off again: the transformer is as if it had never been there, and can take another."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in [*transformer.named_modules()]:
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             parent, _, child = name.rpartition(".")
             setattr(transformer.get_submodule(parent), child, module.get_base_layer())
     if hasattr(transformer, "peft_config"):
@@ -211,8 +257,8 @@ def detach_lora(transformer: nn.Module) -> None:
 
 def set_lora_enabled(transformer: nn.Module, enabled: bool) -> None:
     """Switch an attached LoRA on or off (off: the base model's output, bit for bit)."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in transformer.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             module.enable_adapters(enabled)

@@ -2,7 +2,8 @@
 
 A file holds lora_A and lora_B of each layer with the scale alpha/rank (rsLoRA: alpha/√rank) multiplied into lora_B, and no
 alpha tensors (kohya's spelling: alpha = rank): then every reader applies the right scale, also those that ignore metadata
-(ComfyUI) or `.alpha` (diffusers beside lora_A names). Rank, alpha and the scale stand in the header.
+(ComfyUI) or `.alpha` (diffusers beside lora_A names). Rank, alpha and the scale stand in the header. Of a LoKr the scale is
+in w1, or in w1_a; what other programs make of its names stands in train/lora/lora_format.py.
 
     lora = read_lora(path, transformer)             # any spelling; refused by name if it is no LoRA of this transformer
     write_lora(path, lora.layers, "comfyui", metadata, torch.bfloat16)
@@ -24,11 +25,13 @@ from train.config.run_files import lora_file
 from train.lora.adapter_metadata import AdapterMetadata
 from train.lora.checkpoint_lora import checkpoint_spelling
 from train.lora.dora import HEADER
+from train.lora.lokr import KINDS, SCALED, incomplete, is_lokr, misshapen, rank_of
 from train.lora.lora_format import SPELLINGS, TEXT_ENCODER, adaptable_layers, split_key, why_not
 from train.lora.spec import LoraSpec
 from train.lora.targets import base_layer
 
 Layer = dict[str, torch.Tensor]
+WEIGHTS = ("lora_A", "lora_B", *KINDS)  # matrices whose product is the update
 MAGNITUDES = ("lora_magnitude_vector", "dora_scale")  # kept in float32: a rounded one changes every weight of its row
 FAMILY = "model_family"  # in the header: which member of the family the LoRA was trained for
 _NO_ALPHA = ("BOOL", "C64")  # torch would make 1 and the real part of them
@@ -48,11 +51,14 @@ def save_lora(
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         tensor = tensor.detach().float().cpu()
-        layers.setdefault(layer, {})[kind] = tensor * spec.scale if kind == "lora_B" else tensor
+        layers.setdefault(layer, {})[kind] = tensor * spec.scale if kind in SCALED else tensor
+    own = {"lora_scale_in_lora_B": repr(spec.scale)}
+    if spec.is_lokr:
+        own = {"lokr_scale_in_w1": repr(spec.scale), "lokr_factor": str(spec.factor)}
     header = {
         "lora_rank": str(spec.rank),
         "lora_alpha": str(spec.alpha),
-        "lora_scale_in_lora_B": repr(spec.scale),
+        **own,
         "lora_target_modules": ",".join(spec.target_modules),
         **metadata,
     }
@@ -64,21 +70,24 @@ def write_lora(
 ) -> None:
     """Write layers (the scale inside lora_B) as a program spells them; DoRA's magnitudes in float32, all else in `dtype`.
 
-    A reader never sees half a file. Raises OSError, and ValueError for a DoRA in a spelling that has no name for its
-    magnitudes.
+    A reader never sees half a file. Raises OSError, and ValueError for a DoRA or a LoKr in a spelling that has no name for
+    its magnitudes or its factors.
     """
     spelling, state = SPELLINGS[lora_format], {}
     for name, layer in layers.items():
         for kind, tensor in layer.items():
             if kind not in spelling.endings:
-                raise ValueError(f"lora_format {lora_format} has no name for a DoRA's {kind}")
+                owner = "LoKr" if is_lokr(layer) else "DoRA"
+                raise ValueError(f"lora_format {lora_format} has no name for a {owner}'s {kind}")
             kept = torch.float32 if kind in MAGNITUDES else dtype
             state[spelling.key(name, kind)] = tensor.detach().to("cpu", kept).contiguous()
         if "alpha" in spelling.endings:
-            state[spelling.key(name, "alpha")] = torch.tensor(float(len(layer["lora_A"])), dtype=dtype)
+            state[spelling.key(name, "alpha")] = torch.tensor(float(rank_of(layer) or 1), dtype=dtype)
     header = {"format": "pt", **metadata, "lora_format": lora_format}
     if any("dora_scale" in layer for layer in layers.values()):
         header |= HEADER
+    if any(map(is_lokr, layers.values())):
+        header |= {"lora_type": "lokr"}
     ordered = dict(sorted(state.items()))
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in ordered.items()}
     with whole_file(path) as file:
@@ -89,7 +98,8 @@ def write_lora(
 @dataclass(frozen=True)
 class LoraFile:
     """A LoRA read from disk: per layer lora_A [r, in], lora_B [out, r] (scale included), and for DoRA either
-    lora_magnitude_vector [out] or dora_scale [out, 1] (train/lora/dora.py); all float32.
+    lora_magnitude_vector [out] or dora_scale [out, 1] (train/lora/dora.py); or a LoKr's factors (train/lora/lokr.py), the scale
+    in w1; all float32.
 
     `dtype` is that of the file's weights; `notes` are lines for people about what was left out.
     """
@@ -98,9 +108,6 @@ class LoraFile:
     metadata: dict[str, str]
     dtype: torch.dtype = torch.float32
     notes: tuple[str, ...] = ()
-
-    def ranks(self) -> dict[str, int]:
-        return {name: len(layer["lora_A"]) for name, layer in self.layers.items()}
 
     @property
     def is_dora(self) -> bool:
@@ -134,7 +141,7 @@ def read_lora(path: Path, transformer: nn.Module) -> LoraFile:
     except SafetensorError as error:
         raise ValueError(f"{shown(path)} is no readable safetensors file ({error})") from error
     layers = {name: _scaled(path, name, layer, adapter) for name, layer in stored.items()}
-    dtypes = [layer[kind].dtype for layer in stored.values() for kind in ("lora_A", "lora_B")]
+    dtypes = [each.dtype for layer in stored.values() for kind, each in layer.items() if kind in WEIGHTS]
     dtype = dtypes[0] if len(set(dtypes)) == 1 and dtypes[0].itemsize > 1 else torch.float32
     return LoraFile(layers, metadata, dtype, (*said, *notes, *_without_effect(path, layers)))
 
@@ -152,7 +159,7 @@ def trained_for_another(path: Path, metadata: dict[str, str], member: Member) ->
 
 def _without_effect(path: Path, layers: dict[str, Layer]) -> tuple[str, ...]:
     """A line for people about layers whose update is zero: alpha 0, or a file of a run that had not learned yet."""
-    zero = [name for name, layer in layers.items() if not (layer["lora_A"].any() and layer["lora_B"].any())]
+    zero = [name for name, layer in layers.items() if any(kind in WEIGHTS and not layer[kind].any() for kind in layer)]
     if not zero:
         return ()
     return (f"{shown(path)}: the update of {len(zero)} of {len(layers)} layers is zero (first {zero[0]})",)
@@ -197,14 +204,13 @@ def _check_shapes(path: Path, name: str, kinds: dict[str, str], file: Any, base:
     """Raise ValueError unless these weights make a LoRA of `base` (whose own weight may be partitioned: ZeRO-3)."""
     shapes = {kind: list(file.get_slice(key).get_shape()) for kind, key in kinds.items()}
     where = f"{shown(path)}: "
-    missing = [half for half in ("lora_A", "lora_B") if half not in kinds]
-    if missing:
-        raise ValueError(f"{where}{name} has only {', '.join(kinds)}; the file is incomplete")
+    if problem := incomplete(kinds):
+        raise ValueError(f"{where}{name} {problem}")
     for kind, key in kinds.items():
         dtype = file.get_slice(key).get_dtype()
         if dtype not in _FLOATS and kind != "alpha":
             raise ValueError(f"{where}{shown(key)} holds {dtype} numbers; the weights of a LoRA are floating-point")
-        if kind in ("lora_A", "lora_B") and len(shapes[kind]) != 2:
+        if kind in WEIGHTS and len(shapes[kind]) != 2:
             raise ValueError(f"{where}{shown(key)} has shape {shapes[kind]}; the weights of a LoRA are matrices")
         if kind == "alpha" and dtype in _NO_ALPHA:
             raise ValueError(f"{where}{shown(key)} holds {dtype} numbers; an alpha is one real number")
@@ -217,6 +223,10 @@ def _check_shapes(path: Path, name: str, kinds: dict[str, str], file: Any, base:
             )
     if {*MAGNITUDES} <= kinds.keys():
         raise ValueError(f"{where}{name} has both {' and '.join(MAGNITUDES)}: one DoRA has one of them")
+    if is_lokr(kinds):
+        if problem := misshapen(shapes, base.out_features, base.in_features):
+            raise ValueError(f"{where}LoKr of {name} {problem}")
+        return
     (rank, inputs), (outputs, rank_b) = shapes["lora_A"], shapes["lora_B"]
     if rank != rank_b:
         raise ValueError(f"{where}LoRA of {name}: lora_A has rank {rank}, lora_B has rank {rank_b}")
@@ -242,16 +252,17 @@ def _scaled(path: Path, name: str, stored: Layer, adapter: AdapterMetadata) -> L
         raise ValueError(
             f"{shown(path)}: its header says use_dora, but there are no magnitudes of {name}: it is incomplete"
         )
-    rank, alpha = len(layer["lora_A"]), layer.pop("alpha", None)
-    scale = adapter.scale(name, rank) if alpha is None else alpha.item() / rank
+    rank, alpha = rank_of(layer), layer.pop("alpha", None)
+    scale = adapter.scale(name, rank) if alpha is None else alpha.item() / rank if rank else 1.0
     if alpha is not None and adapter.present and not math.isclose(scale, adapter.scale(name, rank), rel_tol=1e-2):
         raise ValueError(
             f"{shown(path)}: the alpha of {name} makes its scale {scale:g}, the header {adapter.scale(name, rank):g}: which "
             "one counts is not known"
         )
-    layer["lora_B"] = layer["lora_B"] * scale
-    if not layer["lora_B"].isfinite().all():
-        raise ValueError(f"{shown(path)}: lora_B of {name} times its scale {scale:g} is no longer finite")
+    kind = next(kind for kind in SCALED if kind in layer)
+    layer[kind] = layer[kind] * scale
+    if not layer[kind].isfinite().all():
+        raise ValueError(f"{shown(path)}: {kind} of {name} times its scale {scale:g} is no longer finite")
     if "lora_magnitude_vector" in layer:
         layer["lora_magnitude_vector"] = layer["lora_magnitude_vector"].flatten()
     if "dora_scale" in layer:

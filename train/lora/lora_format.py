@@ -2,6 +2,15 @@
 
 Written are four spellings; read are these and their mixtures, with the endings in ENDINGS and the prefixes in PREFIXES.
 Which program reads which stands in docs/lora_files.md.
+
+A LoKr has LyCORIS's endings (KINDS in train/lora/lokr.py) behind the same prefixes. ComfyUI looks for them under every name
+that it has for a layer: `diffusion_model.<layer>`, `transformer.<layer>`, `<layer>`, `lora_unet_<flat>`, `lycoris_<flat>`
+(comfy/lora.py, model_lora_keys_unet, QwenImage; load_lora), and adds (comfy/weight_adapter/lokr.py, calculate_weight)
+
+    strength · alpha/dim · w1 ⊗ w2        dim: the rank of w2, or where w2 is whole that of w1
+
+where both are whole, or there is no alpha, alpha/dim is 1. So does LyCORIS (lycoris/modules/lokr.py: both whole, then alpha is
+the dim). diffusers 0.42 reads `transformer.<layer>` and takes alpha for the dim (loaders/peft.py, _create_lokr_config).
 """
 
 import re
@@ -9,7 +18,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from train.lora.lokr import KINDS
+
 _ADAPTER = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$|\.(lora_magnitude_vector)\.(?!weight$)[^.]+(\.weight)?$")
+_LOKR_ADAPTER = re.compile(r"\.(lokr_w[12](_[ab])?)\.[^.]+$")
 
 
 @dataclass(frozen=True)
@@ -25,12 +37,13 @@ class Spelling:
 
 
 _HALVES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
+_LOKR = {kind: f".{kind}" for kind in KINDS}
 SPELLINGS = {
-    "diffusers": Spelling("transformer.", _HALVES | {"lora_magnitude_vector": ".lora_magnitude_vector"}),
-    "comfyui": Spelling("diffusion_model.", _HALVES | {"dora_scale": ".dora_scale"}),
+    "diffusers": Spelling("transformer.", _HALVES | {"lora_magnitude_vector": ".lora_magnitude_vector"} | _LOKR),
+    "comfyui": Spelling("diffusion_model.", _HALVES | {"dora_scale": ".dora_scale"} | _LOKR),
     "diffsynth": Spelling("", {"lora_A": ".lora_A.default.weight", "lora_B": ".lora_B.default.weight"}),
     "kohya": Spelling(
-        "lora_unet_", {"lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight", "alpha": ".alpha"}, flat=True
+        "lora_unet_", {"lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight", "alpha": ".alpha"} | _LOKR, flat=True
     ),
 }
 PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
@@ -47,6 +60,7 @@ ENDINGS = {
     ".lora_magnitude_vector": "lora_magnitude_vector",
     ".lora_magnitude_vector.weight": "lora_magnitude_vector",
     ".dora_scale": "dora_scale",
+    **{ending: kind for kind, ending in _LOKR.items()},
 }
 TEXT_ENCODER = re.compile(r"(text_encoders?|te)\d?[._]|lora_(te|text_encoder|prior_te)\d?_|text_model\.|clip_[gl]\.")
 _MERGE = "merge it into the base with the program that made it, and use that as --transformer_path"
@@ -56,11 +70,14 @@ REASONS = (  # of a key that is no weight of a LoRA; the first that matches
         "this is PEFT's own adapter file, whose scale stands in adapter_config.json beside it and not in the file: "
         "write it again with diffusers' save_lora_weights",
     ),
-    (r"\.lokr_", f"this is a LoKr (Kronecker products), and only LoRA and DoRA are read: {_MERGE}"),
-    (r"\.hada_", f"this is a LoHa (Hadamard products), and only LoRA and DoRA are read: {_MERGE}"),
-    (r"\.(oft|boft)_", f"this is an OFT, and only LoRA and DoRA are read: {_MERGE}"),
-    (r"\.[ab][12]\.weight$", f"this is a GLoRA, and only LoRA and DoRA are read: {_MERGE}"),
-    (r"\.lora_mid", f"a third matrix (Tucker, LoCon) belongs to a convolution, which this model has not: {_MERGE}"),
+    (r"\.hada_", f"this is a LoHa (Hadamard products), and only LoRA, DoRA and LoKr are read: {_MERGE}"),
+    (r"\.(oft|boft)_", f"this is an OFT, and only LoRA, DoRA and LoKr are read: {_MERGE}"),
+    (r"\.[ab][12]\.weight$", f"this is a GLoRA, and only LoRA, DoRA and LoKr are read: {_MERGE}"),
+    (r"\.row_offset$", f"rows of a LoKr over joined projections, which this model has one by one: {_MERGE}"),
+    (
+        r"\.lora_mid|\.lokr_t[12]$",
+        f"a third matrix (Tucker, LoCon) belongs to a convolution, which this model has not: {_MERGE}",
+    ),
     (
         r"\.(diff|diff_b|w_norm|b_norm|set_weight|reshape_weight)$",
         f"this is a whole weight's difference, not a product of low rank: {_MERGE}",
@@ -87,6 +104,7 @@ def split_key(key: str) -> tuple[str, str | None]:
             key = key[len(prefix) :]
             break
     key = _ADAPTER.sub(lambda found: f".{found[1] or found[2]}.weight", key)  # PEFT puts the adapter's name there
+    key = _LOKR_ADAPTER.sub(r".\1", key)
     for ending in sorted(ENDINGS, key=len, reverse=True):
         if key.endswith(ending):
             return key.removesuffix(ending), ENDINGS[ending]

@@ -1,18 +1,22 @@
-"""The shape of a LoRA: which layers, rank, scale, variant."""
+"""The shape of a LoRA or a LoKr: which layers, rank, scale, variant."""
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from train.config.train_config import TrainConfig
 from train.lora.targets import expand_groups
 
 ADAPTER = "default"  # PEFT's name of the one adapter
+LOKR_ALONE = ("type", "factor", "decompose_both")
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """The shape of a LoRA. `scale` is what lora_B·lora_A is multiplied with."""
+    """The shape of a LoRA. `scale` is what lora_B·lora_A (of a LoKr: w1 ⊗ w2) is multiplied with.
+
+    `factor`, `decompose_both`: of a LoKr alone (train/lora/lokr.py).
+    """
 
     target_modules: tuple[str, ...]
     rank: int
@@ -20,6 +24,9 @@ class LoraSpec:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
+    type: Literal["lora", "lokr"] = "lora"
+    factor: int = -1
+    decompose_both: bool = False
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> "LoraSpec":
@@ -30,11 +37,15 @@ class LoraSpec:
             config.lora_dropout,
             config.lora_rslora,
             config.lora_dora,
+            config.lora_type,
+            config.lokr_factor,
+            config.lokr_decompose_both,
         )
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the LoRA: another one has other weights. JSON."""
-        return {"lora": {**asdict(self), "target_modules": sorted(self.target_modules)}}
+        """What a checkpoint remembers of the LoRA: another one has other weights. JSON, a LoRA's as before there was LoKr."""
+        own = {**asdict(self), "target_modules": sorted(self.target_modules)}
+        return {"lora": {name: value for name, value in own.items() if self.is_lokr or name not in LOKR_ALONE}}
 
     def line(self, layers: int, trainable: int) -> str:
         """For people, before step 0."""
@@ -43,7 +54,15 @@ class LoraSpec:
             root = "√" if self.rslora else ""
             usual = math.sqrt(self.rank) if self.rslora else 1
             scale += f" (lora_alpha {self.alpha:g} / {root}{self.rank}; lora_alpha {self.rank} would give {usual:g})"
-        return f"LoRA of rank {self.rank}, {scale}, on {layers} layers: {trainable:,} trainable parameters"
+        kind = "LoRA"
+        if self.is_lokr:
+            kind, of = "LoKr", "the square root of its sides" if self.factor == -1 else str(self.factor)
+            scale = f"w1 of about {of}, {scale}"
+        return f"{kind} of rank {self.rank}, {scale}, on {layers} layers: {trainable:,} trainable parameters"
+
+    @property
+    def is_lokr(self) -> bool:
+        return self.type == "lokr"
 
     @property
     def scale(self) -> float:

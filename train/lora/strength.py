@@ -8,6 +8,7 @@ from torch import nn
 
 from train.lora.dora import magnitude
 from train.lora.inject import lora_parameters
+from train.lora.lokr import SCALED
 from train.lora.targets import base_layer
 
 
@@ -15,23 +16,23 @@ from train.lora.targets import base_layer
 def lora_at(transformer: nn.Module, strength: float) -> Iterator[None]:
     """Inside, the LoRA's update is multiplied with `strength`; 0 gives the base. Afterwards every bit is as before.
 
-    lora_B is multiplied, as PEFT multiplies its scale. At 0 a DoRA's magnitudes become the lengths of the base's rows.
-    Queues work and waits for nothing.
+    lora_B (a LoKr's w1) is multiplied, as PEFT multiplies its scale. At 0 a DoRA's magnitudes become the lengths of the
+    base's rows. Queues work and waits for nothing.
     """
-    ups, magnitudes = [], {}
+    scaled, magnitudes = [], {}
     if strength != 1:
         for name, parameter in lora_parameters(transformer).items():
             layer, _, kind = name.rpartition(".")
-            if kind == "lora_B":
-                ups.append(parameter.data)
+            if kind in SCALED:
+                scaled.append(parameter.data)
             elif kind == "lora_magnitude_vector" and strength == 0:
                 weight = base_layer(transformer, layer).weight
                 none = torch.zeros(1, weight.shape[1]), torch.zeros(weight.shape[0], 1)
                 magnitudes[parameter.data] = magnitude(weight, *none)
-    touched = [*ups, *magnitudes]
+    touched = [*scaled, *magnitudes]
     before = [values.clone() for values in touched]
-    if ups:
-        torch._foreach_mul_(ups, strength)
+    if scaled:
+        torch._foreach_mul_(scaled, strength)
     for values, others in magnitudes.items():
         values.copy_(others)
     try:

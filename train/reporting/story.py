@@ -45,7 +45,7 @@ def paragraph(run: RunRecord) -> str:
 def about_training(run: RunRecord) -> str:
     config = run.config
     rank, model = config.get("lora_rank"), str(config.get("model", "an unknown model")).rstrip("/")
-    kind = "DoRA" if config.get("lora_dora") else "LoRA"
+    kind = "DoRA" if config.get("lora_dora") else "LoKr" if config.get("lora_type") == "lokr" else "LoRA"
     what = f"A {kind} of rank {rank}" if rank else f"A {kind}"
     targets = config.get("lora_target_modules")
     if isinstance(targets, list) and targets:

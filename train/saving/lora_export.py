@@ -94,6 +94,10 @@ class LoraExport:
 
     def notes(self, path: Path) -> list[str]:
         """For people, at the end of a run: what its file needs elsewhere."""
+        if self.spec.is_lokr and self.lora_format == "diffusers":
+            return [
+                f'in diffusers a LoKr is loaded by pipeline.transformer.load_lora_adapter("{path}"), not by load_lora_weights'
+            ]
         if not self.spec.dora or self.lora_format == "comfyui":
             return []
         return [

@@ -218,8 +218,8 @@ def side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def can_fuse(spec: LoraSpec, lora_dtype: torch.dtype, base_dtype: torch.dtype) -> bool:
-    """Whether PEFT's own forward would do the same: no dropout, no DoRA, no change of dtype in between."""
-    return spec.dropout == 0 and not spec.dora and lora_dtype == base_dtype
+    """Whether PEFT's own forward would do the same: no dropout, no DoRA, no LoKr, no change of dtype in between."""
+    return spec.dropout == 0 and not spec.dora and not spec.is_lokr and lora_dtype == base_dtype
 
 
 @torch.no_grad()

@@ -3,16 +3,19 @@
 `weight_norm/GROUP` is the norm of all lora_A and lora_B of a group (and a DoRA's magnitudes), `update_norm/GROUP` that of
 what they add to the base, ‖scale · B·A‖ over all its layers. Frobenius norms. The second needs no product of the layers' size:
 
-    ‖B·A‖² = tr(Aᵀ BᵀB A) = Σ (BᵀB) ∘ (AAᵀ)
+    ‖B·A‖² = tr(Aᵀ BᵀB A) = Σ (BᵀB) ∘ (AAᵀ)          of a LoKr ‖w1 ⊗ w2‖ = ‖w1‖ · ‖w2‖
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from qwen_image.out_of_memory import memory_ran_out
 from train.lora.inject import lora_parameters
+from train.lora.lokr import W1, W2
+from train.lora.lora_file import WEIGHTS
 from train.lora.targets import group_of
 from train.watching.late_row import Part
 
@@ -31,15 +34,15 @@ class LoraNorms:
         self.weights = list(parameters.values())
         device = self.weights[0].device
         self.of_weights = self._membership([group_of(name.rpartition(".")[0]) for name in parameters], device)
-        alike: dict[tuple[int, torch.Size, torch.Size], list[tuple[nn.Parameter, nn.Parameter]]] = {}
+        alike: dict[tuple[Any, ...], list[dict[str, nn.Parameter]]] = {}
         for layer in layers:
-            pair = parameters[f"{layer}.lora_A"], parameters[f"{layer}.lora_B"]
-            key = self.groups.index(group_of(layer)), pair[0].shape, pair[1].shape
-            alike.setdefault(key, []).append(pair)
+            own = {kind: parameters[name] for kind in WEIGHTS if (name := f"{layer}.{kind}") in parameters}
+            key = self.groups.index(group_of(layer)), *((kind, weight.shape) for kind, weight in own.items())
+            alike.setdefault(key, []).append(own)
         self.chunks = [
-            (group, pairs[first : first + TOGETHER])
-            for (group, _, _), pairs in alike.items()
-            for first in range(0, len(pairs), TOGETHER)
+            (int(group), alike_layers[first : first + TOGETHER])
+            for (group, *_), alike_layers in alike.items()
+            for first in range(0, len(alike_layers), TOGETHER)
         ]
         self.of_chunks = self._membership([self.groups[group] for group, _ in self.chunks], device)
 
@@ -70,12 +73,24 @@ class LoraNorms:
         return self.of_weights @ norms.double().square()
 
     def _updates(self) -> torch.Tensor:
-        return self.of_chunks @ torch.stack([self.scale**2 * update_square(pairs) for _, pairs in self.chunks])
+        return self.of_chunks @ torch.stack([self.scale**2 * update_square(layers) for _, layers in self.chunks])
 
 
-def update_square(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Σ ‖B·A‖² over pairs of A [r, in] and B [out, r] of one shape; float64, one element."""
-    downs = torch.stack([down.detach() for down, _ in pairs]).float()
-    ups = torch.stack([up.detach() for _, up in pairs]).float()
+def update_square(layers: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """Σ ‖ΔW‖² over layers with the same kinds of weights, of the same shapes, the scale left out; float64, one element."""
+    together = {kind: torch.stack([layer[kind].detach() for layer in layers]).float() for kind in layers[0]}
+    if "lora_A" in together:
+        return product_squares(together["lora_B"], together["lora_A"]).sum()
+    first, second = (
+        together[name].double().square().sum((1, 2))
+        if name in together
+        else product_squares(together[f"{name}_a"], together[f"{name}_b"])
+        for name in (W1, W2)
+    )
+    return (first * second).sum()
+
+
+def product_squares(ups: torch.Tensor, downs: torch.Tensor) -> torch.Tensor:
+    """‖B·A‖² of each B [out, r] and A [r, in] of ups [n, out, r] and downs [n, r, in]; float64 [n]."""
     products = (ups.transpose(1, 2) @ ups).double() * (downs @ downs.transpose(1, 2)).double()
-    return products.sum().clamp(min=0)
+    return products.sum((1, 2)).clamp(min=0)

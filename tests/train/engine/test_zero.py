@@ -4,6 +4,7 @@ The plain loop is written out here: no DeepSpeed, no checkpointing, no accumulat
 step are averaged, clipped and given to torch's AdamW.
 """
 
+import copy
 import importlib
 import json
 import shutil
@@ -32,6 +33,7 @@ from train.loader.from_config import RunData
 from train.loader.indexed_loader import draw_sample
 from train.lora.inject import inject_lora, lora_parameters
 from train.lora.spec import LoraSpec
+from train.lora.targets import resolve_targets
 from train.process.ranks import Ranks
 from train.step.flow_matching_module import FlowMatchingModule
 
@@ -93,11 +95,35 @@ def flags(model: Path, data: Path, output: Path, config: str, *more: str) -> lis
     ]
 
 
+def pefts_lokr(transformer: Any, spec: LoraSpec, seed: int) -> None:
+    """PEFT's own layers with PEFT's own forward, which puts each update together; our starting values."""
+    from peft import LoKrConfig, inject_adapter_in_model
+
+    targets = resolve_targets(transformer, spec.target_modules)
+    ours = copy.deepcopy(transformer)
+    inject_lora(ours, spec, seed)
+    config = LoKrConfig(
+        r=spec.rank,
+        alpha=spec.alpha,
+        decompose_factor=spec.factor,
+        decompose_both=spec.decompose_both,
+        target_modules=targets,
+    )
+    inject_adapter_in_model(config, transformer)
+    start = lora_parameters(ours)
+    for name, parameter in lora_parameters(transformer).items():
+        parameter.data.copy_(start[name])
+
+
 def plain_loop(arguments: list[str], world: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final LoRA weights (by short name) of the same training, in torch alone."""
     config = parse(arguments)
     transformer = load_transformer(resolve_model(ModelSource(config.model), ("transformer",)), torch.float32)
-    inject_lora(transformer, LoraSpec.from_config(config), config.seed, torch.float32)
+    spec = LoraSpec.from_config(config)
+    if spec.is_lokr:
+        pefts_lokr(transformer, spec, config.seed)
+    else:
+        inject_lora(transformer, spec, config.seed, torch.float32)
     module = FlowMatchingModule(transformer, config.loss_weighting, torch.float32)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -129,17 +155,20 @@ def losses_of(output: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def check_all_equal_plain(world: int, cases: list[tuple[str, str]], model: Path, data: Path, folder: Path) -> None:
+def check_all_equal_plain(
+    world: int, cases: list[tuple[str, str]], model: Path, data: Path, folder: Path, *more: str
+) -> None:
     outputs = {case: folder / "-".join(case) for case in cases}
-    runs = [flags(model, data, outputs[c], c[0], "--activation_checkpointing", c[1]) for c in cases]
+    runs = [flags(model, data, outputs[c], c[0], "--activation_checkpointing", c[1], *more) for c in cases]
     assert run_ranks(world, train_all, runs) == [0] * len(runs)
     losses, weights = plain_loop(runs[0], world)
     assert losses[-1] != pytest.approx(losses[0], rel=1e-3)
     for case, output in outputs.items():
         assert losses_of(output) == pytest.approx(losses, rel=2e-6), case
         saved = load_file(output / "lora.safetensors")
-        assert saved.keys() == {f"transformer.{name}.weight" for name in weights}
-        worst = max((saved[f"transformer.{name}.weight"] - weights[name]).abs().max() for name in weights)
+        names = {n: f"transformer.{n}" if ".lokr_" in n else f"transformer.{n}.weight" for n in weights}
+        assert saved.keys() == set(names.values())
+        worst = max((saved[names[name]] - weights[name]).abs().max() for name in weights)
         assert worst < 2e-6, (case, worst)
 
 
@@ -209,6 +238,40 @@ def test_variants_of_stage_3(
 
 def test_two_ranks_equal_the_plain_loop(model: Path, data: Path, tmp_path: Path) -> None:
     check_all_equal_plain(2, [case for case in CASES if case not in SLOWEST], model, data, tmp_path)
+
+
+LOKR = ("--lora_type", "lokr", "--lokr_factor", "8", "--lokr_decompose_both", "true")
+
+
+@pytest.mark.parametrize(
+    "world,config", [(1, "zero2"), (2, "zero2"), (2, "zero3_offload"), pytest.param(3, "zero3", marks=pytest.mark.slow)]
+)
+def test_a_lokr_equals_the_plain_loop_with_pefts_own_layers(
+    model: Path, data: Path, tmp_path: Path, world: int, config: str
+) -> None:
+    """Both factors of low rank on some layers, whole on others; blocks kept and recomputed."""
+    check_all_equal_plain(world, [(config, "full" if world == 2 else "none")], model, data, tmp_path, *LOKR)
+
+
+def test_a_lokr_goes_on_with_other_numbers_of_ranks(model: Path, data: Path, tmp_path: Path) -> None:
+    """2 → 1 → 3 ranks follow one curve; and what was interrupted with one number of ranks has the same bits."""
+    whole, moved, stopped = tmp_path / "whole", tmp_path / "moved", tmp_path / "stopped"
+
+    def split(output: Path, world: int, steps: int, config: str = "zero2") -> list[str]:
+        more = ["--max_steps", str(steps), "--gradient_accumulation_steps", str(6 // world), "--ema_decay", "0.9"]
+        return flags(model, data, output, config, *LOKR, *more)
+
+    assert run_ranks(1, train_all, [split(whole, 1, 6)]) == [0]
+    for world, steps, config in ((2, 2, "zero2"), (1, 4, "zero3"), (3, 6, "zero2")):
+        assert run_ranks(world, train_all, [split(moved, world, steps, config)]) == [0]
+    for steps in (3, 6):
+        assert run_ranks(1, train_all, [split(stopped, 1, steps)]) == [0]
+    assert losses_of(stopped) == losses_of(whole) and len(losses_of(whole)) == 6
+    assert losses_of(moved) == pytest.approx(losses_of(whole), rel=2e-6)
+    for name in ("lora.safetensors", "lora-ema.safetensors"):
+        tensors = load_file(whole / name)
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in load_file(stopped / name).items())
+        assert all((tensor - tensors[key]).abs().max() < 2e-5 for key, tensor in load_file(moved / name).items())
 
 
 @pytest.mark.slow

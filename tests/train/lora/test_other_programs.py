@@ -6,6 +6,7 @@ package, so its naming rules and its formula stand in tests/helpers/comfyui.py.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,40 +60,47 @@ def transformer_of(model: Path):
     return pipeline.transformer
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "DoRA": {"dora": True},
+    "LoKr": {"type": "lokr", "factor": 4, "decompose_both": True},
+}
+NAMELESS = {"LoRA": (), "DoRA": ("diffsynth", "kohya"), "LoKr": ("diffsynth",)}  # spellings without a name for it
+
+
 @pytest.fixture(scope="module")
-def files(tiny_model, tmp_path_factory) -> dict[tuple[str, bool], Path]:
-    """(format, whether it is a DoRA) → the file of one trained LoRA of every layer, rank 3, alpha 6."""
+def files(tiny_model, tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """(format, kind) → the file of one trained LoRA of every layer, rank 3, alpha 6."""
     folder = tmp_path_factory.mktemp("formats")
     found = {}
-    for dora in (False, True):
-        spec = LoraSpec(EVERYTHING, 3, 6, dora=dora)
+    for kind, more in KINDS.items():
+        spec = LoraSpec(EVERYTHING, 3, 6, **more)
         transformer = transformer_of(tiny_model)
         assert len(inject_lora(transformer, spec)) == len(linear_layers(transformer_of(tiny_model)))
         generator = torch.Generator().manual_seed(1)
         for name, parameter in lora_parameters(transformer).items():
-            if name.endswith("lora_B"):
-                parameter.data.normal_(std=0.05, generator=generator)
+            if name.endswith("lora_B") or ".lokr_" in name:
+                parameter.data.normal_(std=0.05 if kind != "LoKr" else 0.3, generator=generator)
             if name.endswith("lora_magnitude_vector"):
                 parameter.data *= 1 + 0.2 * torch.rand(len(parameter), generator=generator)
-        own = found["diffusers", dora] = folder / f"diffusers-{dora}.safetensors"
+        own = found["diffusers", kind] = folder / f"diffusers-{kind}.safetensors"
         save_lora(own, lora_parameters(transformer), spec, {}, torch.float32)
         for name in SPELLINGS:
-            path = folder / f"{name}-{dora}.safetensors"
-            if name == "diffusers" or (dora and name in ("diffsynth", "kohya")):
-                continue
-            convert_lora.convert(own, path, name, str(tiny_model))
-            found[name, dora] = path
+            path = folder / f"{name}-{kind}.safetensors"
+            if name != "diffusers" and name not in NAMELESS[kind]:
+                convert_lora.convert(own, path, name, str(tiny_model))
+                found[name, kind] = path
     return found
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_model, files) -> dict[bool, dict[str, torch.Tensor]]:
-    """What every linear layer's weight must be with the LoRA, with the DoRA: PEFT's, from the file that diffusers reads."""
+def weights(tiny_model, files) -> dict[str, dict[str, torch.Tensor]]:
+    """What every linear layer's weight must be with the LoRA, the DoRA, the LoKr: from the file that diffusers reads."""
     found = {}
-    for dora in (False, True):
+    for kind in KINDS:
         transformer = transformer_of(tiny_model)
-        merge_presets(transformer, [Preset.read(str(files["diffusers", dora]), transformer)])
-        found[dora] = {name: transformer.get_submodule(name).weight.detach() for name in linear_layers(transformer)}
+        merge_presets(transformer, [Preset.read(str(files["diffusers", kind]), transformer)])
+        found[kind] = {name: transformer.get_submodule(name).weight.detach() for name in linear_layers(transformer)}
     return found
 
 
@@ -154,18 +162,18 @@ def verdict(program: str, model: Path, path: Path, expected: dict[str, torch.Ten
     return "nothing" if all(torch.equal(actual[name], weight) for name, weight in base.items()) else "wrong"
 
 
-def documented() -> dict[tuple[str, bool], dict[str, str]]:
-    """(format, DoRA) → program → first word of its cell, from the table in docs/lora_files.md."""
+def documented() -> dict[tuple[str, str], dict[str, str]]:
+    """(format, kind) → program → first word of its cell, from the table in docs/lora_files.md."""
     rows = [
         [cell.strip() for cell in line.strip("| ").split("|")] for line in DOCS.read_text().splitlines() if "|" in line
     ]
     heads = next(row for row in rows if row[0] == "`--lora_format`")
     found = {}
     for row in rows:
-        name = re.fullmatch(r"`(\w+)`(, DoRA)?", row[0])
+        name = re.fullmatch(r"`(\w+)`(, DoRA|, LoKr)?", row[0])
         if name and len(row) == len(heads):
             cells = dict(zip(heads[1:], (cell.split()[0].rstrip(",;:") for cell in row[1:]), strict=True))
-            found[name[1], bool(name[2])] = cells
+            found[name[1], (name[2] or ", LoRA")[2:]] = cells
     return found
 
 
@@ -181,25 +189,25 @@ def test_the_table_in_the_docs_is_true(tiny_model, files, weights, program):
 
 def test_comfyui_leaves_no_key_and_interpolates_a_doras_strength(tiny_model, files, weights):
     transformer = transformer_of(tiny_model)
-    for name, dora in files:
-        _, unused = comfyui.load(load_file(files[name, dora]), linear_layers(transformer))
-        assert (unused == []) == (name != "diffusers" or not dora), "magnitude vectors alone are not known there"
+    for name, kind in files:
+        _, unused = comfyui.load(load_file(files[name, kind]), linear_layers(transformer))
+        assert (unused == []) == (name != "diffusers" or kind != "DoRA"), "magnitude vectors alone are not known there"
     layer = "transformer_blocks.0.attn.to_q"
     base = transformer.get_submodule(layer).weight.detach()
-    patch = comfyui.load(load_file(files["comfyui", True]), [layer])[0][layer]
-    expected = base + 0.4 * (weights[True][layer] - base)
+    patch = comfyui.load(load_file(files["comfyui", "DoRA"]), [layer])[0][layer]
+    expected = base + 0.4 * (weights["DoRA"][layer] - base)
     torch.testing.assert_close(patch.applied(base.clone(), 0.4), expected, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_the_velocity_in_diffusers_is_that_of_the_merged_model(tiny_model, files, tmp_path, name):
-    merge_lora.merge(str(tiny_model), [str(files["diffusers", False])], tmp_path / "merged")
+    merge_lora.merge(str(tiny_model), [str(files["diffusers", "LoRA"])], tmp_path / "merged")
     merged = transformer_of(tiny_model)
     merged.load_state_dict(load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors"))
     generator = torch.Generator().manual_seed(0)
     latents, embeds = torch.randn(1, 12, 64, generator=generator), torch.randn(1, 9, 64, generator=generator)
     pipeline = DiffusersPipeline.from_pretrained(tiny_model)
-    pipeline.load_lora_weights(files[name, False])
+    pipeline.load_lora_weights(files[name, "LoRA"])
     with torch.no_grad():
         ours = predict_velocity(merged, latents, torch.tensor([0.6]), Prompt(embeds, None), 3, 4)
         theirs = pipeline.transformer(
@@ -220,8 +228,8 @@ def test_the_velocity_in_diffsynth_is_that_of_the_merged_model(tiny_model, files
     from diffsynth.pipelines.qwen_image import model_fn_qwen_image
 
     loaded, merged = diffsynth_transformer(tiny_model), diffsynth_transformer(tiny_model)
-    fuse_in_diffsynth(loaded, files[name, False])
-    for layer, weight in weights[False].items():
+    fuse_in_diffsynth(loaded, files[name, "LoRA"])
+    for layer, weight in weights["LoRA"].items():
         merged.get_submodule(layer).weight.data = weight
     generator = torch.Generator().manual_seed(0)
     work = {
@@ -243,9 +251,21 @@ def test_the_velocity_in_diffsynth_is_that_of_the_merged_model(tiny_model, files
 def test_the_dora_that_comfyui_reads_comes_back(tiny_model, files, tmp_path):
     """dora_scale → magnitude vectors → the same update; and a foreign dora_scale is refused (test_lora_file.py)."""
     back = tmp_path / "back.safetensors"
-    convert_lora.convert(files["comfyui", True], back, "diffusers", str(tiny_model))
+    convert_lora.convert(files["comfyui", "DoRA"], back, "diffusers", str(tiny_model))
     transformer = transformer_of(tiny_model)
-    first, second = (read_lora(path, transformer).layers for path in (files["diffusers", True], back))
+    first, second = (read_lora(path, transformer).layers for path in (files["diffusers", "DoRA"], back))
     for name, layer in first.items():
         for kind, tensor in layer.items():
             torch.testing.assert_close(second[name][kind], tensor, atol=0, rtol=2e-6)
+
+
+def test_a_lokr_in_diffusers_own_transformer(tiny_model, files, weights):
+    """The pipeline's load_lora_weights knows no LoKr of Qwen-Image, the transformer's load_lora_adapter does."""
+    pipeline = DiffusersPipeline.from_pretrained(tiny_model)
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        pipeline.load_lora_weights(files["diffusers", "LoKr"])
+    pipeline.transformer.load_lora_adapter(str(files["diffusers", "LoKr"]))
+    for name, weight in weights["LoKr"].items():
+        layer = pipeline.transformer.get_submodule(name)
+        found = layer.get_base_layer().weight + layer.get_delta_weight(layer.active_adapters[0])
+        torch.testing.assert_close(found.detach(), weight, atol=2e-6, rtol=0)
