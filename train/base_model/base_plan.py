@@ -25,9 +25,10 @@ from train.config.train_config import TrainConfig
 from train.config.zero_plan import ZeroPlan
 from train.flow.timestep_sampling import SIGMA_STEPS
 from train.lora.inject import check_starting_file
+from train.lora.lokr import rank_lines
 from train.lora.preset_loras import Preset
 from train.lora.spec import LoraSpec
-from train.lora.targets import resolve_targets
+from train.lora.targets import base_layer, resolve_targets
 from train.process.ranks import Ranks, ranks_here
 
 
@@ -47,7 +48,7 @@ class BasePlan:
         tabulated: it does: a table over σ stands in for the modulation layers (qwen_image/model/modulation.py).
         presets: LoRAs that are merged into it.
         sampled: steps and image tokens of the sample images, whose noise levels the table must know too.
-        notes: for people, about the files.
+        notes: for people, about the files and what is put on them.
         here: its files are on this machine; else (in a dry run) `empty` is what every Qwen-Image is.
     """
 
@@ -104,6 +105,9 @@ class BasePlan:
             *(note for preset in presets for note in preset.notes(member)),
         )
         notes += check_starting_file(config.lora_checkpoint, empty, spec, member)
+        notes += tuple(
+            rank_lines([base_layer(empty, name) for name in resolve_targets(empty, spec.target_modules)], spec)
+        )
         return cls(
             source,
             empty,

@@ -11,7 +11,7 @@ factor it is little. With an input as the matrix X [c, d] and the output as Y [a
 How other programs read the same names stands in train/lora/lora_format.py.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,21 @@ def shapes(outputs: int, inputs: int, rank: int, factor: int, decompose_both: bo
         else:
             found[name] = (rows, columns)
     return found
+
+
+def rank_lines(layers: Iterable[nn.Linear], spec: LoraSpec) -> list[str]:
+    """For people, before step 0: where the rank has no effect, since w2 is whole."""
+    if not spec.is_lokr:
+        return []
+    settings = spec.rank, spec.factor, spec.decompose_both
+    found = [shapes(layer.out_features, layer.in_features, *settings) for layer in layers]
+    sizes = [max(each[W2]) for each in found if W2 in each]
+    if not sizes:
+        return []
+    return [
+        f"lora_rank {spec.rank} is at least half of w2's longer side ({max(sizes)} at most) on {len(sizes)} of {len(found)} "
+        "layers: w2 is whole there, and the rank only divides lora_alpha"
+    ]
 
 
 def whole(layer: Factors, name: str) -> torch.Tensor:

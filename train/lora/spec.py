@@ -56,8 +56,8 @@ class LoraSpec:
             scale += f" (lora_alpha {self.alpha:g} / {root}{self.rank}; lora_alpha {self.rank} would give {usual:g})"
         kind = "LoRA"
         if self.is_lokr:
-            kind, of = "LoKr", "the square root of its sides" if self.factor == -1 else str(self.factor)
-            scale = f"w1 of about {of}, {scale}"
+            kind, of = "LoKr", " (about the square root of each side)" if self.factor == -1 else ""
+            scale = f"factor {self.factor}{of}, {scale}"
         return f"{kind} of rank {self.rank}, {scale}, on {layers} layers: {trainable:,} trainable parameters"
 
     @property

@@ -34,3 +34,17 @@ def test_int8_is_the_same_from_every_home_and_near_the_exact_base(common, tmp_pa
     assert train(common, tmp_path / "exact", "zero2", 3) == 0
     exact, rounded = (rows(tmp_path / name)[1][1] for name in ("exact", "resident"))
     assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact
+
+
+@pytest.mark.parametrize("precision", ["dtype", "float8", "int8"])
+def test_a_lokr_is_the_same_from_every_home(common, tmp_path, precision):
+    """Its layers multiply with what lies where the base lies."""
+    more = ["--base_precision", precision, "--lora_type", "lokr", "--lokr_factor", "4"]
+    for name, (config, *home) in HOMES.items():
+        assert train(common, tmp_path / name, config, 3, *more, *home) == 0
+    weights = load_file(tmp_path / "resident" / "lora.safetensors")
+    assert any(tensor.any() for name, tensor in weights.items() if "lokr_w2_b" in name)
+    for name in HOMES:
+        assert rows(tmp_path / name) == rows(tmp_path / "resident"), name
+        found = load_file(tmp_path / name / "lora.safetensors")
+        assert all(torch.equal(found[key], weights[key]) for key in weights), name

@@ -18,7 +18,7 @@ from train.config.train_config import TrainConfig
 from train.fit.memory_plan import layer_parameters
 from train.loader.batch_shapes import BatchShape, random_arguments
 from train.lora.inject import attach_lora, detach_lora, inject_lora, lora_parameters, set_lora_strength, start_from
-from train.lora.lokr import is_lokr, kronecker_linear, shapes, update_of
+from train.lora.lokr import is_lokr, kronecker_linear, rank_lines, shapes, update_of
 from train.lora.lokr_layer import LoKrLinear
 from train.lora.lora_file import LoraFile, read_lora, save_lora
 from train.lora.preset_loras import Preset, as_one
@@ -325,4 +325,13 @@ def test_a_loras_identity_is_as_it_was_and_a_lokrs_tells_its_factors() -> None:
     }
     own = lokr(factor=8).identity()["lora"]
     assert (own["type"], own["factor"], own["decompose_both"], own["rank"]) == ("lokr", 8, False, 3)
-    assert "LoKr of rank 3, w1 of about 8, scale 2" in lokr(factor=8).line(5, 6)
+    assert "LoKr of rank 3, factor 8, scale 2" in lokr(factor=8).line(5, 6)
+
+
+def test_where_the_rank_has_no_effect_is_told() -> None:
+    """Of Qwen-Image's sizes: w2 of 3072 x 3072 is 64 x 64 by default, whole from rank 32 on."""
+    layers = [nn.Linear(3072, 3072, device="meta"), nn.Linear(3072, 12288, device="meta")]
+    (line,) = rank_lines(layers, LoraSpec(("to_q",), 32, 32.0, type="lokr"))
+    assert line.startswith("lora_rank 32 is at least half of w2's longer side (64 at most) on 1 of 2 layers")
+    assert rank_lines(layers, LoraSpec(("to_q",), 31, 32.0, type="lokr")) == []
+    assert rank_lines(layers, LoraSpec(("to_q",), 32, 32.0)) == []

@@ -16,6 +16,7 @@ from tests.helpers.small_transformer import small_transformer
 from tests.helpers.training_run import train
 from train.fit import step_flops
 from train.lora.inject import inject_lora, lora_parameters
+from train.lora.lokr import update_of
 from train.lora.spec import LoraSpec
 from train.watching.late_row import LateRow
 from train.watching.lora_norms import LoraNorms
@@ -93,6 +94,27 @@ def test_norms_are_those_of_the_products() -> None:
     assert found["update_norm/other"] == pytest.approx(
         2 * (parameters["proj_out.lora_B"] @ parameters["proj_out.lora_A"]).norm().item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("rank,both", [(2, True), (2, False), (50, False)])
+def test_norms_of_a_lokr_are_those_of_its_updates(rank: int, both: bool) -> None:
+    transformer = small_transformer()
+    spec = LoraSpec(("attention", "proj_out"), rank, 6.0, type="lokr", factor=8, decompose_both=both)
+    inject_lora(transformer, spec, 0, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in lora_parameters(transformer).items():
+        parameter.data.normal_(generator=generator)
+        layer, _, kind = name.rpartition(".")
+        layers.setdefault(layer, {})[kind] = parameter.detach()
+    found = LateRow.of(1, [norms] if (norms := LoraNorms(transformer, 2.0).row()) else []).read()
+    updates = {name: 2 * update_of(weights, CPU) for name, weights in layers.items()}
+    image = [update for name, update in updates.items() if ".to_" in name and ".to_add_out" not in name]
+    assert found["update_norm/other"] == pytest.approx(updates["proj_out"].norm().item(), rel=1e-5)
+    expected = torch.stack([update.norm() for update in image]).norm().item()
+    assert found["update_norm/attention_image"] == pytest.approx(expected, rel=1e-5)
+    weights = torch.stack([weight.norm() for weight in layers["proj_out"].values()]).norm().item()
+    assert found["weight_norm/other"] == pytest.approx(weights, rel=1e-5)
 
 
 def test_norms_that_find_no_memory_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
