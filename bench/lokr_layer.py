@@ -19,18 +19,19 @@ SPECS = ((32, -1), (16, 8), (10**6, 8))  # rank, factor
 
 
 def main(argv: list[str] | None = None) -> int:
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--tokens", type=int, default=4224, help="rows of the input (default 4224: 1024² and 128 of text)"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(argv)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    import torch
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, options.dtype)
     print("| out × in | rank, factor | way | parameters | ms | MiB kept |\n| --- | --- | --- | --- | --- | --- |")
     for outputs, inputs in SIZES:
         for rank, factor in SPECS:
