@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections import Counter
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from files.atomic_files import write_file
 THUMBNAIL = 400  # pixels of the longer side, enough for screens of two pixels a point
 BUCKETS_SHOWN = 24
 LEFT_OUT_SHOWN = 100
+WEIGHTS_SHOWN = 40
 CAPTION_SHOWN = 2000  # characters: the rest of a caption of millions is not read here
 BINS = 41  # odd: squares have a bin of their own
 
@@ -37,6 +39,8 @@ def write_report(path: Path, folder: Path, manifest: Manifest, problems: list[st
     tiles += [(f"{len(manifest.buckets):,}", "buckets")]
     tiles += [(f"{totals[name]:,}", name) for name in ("copied", "filtered", "failed") if name in totals]
     tiles += [(f"{totals[name]:,}", "with several captions") for name in ("several_captions",) if totals.get(name)]
+    epoch = float(index.weight.sum())
+    tiles += [(f"{epoch:,.6g}", "samples an epoch")] if (index.weight != 1).any() else []
     kind = "latents and prompt embeddings" if manifest.payload == "safetensors" else f"{manifest.payload} images"
     left_out, warned = _left_out(folder)
     text = page(
@@ -52,6 +56,7 @@ def write_report(path: Path, folder: Path, manifest: Manifest, problems: list[st
         left_out=left_out,
         warned=warned,
         remarks=_remarks(totals),
+        weights=_weights(index),
         samples=len(index),
         pictures=_pictures(folder, manifest, index, min(pictures, len(index))),
         options=_lines(manifest.options),
@@ -80,6 +85,20 @@ def _remarks(totals: dict[str, Any]) -> list[str]:
         *totals.get("remarks", []),
         *([f"files that are neither images nor captions: {ignored}"] if ignored else []),
     ]
+
+
+def _weights(index: ShardIndex) -> list[tuple[str, str]]:
+    """Images × weight by folder of the source, what comes most often first; none where all weights are 1."""
+    if not (index.weight != 1).any():
+        return []
+    counts = Counter(zip((str(path).rpartition("/")[0] for path in index.path), index.weight.tolist(), strict=True))
+    ordered = sorted(counts.items(), key=lambda item: (-item[0][1] * item[1], item[0]))
+    rows = [(folder or ".", f"{n:>8,} × {w:g} = {n * w:,.6g} an epoch") for (folder, w), n in ordered[:WEIGHTS_SHOWN]]
+    rest = ordered[WEIGHTS_SHOWN:]
+    if rest:
+        more = sum(n * w for (_, w), n in rest)
+        rows.append((f"and {len(rest)} more", f"{sum(n for _, n in rest):>8,} of other weights = {more:,.6g} an epoch"))
+    return rows
 
 
 def _buckets(manifest: Manifest) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from data_prep.shard_format.shards import (
     PAIR_ROWS,
     SHARD_ROWS,
     SIZES,
+    WEIGHT_ROWS,
     Bucket,
     Manifest,
     ShardIndex,
@@ -213,7 +214,7 @@ def _row_problems(folder: Path, manifest: Manifest, position: int, index: ShardI
 
 def _rows_schema(path: Path) -> pa.Schema:
     schema = pq.read_schema(path)
-    found = [more for more in (PAIR_ROWS, CAPTION_ROWS) if set(more.names) <= set(schema.names)]
+    found = [more for more in (PAIR_ROWS, CAPTION_ROWS, WEIGHT_ROWS) if set(more.names) <= set(schema.names)]
     variants = variants_in(schema)
     return with_more(SHARD_ROWS, *found, *[variant_rows(variants)] * (variants > 1))
 
@@ -316,6 +317,8 @@ def _record_problem(record: dict[str, Any], index: ShardIndex, row: int, text: s
         return f"json says key {record['key']} and caption {record['caption'][:40]!r}, not {text[:40]!r}"
     if record["path"] != index.path[row]:
         return f"json says path {one_line(record['path'])!r}, the index {one_line(index.path[row])!r}"
+    if (weight := record.get("weight", 1.0)) != index.weight[row]:
+        return f"json says weight {one_line(weight)}, the index {index.weight[row]:g}"
     return None
 
 

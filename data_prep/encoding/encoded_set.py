@@ -25,6 +25,7 @@ from data_prep.shard_format.shards import (
     PAIR_ROWS,
     SHARD_ROWS,
     VARIANT_TOKENS,
+    WEIGHT_ROWS,
     Manifest,
     ShardIndex,
     ShardReader,
@@ -163,7 +164,9 @@ class EncodedSet:
         if not kept:
             tar.path.unlink()
         paired, count = any(record["sources"] for record in ordered), self.variants.count
-        schema = with_more(SHARD_ROWS, *[PAIR_ROWS] * paired, *[variant_rows(count)] * (count > 1))
+        weighted = sum(record["weight"] != 1 for record in kept)
+        optional = [*[PAIR_ROWS] * paired, *[WEIGHT_ROWS] * bool(weighted), *[variant_rows(count)] * (count > 1)]
+        schema = with_more(SHARD_ROWS, *optional)
         columns = {name: [record[name] for record in ordered] for name in schema.names}
         write_rows(self.folder / rows_name(number), columns, schema)
         failed = len(ordered) - len(kept)
@@ -184,6 +187,7 @@ class EncodedSet:
             },
             "reasons": {f"failed: {FAILED}": failed} if failed else {},
             "buckets": dict(Counter(bucket_of(record) for record in kept)),
+            **({"weighted": weighted} if weighted else {}),
         }
         write_file(self.folder / stats_name(number), json_bytes(stats))
         return failed
@@ -258,6 +262,7 @@ class EncodedSet:
         record: dict[str, Any] = dict.fromkeys(SHARD_ROWS.names, -1)
         record |= {"key": str(index.key[row]), "path": str(index.path[row]), "width": bucket.width}
         record |= {"height": bucket.height, "caption": caption, "caption_length": len(caption)}
+        record["weight"] = float(index.weight[row])
         body = body or json.dumps({name: record[name] for name in ("key", "path", "caption")}).encode()
         record |= {name: known[name] for name in ("original_width", "original_height") if name in known}
         record |= dict(zip(_CROP, known.get("crop", ()), strict=False))
@@ -282,7 +287,8 @@ class EncodedSet:
             committed,
             payload="safetensors",
             fingerprint=self.fingerprint,
-            options={"images": self.images.fingerprint, "latent_std": self.encoding["latent_std"]},
+            options={"images": self.images.fingerprint, "latent_std": self.encoding["latent_std"]}
+            | {name: self.images.options[name] for name in ("each_image",) if name in self.images.options},
             versions=_versions(),
             encoding=self.encoding,
         )

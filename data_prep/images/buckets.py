@@ -33,6 +33,7 @@ class BucketOptions:
     max_upscale: Fraction = Fraction(1)  # an image is never enlarged by more than this
     max_aspect_ratio: Fraction = Fraction(4)  # long side : short side, of images and of buckets
     stretch: bool = False  # images of pairs: whole, to inference's own sizes
+    every_area: bool = False  # an image is stored once for each of `areas` that it fills
 
     def __post_init__(self) -> None:
         if self.step < 16 or self.step % 16:
@@ -129,6 +130,33 @@ def place(width: int, height: int, options: BucketOptions) -> Placement | None:
     else:
         bucket = _largest_covered(width, height, options)
     return bucket and Placement(*bucket, *cover_box(width, height, bucket))
+
+
+def places(width: int, height: int, options: BucketOptions) -> list[tuple[int, Placement]]:
+    """Where an image goes, each with its target area: once, or with `every_area` once for each of `areas` that it fills.
+
+    Largest first. An area of 0 stands for what `place` says, and is all that there is of an image that fills none; of areas
+    that share a bucket for this image the first is taken.
+    """
+    found: dict[tuple[int, int], tuple[int, Placement]] = {}
+    for area in sorted(options.areas, reverse=True) if options.every_area and options.fixed is None else ():
+        placement = _at_area(width, height, area, options)
+        if placement is not None:
+            found.setdefault((placement.width, placement.height), (area, placement))
+    if not found and (placement := place(width, height, options)) is not None:
+        return [(0, placement)]
+    return list(found.values())
+
+
+def _at_area(width: int, height: int, area: int, options: BucketOptions) -> Placement | None:
+    """For this target area alone; None where the image would have to be enlarged beyond `max_upscale`."""
+    if options.stretch:
+        bucket = source_size(area, width, height)
+        box = 0, 0, width, height
+    else:
+        bucket = nearest_bucket(width, height, bucket_table(area, options.step, options.max_aspect_ratio))
+        box = cover_box(width, height, bucket)
+    return Placement(*bucket, *box) if upscale(width, height, bucket) <= options.max_upscale else None
 
 
 def _stretched(width: int, height: int, options: BucketOptions) -> Placement | None:

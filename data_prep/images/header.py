@@ -73,10 +73,19 @@ class ImageOptions:
         """For the target of a pair: the same, but stretched and not cropped."""
         return replace(self, buckets=replace(self.buckets, stretch=True))
 
+    def at(self, area: int) -> ImageOptions:
+        """For one target area of those that an image is stored at (buckets.places); 0: as it is."""
+        return replace(self, buckets=replace(self.buckets, areas=(area,), every_area=False)) if area else self
+
     def of_source(self) -> ImageOptions:
         """For source images of pairs: as inference takes them, whatever their size."""
         buckets = replace(
-            self.buckets, areas=(self.source_pixels,), fixed=None, stretch=True, max_upscale=Fraction(MAX_SIDE_PIXELS)
+            self.buckets,
+            areas=(self.source_pixels,),
+            fixed=None,
+            stretch=True,
+            max_upscale=Fraction(MAX_SIDE_PIXELS),
+            every_area=False,
         )
         return replace(self, buckets=buckets, min_pixels=0)
 

@@ -34,6 +34,8 @@ TOO_SMALL = "too small"
 DUPLICATE = "duplicate"
 # Of its caption, its row or its archive.
 NO_CAPTION = "no caption"
+NO_WEIGHT = "weight 0"
+BAD_WEIGHT = "weight not usable"
 BAD_CAPTION = "caption not readable"
 BAD_ROW = "metadata row not readable"
 BAD_METADATA = "metadata file not readable"  # of a subfolder; that of the whole set is an error

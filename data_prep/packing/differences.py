@@ -39,7 +39,20 @@ def check_inputs(plan: Plan, options: dict[str, Any], folder: Path, source: Iter
         raise ValueError(
             f"{shown(folder)} was begun with other options or inputs ({difference}): choose another --output_path"
         )
-    return touched
+    return touched if not plan.images else rows_of_inputs(folder, set(touched))
+
+
+def rows_of_inputs(folder: Path, inputs: set[int]) -> array[int]:
+    """The rows of a plan that are of these inputs, where an input may have several, the largest area first."""
+    found, number, before = array("q"), -1, None
+    for place, row in enumerate(PlanRows(folder).all()):
+        item = row.item
+        again = before is not None and (before.path, before.offset) == (item.path, item.offset)
+        number += not (again and before is not None and 0 < item.area < before.area)
+        if number in inputs:
+            found.append(place)
+        before = item
+    return found
 
 
 def check_edits(
@@ -98,4 +111,4 @@ def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, sourc
 def _identity(item: Input) -> tuple[object, ...]:
     """What the plan keeps of it."""
     captions = item.caption or "", *item.more_captions
-    return item.size, captions, tuple((partner.path, partner.size) for partner in item.sources)
+    return item.size, captions, item.weight, tuple((partner.path, partner.size) for partner in item.sources)

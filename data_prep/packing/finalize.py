@@ -16,6 +16,7 @@ from data_prep.shard_format.shards import (
     INDEX,
     PAIR_INDEX_ROWS,
     SIZES,
+    WEIGHT_ROWS,
     Bucket,
     Manifest,
     Shard,
@@ -56,8 +57,9 @@ def finalize(
     ids = {name: id for id, name in enumerate(names)}
     paired = any(bucket.sources for bucket in buckets)
     several = any(stats[number].get("several_captions") for number in numbers)
+    weighted = any(stats[number].get("weighted") for number in numbers)
     variants = (encoding or {}).get("captions", {}).get("variants", 1)
-    optional = [*[PAIR_INDEX_ROWS] * paired, *[CAPTION_ROWS] * several]
+    optional = [*[PAIR_INDEX_ROWS] * paired, *[CAPTION_ROWS] * several, *[WEIGHT_ROWS] * weighted]
     schema = index_schema([field.name for each in optional for field in each], variants)
     write_row_groups(folder / INDEX, _index_batches(folder, numbers, ids, schema.names), schema)
     shards = [
@@ -94,6 +96,7 @@ def _index_batches(folder: Path, numbers: list[int], ids: dict[str, int], names:
         sources = table["sources"].to_pylist() if "sources" in there else [""] * len(table)
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), sources, strict=True)
         columns: dict[str, Any] = {name: np.zeros(len(table), np.int64) for name in names}
+        columns |= {"weight": np.ones(len(table))} if "weight" in names else {}
         columns |= {name: table[name].combine_chunks() for name in wanted}
         columns["shard"] = np.full(len(table), position, np.int32)
         columns["bucket"] = [ids[bucket_name(width, height, sizes_of(others))] for width, height, others in sizes]

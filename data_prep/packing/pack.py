@@ -16,6 +16,7 @@ from data_prep.shard_format.shards import (
     CAPTION_ROWS,
     PAIR_ROWS,
     SHARD_ROWS,
+    WEIGHT_ROWS,
     TarShardWriter,
     bucket_name,
     rows_name,
@@ -98,7 +99,9 @@ def pack_shard(
     (folder / stats_name(shard)).unlink(missing_ok=True)
     payload = job.options.format
     paired, several = (any(getattr(row.item, name) for row in rows) for name in ("sources", "more_captions"))
-    schema = with_more(SHARD_ROWS, *[PAIR_ROWS] * paired, *[CAPTION_ROWS] * several)
+    weighted = any(row.item.weight != 1 for row in rows if row.status == "ok")
+    optional = [*[PAIR_ROWS] * paired, *[CAPTION_ROWS] * several, *[WEIGHT_ROWS] * weighted]
+    schema = with_more(SHARD_ROWS, *optional)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     counts: Counter[str] = Counter(samples=0, filtered=0, failed=0, copied=0, animated=0, empty_captions=0, warned=0)
     reasons: Counter[str] = Counter()
@@ -134,6 +137,8 @@ def pack_shard(
                     counts["warned"] += bool(record["detail"])
                     if row.item.more_captions:
                         counts["several_captions"] += 1
+                    if row.item.weight != 1:
+                        counts["weighted"] += 1
                     if sources:
                         counts["pairs"] += 1
                         counts["reshaped"] += _is_reshaped(stored)
@@ -176,7 +181,7 @@ def _blank(key: str, row: Row) -> dict[str, Any]:
     record |= {"status": row.status, "reason": row.reason, "detail": row.detail, "copied": False, "frames": 0}
     record |= {"caption_length": len(row.item.caption or ""), "prompt_tokens": 0}
     captions = [row.item.caption or "", *row.item.more_captions]
-    record |= {"captions": len(captions), "longest_caption": max(map(len, captions))}
+    record |= {"captions": len(captions), "longest_caption": max(map(len, captions)), "weight": row.item.weight}
     return record | dict.fromkeys(PAIR_ROWS.names, 0) | {"sources": "", "source_sha256": ""}
 
 
@@ -216,6 +221,8 @@ def _sample_fields(key: str, row: Row, stored: Any, sha256: str) -> dict[str, An
     }
     if row.item.more_captions:
         fields["captions"] = [row.item.caption, *row.item.more_captions]
+    if row.item.weight != 1:
+        fields["weight"] = row.item.weight
     if stored.sources:
         fields["sources"] = [
             {

@@ -42,6 +42,16 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     )
     add("--caption_lines", action="store_true", help="each line of a caption file is a caption of its own")
     add(
+        "--weight_column",
+        help="repeats an epoch of training, fractions too (default: weight, num_repeats or repeats); none",
+    )
+    add(
+        "--kohya_folders",
+        choices=("on", "off"),
+        default="on",
+        help="on: images of a folder 10_name come ten times an epoch (default); off: folders' names mean nothing",
+    )
+    add(
         "--source_columns",
         help="columns of source images of edits, with commas; none: pack no pairs (default: source_image, source_image_2 …, "
         "edit_image or control_path, where there are any, and folders target/ and source/, source_2/ … with equal names)",
@@ -58,6 +68,12 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--width", type=int)
     add("--max_pixels", type=int, help="area of the buckets (default: 1048576)")
     add("--resolutions", help="several areas by the side of their square, as in 512,768,1024; the largest that fits")
+    add(
+        "--each_image",
+        choices=("largest", "all"),
+        default="largest",
+        help="of several --resolutions: largest stores an image once (default); all once for each that it fills",
+    )
     add("--bucket_step", type=int, default=16, choices=(16, 32, 64), help="sides are multiples of it")
     add(
         "--source_pixels",
@@ -110,12 +126,23 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
     areas: tuple[int, ...] = (args.max_pixels if args.max_pixels is not None else 1024 * 1024,)
     if args.resolutions is not None:
         areas = tuple(sorted({side * side for side in _integers("resolutions", args.resolutions)}, reverse=True))
+    if args.each_image == "all" and args.resolutions is None:
+        raise ValueError(
+            "--each_image all stores an image at several sizes: give them, as in --resolutions 512,768,1024"
+        )
     fixed = (args.width, args.height) if args.height is not None else None
     background = _integers("background", args.background)
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise ValueError(f"--background {args.background}: must be three numbers from 0 to 255, as in 255,255,255")
     return ImageOptions(
-        buckets=BucketOptions(areas, args.bucket_step, fixed, args.max_upscale, args.max_aspect_ratio),
+        buckets=BucketOptions(
+            areas,
+            args.bucket_step,
+            fixed,
+            args.max_upscale,
+            args.max_aspect_ratio,
+            every_area=args.each_image == "all",
+        ),
         format=args.image_format,
         quality=args.quality,
         background=(background[0], background[1], background[2]),
@@ -157,6 +184,8 @@ def sources(args: argparse.Namespace) -> Sources:
         args.dataset_metadata_path,
         image_column=args.image_column,
         caption_column=args.caption_column,
+        weight_column=args.weight_column,
+        kohya_folders=args.kohya_folders == "on",
         exclude=args.output_path,
         allow_links=args.allow_links,
         on_duplicate_stem=args.on_duplicate_stem,
@@ -181,6 +210,8 @@ def manifest_options(images: ImageOptions, planning: PlanOptions) -> dict[str, A
     options = dataclasses.asdict(images) | dataclasses.asdict(planning)
     buckets = options.pop("buckets")
     buckets.pop("stretch")  # of pairs, by their nature
+    if buckets.pop("every_area"):
+        options["each_image"] = "all"
     if options["source_pixels"] == SOURCE_AREA:
         options.pop("source_pixels")
     ratios = {name: float(buckets.pop(name)) for name in ("max_upscale", "max_aspect_ratio")}

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.images.skip_reasons import DUPLICATE, FAILED, FILTERED, NO_CAPTION, NO_READER, BadImage
+from data_prep.images.skip_reasons import DUPLICATE, FAILED, FILTERED, NO_CAPTION, NO_READER, NO_WEIGHT, BadImage
 from data_prep.packing.duplicates import Duplicates
 from data_prep.packing.workers import Job, Probe, Workers, probe
 from data_prep.shard_format.row_groups import write_row_groups
@@ -43,8 +43,9 @@ PLAN_ROWS = pa.schema(
     + [(name, pa.string()) for name in ("caption", "kind", "status", "reason", "detail")]
     + [("sources", pa.string())]  # of a pair: JSON of its source images; else empty
     + [("more_captions", pa.string())]  # JSON of the captions behind the first; empty where there are none
+    + [("weight", pa.float64()), ("area", pa.int64())]
 )
-ITEM_COLUMNS = ("path", "file", "offset", "size", "caption", "kind")
+ITEM_COLUMNS = ("path", "file", "offset", "size", "caption", "kind", "weight", "area")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Plan:
     expected_bytes: int
     versions: dict[str, str]
     rows_sha256: str  # of plan.parquet
+    images: int = 0  # that have several rows, one for each size that they are stored at
 
     @property
     def inputs(self) -> int:
@@ -135,6 +137,8 @@ def digest_of(item: Input) -> bytes:
         fields.append([[partner.path, partner.size] for partner in item.sources])
     if item.more_captions:
         fields.append({"more_captions": item.more_captions})
+    if item.weight != 1:
+        fields.append({"weight": item.weight})
     return hashlib.sha256(json.dumps(fields).encode()).digest()
 
 
@@ -153,6 +157,7 @@ class _Tally:
         self.shard_rows: list[int] = []
         self.shard_samples: list[int] = []
         self.bytes = 0.0
+        self.images = 0
 
 
 def make_plan(
@@ -190,6 +195,7 @@ def make_plan(
         int(tally.bytes),
         versions,
         file_sha256(rows_file(folder)),
+        tally.images,
     )
     write_file(plan_file(folder), json_bytes(dataclasses.asdict(plan)))
     return plan
@@ -212,7 +218,9 @@ def _decide(
                 row = Row(row.item, FILTERED, DUPLICATE, f"of {first}")
             else:
                 tally.memory = max(tally.memory, found.memory)
-                yield row, found
+                tally.images += bool(found.others)
+                for size in (found, *found.others):
+                    yield dataclasses.replace(row, item=dataclasses.replace(row.item, area=size.area)), size
                 continue
         why = f"{row.status}: {row.reason}"
         tally.reasons[why] += 1
@@ -226,6 +234,8 @@ def _captioned(inputs: Iterable[Input], on_missing: str) -> Iterator[Row]:
     for item in inputs:
         if item.problem:
             yield Row(item, FILTERED if item.problem[0] == NO_READER else FAILED, *item.problem)
+        elif item.weight == 0:
+            yield Row(item, FILTERED, NO_WEIGHT, "")
         elif item.caption or on_missing == "empty":
             yield Row(dataclasses.replace(item, caption=item.caption or ""), "ok", "", "")
         elif on_missing == "skip":
@@ -363,6 +373,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # IO has no readinto, the file has
 
 
+def _item(values: dict[str, Any]) -> dict[str, Any]:
+    """An input's fields of a row of the plan; plans of earlier versions have no weights and areas."""
+    return {"weight": 1.0, "area": 0} | {name: values[name] for name in ITEM_COLUMNS if name in values}
+
+
 class PlanRows:
     """Rows of a plan, one shard at a time."""
 
@@ -373,7 +388,7 @@ class PlanRows:
         return [
             Row(
                 Input(
-                    **{name: values[name] for name in ITEM_COLUMNS},
+                    **_item(values),
                     more_captions=read_captions(values.get("more_captions")),
                     sources=read_partners(values.get("sources")),
                 ),

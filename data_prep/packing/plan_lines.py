@@ -12,6 +12,8 @@ IGNORED_SHOWN = 8
 def lines(plan: Plan) -> list[str]:
     """Reasons by number, the first failures, remarks on the sources, files that are no input, and what large images take."""
     said = []
+    if plan.images:
+        said.append(f"  {plan.images:>8}  images are packed at several sizes, each a sample (--each_image all)")
     for reason, count in sorted(plan.reasons.items(), key=lambda item: -item[1]):
         said.append(f"  {count:>8}  {reason}; first {shown(plan.first[reason], 400)}")
     failures = [example for example in plan.examples if not _is_first(plan, example)]

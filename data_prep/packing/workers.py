@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import IO, Any, Self
 
 from data_prep.images import convert, header, resizing
-from data_prep.images.buckets import Placement
+from data_prep.images.buckets import Placement, places
 from data_prep.images.convert import Stored
 from data_prep.images.header import ImageOptions
 from data_prep.images.skip_reasons import (
@@ -56,6 +56,8 @@ class Probe:
     memory: int  # bytes that decoding it takes at its peak, about
     digest: str = ""  # for finding duplicates
     sources: tuple[Placement, ...] = ()  # of a pair
+    others: tuple[Probe, ...] = ()  # further sizes that the same image is stored at
+    area: int = 0  # of the target that this size is for (buckets.places)
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,14 @@ def probe(job: Job, item: Input) -> Probe | BadImage:
         digest = hashlib.sha256("".join([found.digest, *(each.digest for each in sources)]).encode()).hexdigest()
         if job.duplicates == "perceptual":  # compared bit by bit; an edit's target tells it well enough
             digest = found.digest
-        return replace(
-            found,
-            memory=memory,
-            copied=found.copied and all(each.copied for each in sources),
-            digest=digest if found.digest else "",
-            sources=tuple(each.placement for each in sources),
-        )
+        copied = all(each.copied for each in sources)
+        placements = tuple(each.placement for each in sources)
+
+        def of_pair(size: Probe) -> Probe:
+            told = digest if size.digest else ""
+            return replace(size, memory=memory, copied=size.copied and copied, digest=told, sources=placements)
+
+        return replace(of_pair(found), others=tuple(map(of_pair, found.others)))
     except BaseException as error:
         return _failure(error)
 
@@ -118,21 +121,25 @@ def _content_of_partner(job: Job, partner: Partner) -> bytes:
 
 def _probe(job: Job, options: ImageOptions, file: Any, data: bytes, perceptual: bool = True) -> Probe:
     found = header.read_header(file, options)
-    placement = header.judge(found.width, found.height, found.frames, options)
+    header.judge(found.width, found.height, found.frames, options)
     digest = ""
     if job.duplicates == "exact":
         digest = hashlib.sha256(data).hexdigest()
     elif job.duplicates == "perceptual" and perceptual:
         with _turn(found.memory):
             digest = convert.perceptual_hash(data, options)
-    return Probe(placement, header.looks_copied(found, placement, options), found.memory, digest)
+    sizes = [
+        Probe(each, header.looks_copied(found, each, options), found.memory, digest, area=area)
+        for area, each in places(found.width, found.height, options.buckets)
+    ]
+    return replace(sizes[0], others=tuple(sizes[1:]))
 
 
 def store(job: Job, item: Input) -> tuple[Stored, str] | BadImage:
     """Read and convert one input; also the sha256 of its source bytes. Whatever goes wrong is a BadImage."""
     try:
         data = _content(job, item)
-        options = job.options.of_target() if item.sources else job.options
+        options = (job.options.of_target() if item.sources else job.options).at(item.area)
         stored = convert.store(data, options, _turn)
         sources = tuple(_store_partner(job, partner) for partner in item.sources)
         return replace(stored, sources=sources) if sources else stored, hashlib.sha256(data).hexdigest()

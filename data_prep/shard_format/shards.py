@@ -12,7 +12,8 @@ A data set is a folder:
 
 In a set with pairs the bucket of a sample tells the sizes of its source images too, and rows and index have PAIR_ROWS and
 PAIR_INDEX_ROWS besides. Where a sample has several captions, KEY.txt holds the first and `captions` in KEY.json all of them;
-rows and index have CAPTION_ROWS.
+rows and index have CAPTION_ROWS. Where any sample's weight isn't 1, they have WEIGHT_ROWS, and such samples a `weight` in their
+json.
 
 In an encoded set with caption variants KEY.safetensors holds the first one's embedding, and members KEY.variant_2.safetensors …
 behind KEY.txt those of the others. `variants` in KEY.json tells of each its caption, its tokens, which draws it is the outcome
@@ -78,7 +79,9 @@ PAIR_INDEX_ROWS = pa.schema(
 CAPTION_ROWS = pa.schema([("captions", pa.int32()), ("longest_caption", pa.int32())])
 VARIANT_TOKENS = "variant_tokens"  # in encoded sets with caption variants: variant_rows
 PAIR_ROWS = pa.schema([("sources", pa.string()), ("source_sha256", pa.string()), *PAIR_INDEX_ROWS])
-OPTIONAL_INDEX_ROWS = (PAIR_INDEX_ROWS, CAPTION_ROWS)
+# Repeats of a sample in an epoch of training, above 0; 1 in sets without the column.
+WEIGHT_ROWS = pa.schema([("weight", pa.float64())])
+OPTIONAL_INDEX_ROWS = (PAIR_INDEX_ROWS, CAPTION_ROWS, WEIGHT_ROWS)
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -246,6 +249,7 @@ class ShardIndex:
     variant_tokens: (
         np.ndarray
     )  # int32 [N, variants]: the tokens of each draw, 0 behind the last; no column without variants
+    weight: np.ndarray  # float64: repeats an epoch; 1 in sets without weights
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -313,6 +317,7 @@ def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
     blank = np.zeros(len(table), "U1")
     columns["key"] = columns["key"].astype("U12") if strings else blank
     columns.setdefault("path", blank)
+    columns.setdefault("weight", np.ones(len(table)))
     for field in with_more(*OPTIONAL_INDEX_ROWS):
         columns.setdefault(field.name, np.zeros(len(table), field.type.to_pandas_dtype()))
     return ShardIndex(**columns)
@@ -339,6 +344,9 @@ def check_index(index: ShardIndex, manifest: Manifest, folder: object) -> None:
         offset, size = (getattr(index, f"{name}_{field}") for field in ("offset", "size"))
         inside = (size >= 0) & (offset >= tarfile.BLOCKSIZE) & (size <= ends) & (offset <= ends - size)
         wrong |= ~inside & ((size != 0) | (name == "payload"))
+    if (bad := ~(np.isfinite(index.weight) & (index.weight > 0))).any():
+        row = int(np.flatnonzero(bad)[0])
+        raise ValueError(f"{shown(folder)}: {INDEX} is damaged: row {row} has weight {index.weight[row]:g}; {_REMAKE}")
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         place = ", ".join(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from data_prep.images.skip_reasons import (
     BAD_CAPTION,
     BAD_METADATA,
     BAD_ROW,
+    BAD_WEIGHT,
     BROKEN_PARQUET,
     FILE_MISSING,
     NO_IMAGE_PATH,
@@ -32,7 +32,7 @@ from data_prep.images.skip_reasons import (
     UNREADABLE_FOLDER,
 )
 from data_prep.shard_format.shards import MANIFEST
-from data_prep.sources import caption_map, captions, missing_files, parquet_images, remarks, tar_files
+from data_prep.sources import caption_map, captions, missing_files, parquet_images, remarks, tar_files, weights
 from data_prep.sources import metadata_files as metadata
 from data_prep.sources.caption_map import CaptionMap
 from data_prep.sources.captions import Found
@@ -50,7 +50,6 @@ OWN_FILES = {
     "plan/plan.json": ("fingerprint", "shard_rows"),  # packing/plan.py
     "encoding.json": ("fingerprint", "text_encoder"),  # encoding/encoded_set.py
 }
-_REPEATS = re.compile(r"\d+_.+")
 
 
 @dataclass
@@ -71,6 +70,8 @@ class Sources:
         None  # of source images; None: those that are known by name; empty: no pairs
     )
     caption_lines: bool = False  # each line of a caption file is a caption
+    weight_column: str | None = None  # of repeats an epoch; None: those that are known by name; "none": none
+    kohya_folders: bool = True  # the images of a folder 10_name come ten times an epoch
     files_seen: int = 0
     ignored: Counter[str] = field(default_factory=Counter)  # by extension
     remarks: Remarks = field(default_factory=Remarks)
@@ -127,12 +128,16 @@ class Sources:
         beside: tuple[str, ...] = (),
         pairs: PairFolders | None = None,
         maps: tuple[CaptionMap, ...] = (),
+        weight: float = 1.0,
     ) -> Iterator[Input]:
         """Inputs of one directory, then of those in it. A metadata file speaks for the whole tree below it.
 
         `beside`: the other folders of its parent, where captions may lie that people expect to be found; `pairs`: the
-        folder is target/ or lies in it; `maps`: the captions.json of the folders around it, the nearest first.
+        folder is target/ or lies in it; `maps`: the captions.json of the folders around it, the nearest first; `weight`: of
+        the nearest folder above that has one.
         """
+        repeats = weights.of_folder(os.path.basename(folder)) if self.kohya_folders else None
+        weight = weight if repeats is None else repeats
         names: list[str] = []
         folders: list[str] = []
         try:
@@ -153,15 +158,13 @@ class Sources:
         listing = sorted(name for name in names if name.lower() in metadata.NAMES)
         if listing and not (len(listing) == 1 and self._holds_images(os.path.join(folder, listing[0]))):
             self.files_seen += len(names) - 1
-            yield from self._found_listing(folder, listing)
+            for item in self._found_listing(folder, listing):
+                yield self._weighted(item, folder, weight)
             return
         own = self._caption_map(caption_map.find(names, folder))
         maps = (*own, *maps)
-        if pairs is None:
-            yield from self._files(folder, names, [*folders, *beside], maps)
-        else:
-            for item in self._files(folder, names, [*folders, *beside], maps):
-                yield self._with_partners(item, pairs)
+        for item in self._files(folder, names, [*folders, *beside], maps):
+            yield self._weighted(item if pairs is None else self._with_partners(item, pairs), folder, weight)
         below = PairFolders.among(folder, folders) if pairs is None and self.source_columns != () else None
         for name in sorted(folders, key=os.fsencode):
             path = os.path.join(folder, name)
@@ -179,8 +182,11 @@ class Sources:
             if _is_own_set(path):
                 self.remarks.add(remarks.OWN_FOLDERS, self._relative(path))
                 continue
+            if self.kohya_folders and self._is_regularization(path, folders):
+                continue
             others = tuple(f"../{other}" for other in folders if other != name)
-            yield from self._folder(path, others, below if below is not None and path == below.target else pairs, maps)
+            inner = below if below is not None and path == below.target else pairs
+            yield from self._folder(path, others, inner, maps, weight)
         if below is not None:
             for lonely in below.lonely():
                 self.remarks.add(remarks.LONELY_SOURCES, self._relative(lonely))
@@ -197,6 +203,32 @@ class Sources:
         except (ValueError, OSError) as error:
             self.remarks.add(remarks.BROKEN_MAP, f"{self._relative(path)} ({one_line(error)})")
             return ()
+
+    def _weighted(self, item: Input, folder: str, weight: float) -> Input:
+        """The input of a folder whose images come `weight` times an epoch."""
+        if self.kohya_folders and weights.numbered(os.path.basename(folder)):
+            self.remarks.add(remarks.NUMBERED, item.path)
+        if weight == 1.0:
+            return item
+        self.remarks.add(remarks.REPEATS, item.path)
+        return dataclasses.replace(item, weight=item.weight * weight)
+
+    def _is_regularization(self, path: str, beside: list[str]) -> bool:
+        """Whether the folder at `path` is kohya's regularization set, which is no part of the training set; told."""
+        name = os.path.basename(path)
+        if name.lower() not in weights.REGULARIZATION:
+            return False
+        found: list[str] = []
+        for root, folders, names in os.walk(path):
+            folders.sort()
+            found += [
+                os.path.join(root, each) for each in sorted(names) if _split(each)[1] in (*IMAGE_EXTENSIONS, "tar")
+            ]
+        if not found or not weights.is_regularization(name, os.listdir(path), beside):
+            return False
+        text = remarks.REGULARIZATION.format(self._relative(path))
+        self.remarks.add(text, self._relative(found[0]), len(found))
+        return True
 
     def _with_partners(self, item: Input, pairs: PairFolders) -> Input:
         """The image of target/ as a pair, with the images of equal stem in source/, source_2/ …"""
@@ -249,7 +281,6 @@ class Sources:
         self, folder: str, names: list[str], folders: list[str], maps: tuple[CaptionMap, ...]
     ) -> Iterator[Input]:
         near = missing_files.Names(names, folders)
-        repeats = _REPEATS.fullmatch(os.path.basename(folder)) is not None
         tars = {stem for stem, extension in map(_split, names) if extension == "tar"}
         last_stem = None
         used: set[str] = set()
@@ -263,8 +294,6 @@ class Sources:
                 if stem == last_stem:
                     self._same_stem(path)
                 last_stem = stem
-                if repeats:
-                    self.remarks.add(remarks.REPEATS, self._relative(path))
                 found, problem, hint = None, None, ""
                 sidecar = near.sidecar(stem, CAPTION_EXTENSIONS)
                 if sidecar:
@@ -292,7 +321,7 @@ class Sources:
             yield self._link_out(path)
             return
         changed = _changed(os.stat(path)) if os.path.isfile(path) else 0
-        options = self.caption_column, self.caption_lines, self.remarks
+        options = self.caption_column, self.caption_lines, self.remarks, self.weight_column
         found = tar_files.members(path, self._relative(path), self._file(path), *options)
         for item in found:
             yield dataclasses.replace(item, changed=changed)
@@ -316,7 +345,8 @@ class Sources:
                 self.remarks.add(remarks.OTHER_PARQUET, self._relative(path))
             return
         changed, relative = _changed(os.stat(path)), self._relative(path)
-        for item in parquet_images.rows(path, relative, self._file(path), column, self.caption_column, self.remarks):
+        columns = column, self.caption_column, self.remarks, self.weight_column
+        for item in parquet_images.rows(path, relative, self._file(path), *columns):
             yield dataclasses.replace(item, changed=changed)
 
     def _mapped(self, path: str, maps: tuple[CaptionMap, ...]) -> tuple[Found | None, tuple[str, str] | None]:
@@ -369,7 +399,7 @@ class Sources:
         listed: set[int] = set()  # hashes, of 10 M paths still no more than half a GB
         empty = True
         try:
-            columns = self.image_column, self.caption_column, self.remarks, self.source_columns
+            columns = (self.image_column, self.caption_column, self.remarks, self.source_columns, self.weight_column)
             for cells in metadata.rows(path, *columns):
                 empty = False
                 item, place = self._row(cells, roots)
@@ -408,8 +438,16 @@ class Sources:
             self._remark_bad(row.where, found)
         except ValueError as error:
             problem = (BAD_CAPTION, f"{row.where}: {error}")
+        weight = 1.0
+        try:
+            weight = weights.from_cell(row.weight, row.weight_column)
+        except ValueError as error:
+            problem = (BAD_WEIGHT, f"{row.where}: {error}")
         problem = unread(_split(place)[1]) or problem
         item = self._input(place, found, problem, f"the caption column of {row.where} is empty")
+        if weight != 1:
+            self.remarks.add(remarks.WEIGHTS, item.path)
+            item = dataclasses.replace(item, weight=weight)
         if item.problem and item.problem[0] == FILE_MISSING:
             detail = missing_files.advice(name, places)
             item = dataclasses.replace(item, problem=(FILE_MISSING, f"{item.problem[1]} ({row.where}); {detail}"))

@@ -34,4 +34,6 @@ class Input:
     hint: str = ""  # where a caption was looked for; no part of a data set's identity
     data: bytes | None = None  # of a ROW, while it is on its way to a worker
     more_captions: tuple[str, ...] = ()  # behind the first, where there are several
+    area: int = 0  # of the target it is stored for, where there are several; no part of a data set's identity
+    weight: float = 1.0  # repeats an epoch; 0: left out
     sources: tuple[Partner, ...] = ()  # the image is then the target of an edit, the caption its instruction

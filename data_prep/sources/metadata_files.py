@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.sources import captions
+from data_prep.sources import captions, weights
 from data_prep.sources.regular_files import open_regular
 from data_prep.sources.remarks import SEVERAL_COLUMNS, Remarks
 from files.shown import shown
@@ -41,6 +41,8 @@ class MetadataRow:
     captions: tuple[Any, ...] = ()  # cells, each of which may be a list
     problem: str = ""
     sources: tuple[Any, ...] = ()  # cells of source images; a pair if there are any
+    weight: Any = None
+    weight_column: str = ""  # as the file spells it
 
 
 class BadRow(ValueError):
@@ -56,11 +58,13 @@ def rows(
     caption_column: str | None = None,
     remarks: Remarks | None = None,
     source_columns: tuple[str, ...] | None = (),
+    weight_column: str | None = None,
 ) -> Iterator[MetadataRow]:
     """Yield the rows; the columns are found by name (in any case, spaces around them aside) where they aren't given.
 
     `caption_column`: or several with commas between them. `source_columns`: of source images; None: SOURCE_COLUMNS, where
-    there are any. JSON's objects may each have other names.
+    there are any. `weight_column`: None: one of weights.COLUMNS, where there is one; "none": none. JSON's objects may each
+    have other names.
     Raises ValueError for an unknown file type, a column that no row has, and
     what isn't of the file's type as a whole; OSError for what is no regular file.
     """
@@ -70,7 +74,7 @@ def rows(
     objects = path.suffix.lower() in (".jsonl", ".json")
     names: list[str] = []
     missing: set[str] | None = None  # of the caption columns that were asked for; None: no row has any yet
-    images = several = pairs = False
+    images = several = pairs = weighted = False
     with open_regular(path) as file:
         for where, cells in reader(file, path):
             if isinstance(cells, BadRow):
@@ -79,7 +83,9 @@ def rows(
             names = names or [str(name) for name in cells]
             image = find_column(image_column, IMAGE_COLUMNS, cells)
             texts, absent = caption_columns(caption_column, cells)
-            for name in (image, *texts):
+            weight = weights.column_of(cells, weight_column)
+            weighted = weighted or weight is not None
+            for name in (image, *texts, weight):
                 if name is not None and cells[name] is REPEATED:
                     raise ValueError(f"{shown(path)} has {shown(name)} more than once in its header: rename the others")
             images = images or image is not None
@@ -92,11 +98,16 @@ def rows(
             sources = source_cells(cells, source_columns)
             pairs = pairs or bool(sources)
             captions_found = tuple(cells[name] for name in texts)
-            yield MetadataRow(where, cells.get(image or ""), captions_found, sources=sources)
+            told = {} if weight is None else {"weight": cells[weight], "weight_column": weight}
+            yield MetadataRow(where, cells.get(image or ""), captions_found, sources=sources, **told)
     if names and source_columns and not pairs:
         raise ValueError(
             f"{shown(path)} has no column {' or '.join(map(shown, source_columns))} (--source_columns), only "
             f"{shown(', '.join(names))}"
+        )
+    if names and weight_column not in (None, "none") and not weighted:
+        raise ValueError(
+            f"{shown(path)} has no column {shown(weight_column)} (--weight_column), only {shown(', '.join(names))}"
         )
     for kind, lacking in (
         ("image", () if images else [image_column] if image_column else IMAGE_COLUMNS),

@@ -12,8 +12,8 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from data_prep.images.skip_reasons import BAD_CAPTION, BROKEN_PARQUET
-from data_prep.sources import captions
+from data_prep.images.skip_reasons import BAD_CAPTION, BAD_WEIGHT, BROKEN_PARQUET
+from data_prep.sources import captions, weights
 from data_prep.sources.captions import Found
 from data_prep.sources.found_input import ROW, Input
 from data_prep.sources.metadata_files import (
@@ -25,7 +25,7 @@ from data_prep.sources.metadata_files import (
     find_column,
 )
 from data_prep.sources.regular_files import open_regular
-from data_prep.sources.remarks import BAD_AMONG_SEVERAL, SEVERAL_COLUMNS, Remarks
+from data_prep.sources.remarks import BAD_AMONG_SEVERAL, SEVERAL_COLUMNS, WEIGHTS, Remarks
 
 BYTE_COLUMNS = (*IMAGE_COLUMNS, "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 BATCH_ROWS = 16  # images that are read at once
@@ -73,6 +73,7 @@ def rows(
     column: ImageColumn,
     caption_column: str | None,
     remarks: Remarks | None = None,
+    weight_column: str | None = None,
 ) -> Iterator[Input]:
     """Inputs of one file. What cannot be read of it is one input with the problem, after those that can."""
     import pyarrow.parquet as pq
@@ -90,7 +91,8 @@ def rows(
             if absent:
                 looked = ", ".join(sorted(absent) if caption_column else CAPTION_COLUMNS)
                 hint, texts = f"no column {looked}, only {', '.join(names)}: name it with --caption_column", []
-            wanted = [name for name in (column.path, *texts) if name is not None]
+            weight = weights.column_of(dict.fromkeys(names), weight_column)
+            wanted = [name for name in (column.path, *texts, weight) if name is not None]
             if not wanted:  # no names and no captions: count the rows
                 for number in range(table.metadata.num_rows):
                     yield Input(f"{relative}/{number:06d}", file, number, size, None, kind=ROW, hint=hint)
@@ -100,6 +102,9 @@ def rows(
                     item, bad = _input(row, number, relative, file, size, column, texts)
                     for why in bad:
                         (remarks or Remarks()).add(BAD_AMONG_SEVERAL, f"{item.path}: {why}")
+                    item = _weighted(item, row, weight)
+                    if remarks is not None and item.weight != 1:
+                        remarks.add(WEIGHTS, item.path)
                     yield dataclasses.replace(item, hint=hint) if hint else item
                     number += 1
     except Exception as error:  # arrow's many, on hostile bytes
@@ -120,6 +125,16 @@ def _input(
     except ValueError as error:
         problem = (BAD_CAPTION, f"{path}: {error}")
     return Input(path, file, number, size, found.first, problem, kind=ROW, more_captions=found.more), found.bad
+
+
+def _weighted(item: Input, row: dict[str, Any], column: str | None) -> Input:
+    """With the weight in this column of the row."""
+    if column is None:
+        return item
+    try:
+        return dataclasses.replace(item, weight=weights.from_cell(row.get(column), column))
+    except ValueError as error:
+        return dataclasses.replace(item, problem=item.problem or (BAD_WEIGHT, f"{item.path}: {error}"))
 
 
 # ── their bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -25,7 +25,13 @@ UNUSED_CAPTIONS = "entries of captions.json name no image below it, or one that 
 LOST_CHARACTERS = "captions hold U+FFFD, which stands for characters that an earlier program lost"
 LONELY_CAPTIONS = "caption files have no image beside them"
 HIDDEN = "hidden files and folders (.name) left out"
-REPEATS = "images lie in kohya's repeat folders (10_name): repeats are not applied, each is one sample"
+REPEATS = "images lie in kohya's repeat folders (10_name) and come so many times an epoch (--kohya_folders off: once)"
+REGULARIZATION = (
+    "images lie in kohya's regularization folder {0} and are left out: pack it by itself (make_shards.py --dataset_base_path"
+    " …/{0}) and train with it as --prior_data (--kohya_folders off packs it with the others)"
+)
+NUMBERED = "images lie in numbered folders (01_name, or above 1000) whose numbers are not taken for kohya's repeats"
+WEIGHTS = "images have weights other than 1 in their metadata (--weight_column none: all come once an epoch)"
 PLACEHOLDERS = (
     "captions hold [trigger] or {a|b}, which is trained as it stands unless training or encoding gets --trigger_word or"
     " --caption_alternatives"

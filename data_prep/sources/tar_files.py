@@ -7,6 +7,7 @@ sample need not stand side by side. A name that comes again begins a new sample:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import posixpath
 import tarfile
@@ -16,14 +17,22 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from data_prep.images.formats import IMAGE_EXTENSIONS, unread
-from data_prep.images.skip_reasons import BAD_CAPTION, BROKEN_LINK, BROKEN_TAR, NOT_REGULAR
+from data_prep.images.skip_reasons import BAD_CAPTION, BAD_WEIGHT, BROKEN_LINK, BROKEN_TAR, NOT_REGULAR
 from data_prep.shard_format.tar_members import BrokenTar, readable, sparse_content, tar_members
-from data_prep.sources import captions
+from data_prep.sources import captions, weights
 from data_prep.sources.captions import Found
 from data_prep.sources.found_input import PLAIN, SPARSE, Input
 from data_prep.sources.metadata_files import caption_columns
 from data_prep.sources.regular_files import open_regular
-from data_prep.sources.remarks import BAD_AMONG_SEVERAL, HIDDEN, LONELY_CAPTIONS, NAMED_TWICE, OTHER_MEMBERS, Remarks
+from data_prep.sources.remarks import (
+    BAD_AMONG_SEVERAL,
+    HIDDEN,
+    LONELY_CAPTIONS,
+    NAMED_TWICE,
+    OTHER_MEMBERS,
+    WEIGHTS,
+    Remarks,
+)
 
 TEXT_SUFFIXES = ("txt", "caption", "json")
 HARD = "hard link"  # kind of a member until it is resolved
@@ -51,16 +60,27 @@ class Group:
 
 
 def members(
-    path: str, relative: str, file: bytes, caption_column: str | None, caption_lines: bool, remarks: Remarks
+    path: str,
+    relative: str,
+    file: bytes,
+    caption_column: str | None,
+    caption_lines: bool,
+    remarks: Remarks,
+    weight_column: str | None = None,
 ) -> Iterator[Input]:
-    """Inputs of one uncompressed tar, in the order of its images. `caption_lines`: each line of a text is a caption.
+    """Inputs of one uncompressed tar, in the order of its images. `caption_lines`: each line of a text is a caption;
+    `weight_column` as in metadata_files.rows.
 
     What can't be read of the archive is one more input, with the problem, behind those that can.
     """
     try:
         with open_regular(path) as source:
             found, broken = _listed(source, relative, remarks)
-            yield from _inputs(source, found, relative, file, (caption_column, caption_lines), remarks)
+            asked = caption_column, caption_lines, weight_column
+            for item in _inputs(source, found, relative, file, asked, remarks):
+                if item.weight != 1:
+                    remarks.add(WEIGHTS, item.path)
+                yield item
     except OSError as error:
         broken = error.strerror or str(error)
     if broken:
@@ -135,7 +155,12 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _inputs(
-    source: IO[bytes], found: list[Member], relative: str, file: bytes, asked: tuple[str | None, bool], remarks: Remarks
+    source: IO[bytes],
+    found: list[Member],
+    relative: str,
+    file: bytes,
+    asked: tuple[str | None, bool, str | None],
+    remarks: Remarks,
 ) -> Iterator[Input]:
     groups: dict[str, list[Group]] = defaultdict(lambda: [Group()])
     images: list[tuple[Member, str, Group]] = []
@@ -163,10 +188,10 @@ def _inputs(
             if first in groups:
                 groups[first][-1].used = True
                 texts = groups[first][-1].texts
-        item, bad = _input(source, member, suffix, texts, relative, file, asked)
+        item, bad = _input(source, member, suffix, texts, relative, file, asked[:2])
         for why in bad:
             remarks.add(BAD_AMONG_SEVERAL, f"{item.path}: {why}")
-        yield item
+        yield _weighted(item, source, texts, asked[2]) if "json" in texts else item
     for name, several in groups.items():
         for group in several:
             if not group.used and group.texts and not group.images:
@@ -196,6 +221,21 @@ def _input(
     place = member.offset, member.size, found.first
     item = Input(path, file, *place, problem, kind=member.kind, hint=looked, more_captions=found.more)
     return item, found.bad
+
+
+def _weighted(item: Input, source: IO[bytes], texts: dict[str, Member], wanted: str | None) -> Input:
+    """With the weight in the image's json member, if it has one."""
+    try:
+        fields = json.loads(_content(source, texts["json"]))
+    except (ValueError, RecursionError, OSError):
+        return item  # only told where the caption would stand in it
+    column = weights.column_of(fields, wanted) if isinstance(fields, dict) else None
+    if column is None:
+        return item
+    try:
+        return dataclasses.replace(item, weight=weights.from_cell(fields[column], column))
+    except ValueError as error:
+        return dataclasses.replace(item, problem=item.problem or (BAD_WEIGHT, f"{item.path}: {error}"))
 
 
 def _captions(source: IO[bytes], texts: dict[str, Member], caption_column: str | None, caption_lines: bool) -> Found:

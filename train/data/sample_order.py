@@ -20,6 +20,8 @@ from typing import Literal
 
 import numpy as np
 
+from train.data.sample_repeats import GRID, Repeats
+
 Tail = Literal["auto", "wrap", "drop"]
 
 # tail="auto": a bucket with at least this many micro-batches drops its tail (less than 1 % of the bucket, another 1 %
@@ -44,13 +46,16 @@ class Order:
             of the same bucket, so that every sample comes at least once an epoch; `drop` leaves them out of this epoch;
             `auto` decides per bucket (AUTO_DROP_MICRO_BATCHES).
         repeat: each sample comes so many times an epoch, each time with noise of its own.
+        weight: float [N]; each sample comes so many times `repeat` an epoch, fractions on average
+            (train/data/sample_repeats.py). None: once. The micro-batches of a bucket stay the same number in every epoch.
         members: the samples that take part (default: all); validation samples are left out here.
 
     Attributes:
         length: M, micro-batches an epoch (the same for every epoch).
-        wrapped: samples an epoch that are read once more to fill micro-batches up.
+        wrapped: samples an epoch that are read once more to fill micro-batches up; with fractional weights on average.
         dropped: samples an epoch that are left out (others each time, except those of `lost_buckets`).
         lost_buckets: ids of buckets that never fill a single micro-batch under `drop`; warned of as well.
+        repeats: samples an epoch, by their weights and `repeat`.
 
     Raises:
         ValueError: an argument out of range, or no micro-batch at all.
@@ -66,6 +71,7 @@ class Order:
         tail: Tail = "auto",
         repeat: int = 1,
         members: np.ndarray | None = None,
+        weight: np.ndarray | None = None,
     ) -> None:
         assert bucket.shape == shard.shape and bucket.ndim == 1, "bucket and shard: one entry a sample"
         for name, value, least in (("batch_size", batch_size, 1), ("window", window, 1), ("repeat", repeat, 1)):
@@ -82,14 +88,21 @@ class Order:
         self._shard = shard[self._members].astype(np.int64)
         self._shards = int(self._shard.max()) + 1 if len(self._shard) else 0
         self._counts = np.bincount(self._bucket, minlength=len(self.bucket_ids)) * repeat
+        total = self._counts.astype(np.float64)
+        self._repeats: Repeats | None = None
+        if weight is not None and len(self._members) and (weight[self._members] != 1).any():
+            self._repeats = Repeats(weight[self._members], self._bucket, len(self.bucket_ids), repeat, seed)
+            self._counts, total = self._repeats.counts(tail), self._repeats.total / GRID
+        self._most = repeat if self._repeats is None else self._repeats.most
         wraps = self._counts % batch_size != 0
         if tail != "wrap":
             wraps &= (self._counts < AUTO_DROP_MICRO_BATCHES * batch_size) & (tail == "auto")
         self._micro_batches = self._counts // batch_size + wraps
         self.length = int(self._micro_batches.sum())
-        surplus = self._micro_batches * batch_size - self._counts
-        self.wrapped = int(surplus[surplus > 0].sum())
-        self.dropped = int(-surplus[surplus < 0].sum())
+        surplus = self._micro_batches * batch_size - total
+        self.wrapped = round(surplus[surplus > 0].sum())
+        self.dropped = round(-surplus[surplus < 0].sum())
+        self.repeats = float(total.sum())
         lost = self._micro_batches == 0
         self.lost_buckets: list[int] = [int(b) for b in self.bucket_ids[lost]]
         if self.length == 0:
@@ -125,6 +138,18 @@ class Order:
         epoch, place = divmod(i, self.length)
         return epoch, self.plan(epoch)[place]
 
+    def micro_batches(self, start: int, count: int) -> np.ndarray:
+        """Virtual indices [n, B] of `count` micro-batches from place `start` on, or of those to the end of the next epoch."""
+        epoch, place = divmod(start, self.length)
+        virtual = self.plan(epoch)[place : place + count]
+        if len(virtual) < count:
+            virtual = np.concatenate([virtual, self.plan(epoch + 1)[: count - len(virtual)]])
+        return virtual
+
+    def micro_batches_of(self, epochs: float) -> int:
+        """How many so many epochs have."""
+        return math.ceil(epochs * self.length)
+
     def locate(self, virtual: int) -> tuple[int, int]:
         """Sample and repeat number of a virtual index = sample + N · repeat number.
 
@@ -145,6 +170,7 @@ class Order:
             "samples": self.samples,
             "members": len(self._members),
             "micro_batches": self.length,
+            **({} if self._repeats is None else {"weights": self._repeats.digest}),
         }
 
     def summary(self) -> str:
@@ -152,6 +178,8 @@ class Order:
         tail = [f"{self.wrapped} read again to fill up"] if self.wrapped else []
         tail += [f"{self.dropped} left out"] if self.dropped else []
         times = f" × {self.repeat}" if self.repeat > 1 else ""
+        if self._repeats is not None:
+            times += f", by their weights {self.repeats:,.6g} an epoch,"
         return (
             f"{len(self._members)} samples{times} in {len(self.bucket_ids)} buckets: "
             f"{self.length} micro-batches of {self.batch_size} an epoch" + (f" ({', '.join(tail)})" if tail else "")
@@ -162,8 +190,14 @@ class Order:
         shard_place = np.argsort(np.argsort(words(self._shards), kind="stable"), kind="stable")
         window = (shard_place // self.window)[self._shard]
         member = np.arange(len(self._shard))
-        virtual = self._members
-        if self.repeat > 1:
+        virtual, counts = self._members, self._counts
+        if self._repeats is not None:
+            times = self._repeats.of(epoch)
+            member = np.repeat(member, times)
+            number = np.arange(len(member)) - np.repeat(np.cumsum(times) - times, times)
+            virtual = self._members[member] + number * self.samples
+            counts = np.bincount(self._bucket[member], minlength=len(counts))
+        elif self.repeat > 1:
             member = np.tile(member, self.repeat)
             virtual = (np.arange(self.repeat)[:, None] * self.samples + self._members[None]).ravel()
         # Sorted by (bucket, window, random): shuffle, then sort stably by the small key (2 × faster than np.lexsort).
@@ -177,9 +211,9 @@ class Order:
         plan = np.empty((self.length, self.batch_size), dtype=np.int64)
         last_window = np.empty(self.length, dtype=np.int64)
         first = row = 0
-        for count, rows in zip(self._counts.tolist(), self._micro_batches.tolist(), strict=True):
+        for count, rows in zip(counts.tolist(), self._micro_batches.tolist(), strict=True):
             lap, place = np.divmod(np.arange(rows * self.batch_size), count)
-            cells = virtual[first + place] + lap * (self.samples * self.repeat)
+            cells = virtual[first + place] + lap * (self.samples * self._most)
             plan[row : row + rows] = cells.reshape(rows, self.batch_size)
             last = np.minimum(np.arange(1, rows + 1) * self.batch_size, count) - 1
             last_window[row : row + rows] = window[first + last]

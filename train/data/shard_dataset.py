@@ -12,10 +12,11 @@ train/loader/indexed_loader.py who reads it.
 import hashlib
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,14 @@ from train.data.sample_order import WINDOW, Order, Tail
 
 # A sample's members stand next to each other in our shards: one read fetches them when no more than this lies between.
 _GAP = 1 << 16
+
+
+class Part(NamedTuple):
+    """What is trained of one set: its name as it was given, its samples, and whether it is a prior set."""
+
+    name: str
+    samples: np.ndarray  # int64 indices
+    prior: bool = False
 
 
 class ShardDataset:
@@ -111,8 +120,14 @@ class ShardDataset:
                 f"{folder} holds {len(self)} samples, validation_samples={validation_samples} of them held out: "
                 "nothing is left to train on"
             )
-        self.validation = held_out(self.folder, validation_samples)
+        self._together = self.manifest.options.get("each_image") == "all"  # all sizes of an image fall on one side
+        self.validation = held_out(self.folder, validation_samples, self._together)
         self.training = np.delete(np.arange(len(self), dtype=np.int64), self.validation)
+        if not len(self.training):
+            raise ValueError(
+                f"{folder} holds {len(self)} samples; validation_samples={validation_samples}, with all sizes of their images, "
+                "leaves nothing to train on"
+            )
         self.empty_prompt: torch.Tensor | None = None
         if self.encoded and not self.paired:
             self.empty_prompt = read_empty_prompt(self.folder / EMPTY_PROMPT)
@@ -142,6 +157,15 @@ class ShardDataset:
                 "(--resume_ignore_data goes on with what is there, from its beginning)"
             )
 
+    @property
+    def parts(self) -> list[Part]:
+        """What is trained, by set."""
+        return [Part(self.name, self.training)]
+
+    def remote_shards(self) -> list[tuple[RemoteReader, np.ndarray]]:
+        """The reader of a remote set, and the shard of each sample; none of one that lies here."""
+        return [(self.reader, self.index.shard)] if isinstance(self.reader, RemoteReader) else []
+
     def size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels, without reading the sample."""
         return self._sizes[int(self.index.bucket[index])]
@@ -149,12 +173,13 @@ class ShardDataset:
     def order(
         self, batch_size: int, seed: int = 0, window: int = WINDOW, tail: Tail = "auto", repeat: int = 1
     ) -> Order:
-        """The order of training over everything that isn't held out."""
-        return Order(self.index.bucket, self.index.shard, batch_size, seed, window, tail, repeat, self.training)
+        """The order of training over everything that isn't held out, each sample as often as its weight says."""
+        i = self.index
+        return Order(i.bucket, i.shard, batch_size, seed, window, tail, repeat, self.training, i.weight)
 
     def training_subset(self, count: int) -> np.ndarray:
         """Sorted indices of `count` training samples (all, where there are fewer), chosen as those held out are: the next."""
-        chosen = held_out(self.folder, len(self.validation) + count)
+        chosen = held_out(self.folder, len(self.validation) + count, self._together)
         return np.setdiff1d(chosen, self.validation)
 
     def read(self, index: int, chance: Callable[[], Random] | None = None) -> Sample:
@@ -321,11 +346,25 @@ def lost(folder: Path, name: str, other: str) -> FileNotFoundError:
     return FileNotFoundError(f"{folder} has no {name}, but {other}: copy it back, or run the script that wrote it")
 
 
-def held_out(folder: Path, count: int) -> np.ndarray:
-    """Sorted indices of the `count` samples whose source path (key, where there is none) has the smallest sha256."""
-    if count == 0:
-        return np.array([], dtype=np.int64)
+def held_out(folder: Path, count: int, together: bool = False) -> np.ndarray:
+    """Sorted indices of the `count` samples whose source path (key, where there is none) has the smallest sha256.
+
+    `together`: and of all others of the same path.
+    """
+    return first_by_name(names_in(folder), count, together) if count else np.array([], dtype=np.int64)
+
+
+def names_in(folder: Path) -> list[str]:
+    """What each sample is held out by: its source path, or its key where there is none."""
     index = read_index(folder)
-    names = np.where(index.path.astype(bool), index.path, index.key)
-    digests = [hashlib.sha256(str(name).encode()).digest() for name in names]
-    return np.sort(np.array(sorted(range(len(digests)), key=digests.__getitem__)[:count], dtype=np.int64))
+    return [str(name) for name in np.where(index.path.astype(bool), index.path, index.key)]
+
+
+def first_by_name(names: Sequence[str], count: int, together: bool = False) -> np.ndarray:
+    """Sorted indices of the `count` names with the smallest sha256; `together`: and of all that are equal to one of them."""
+    digests = [hashlib.sha256(name.encode()).digest() for name in names]
+    chosen = sorted(range(len(digests)), key=digests.__getitem__)[:count]
+    if together:
+        held = {names[index] for index in chosen}
+        chosen = [index for index, name in enumerate(names) if name in held]
+    return np.sort(np.array(chosen, dtype=np.int64))
