@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -361,17 +362,19 @@ class Loop:
         split = self.metrics.split
         split.begin()
         for _ in range(self.config.gradient_accumulation_steps):
-            with self.watchdog.waiting(f"data from {shown(self.config.data)}"):
+            with self.watchdog.waiting(f"data from {shown(', '.join(self.config.data))}"):
                 batch = self.preemption.receive(batches)
             latents, prompt = self.encoder(batch)
             split.reached("data")
             example = self.prior(self.engine.module, batch.place, latents, batch.noise, batch.sigma, prompt)
             if self.config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
                 torch.manual_seed(self.config.seed * 1_000_003 + batch.place)
-            mask = None if example.is_prior else batch.mask
-            losses = self.engine(example.latents, example.noise, batch.sigma, example.prompt, mask)
+            if example.is_prior:  # nothing of the batch's samples is left but their size
+                batch = replace(batch, mask=None, loss_weight=None, prior=torch.ones_like(batch.drop))
+            losses = self.engine(example.latents, example.noise, batch.sigma, example.prompt, batch.mask)
             split.reached("forward")
-            self.engine.backward(losses.mean())
+            objective = losses if batch.loss_weight is None else losses * batch.loss_weight
+            self.engine.backward(objective.mean())
             split.reached("backward")
             self.statistics.saw(batch, losses, latents, example.prompt)
             self.watch.saw(batch, losses)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import safetensors.torch
 import simplejpeg
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 
 from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
+    INDEX,
     Bucket,
     Manifest,
     Shard,
@@ -110,3 +113,15 @@ def break_sample(folder: Path, number: int) -> None:
     with open(folder / f"{index.shard[number]:06d}.tar", "r+b") as file:
         file.seek(int(index.payload_offset[number]))
         file.write(b"\xff" * 16)
+
+
+def give_weights(folder: Path, weights: list[float]) -> Path:
+    """Write a column of weights into the index of a set."""
+    table = pq.read_table(folder / INDEX)
+    column = pa.array(weights, pa.float64())
+    place = table.schema.get_field_index("weight")
+    pq.write_table(
+        table.set_column(place, "weight", column) if place >= 0 else table.append_column("weight", column),
+        folder / INDEX,
+    )
+    return folder

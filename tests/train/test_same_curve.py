@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from data_prep import make_shards
 from demo.random_model import write_random_encoded, write_random_model
+from tests.helpers.data_sets import give_weights
 from tests.helpers.forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
 from train import train_lora
 
@@ -116,6 +117,62 @@ def test_resuming_with_other_numbers_of_ranks_follows_the_curve(paths, whole, tm
         zero = "zero3" if turn == 2 else "zero2"
         assert run_ranks(world, train, [command(paths, tmp_path / "moved", zero, 6 // world, 2 * turn)]) == [0]
     assert_same([whole, tmp_path / "moved"])
+
+
+@pytest.fixture(scope="module")
+def mixed(small_model, tmp_path_factory) -> list[str]:
+    """Flags for two sets, one with weights of its samples and one with its own, and a prior set."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name, samples, tokens in (("cats", 20, 6), ("dogs", 9, 7), ("prior", 7, 5)):
+        write_random_encoded(folder / name, samples, 32, 48, prompt_tokens=tokens, text_dim=64, buckets=2)
+    give_weights(folder / "cats", [3.0, 0.25, 1.0, 1.0, 1.5] * 4)
+    prior = ["--prior_data", str(folder / "prior"), "--prior_share", "0.4", "--prior_weight", "0.3"]
+    return ["--model", str(small_model), "--data", str(folder / "cats"), "--data", f"{folder}/dogs:0.5", *prior]
+
+
+def test_weights_several_sets_and_a_prior_give_one_curve(mixed, tmp_path):
+    """Over numbers of ranks, and resumed 2 → 1 → 3; with losses of subject and prior of their own."""
+    whole = run_splits(mixed, tmp_path, ("zero2",), [(1, 6), (2, 3)])
+    for turn, world in enumerate((2, 1, 3), start=1):
+        assert run_ranks(world, train, [command(mixed, tmp_path / "moved", "zero2", 6 // world, 2 * turn)]) == [0]
+    assert_same([*whole, tmp_path / "moved"])
+    for name in ("loss/subject", "loss/prior"):
+        assert curve(tmp_path / "moved", name) == pytest.approx(curve(whole[0], name), rel=2e-6)
+    parts = zip(*(curve(whole[0], name) for name in ("loss", "loss/subject", "loss/prior")), strict=True)
+    shares = [(both - subject) / (prior - subject) for both, subject, prior in parts]
+    assert shares == pytest.approx([2 / 6, 2 / 6, 3 / 6, 2 / 6, 3 / 6, 2 / 6], rel=1e-3), (
+        "0.4 of six micro-batches a step"
+    )
+
+
+def test_another_share_set_or_weight_is_another_run(mixed, tmp_path, capfd):
+    """Refused where the stream would be another one; told where only the gradient is."""
+    assert run_ranks(1, train, [command(mixed, tmp_path / "run", "zero2", 1, 2)]) == [0]
+    *_, model, _, cats, _, dogs, _, prior, _, share, _, weight = mixed
+    for flags, word in (
+        (["--data", cats, dogs.replace("0.5", "2"), "--prior_data", prior, "--prior_share", share], "data is "),
+        (["--data", cats, dogs, "--prior_data", prior, "--prior_share", "0.5"], 'order.prior.share is "2/5"'),
+        (["--data", cats, dogs], "data is "),
+    ):
+        flags = ["--model", model, *flags, "--prior_weight", weight]
+        capfd.readouterr()
+        assert run_ranks(1, train, [command(flags, tmp_path / "run", "zero2", 1, 3)]) == [2]
+        assert word in capfd.readouterr().err
+    flags = [
+        "--model",
+        model,
+        "--data",
+        cats,
+        dogs,
+        "--prior_data",
+        prior,
+        "--prior_share",
+        share,
+        "--prior_weight",
+        "0.5",
+    ]
+    assert run_ranks(1, train, [command(flags, tmp_path / "run", "zero2", 1, 3)]) == [0]
+    assert "config.prior_weight is 0.3 in the checkpoint, 0.5 in this run" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["edit-2511"])

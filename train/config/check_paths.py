@@ -49,21 +49,42 @@ def check_paths(config: TrainConfig) -> None:
     if config.local_model_copy is not None:
         local_folder(config.local_model_copy)
     check_writable(config.output_path)
-    check_apart(config.output_path, data=config.data, model=config.model)
+    check_apart(config.output_path, model=config.model)
+    for option, sources in (("data", config.data_sources), ("prior_data", config.prior_sources)):
+        for source in sources:
+            check_apart(config.output_path, **{option: source.address})
 
 
 def check_data(config: TrainConfig) -> None:
-    """`data` is a folder with shards, or something that only reading can tell about: remote, or a webdataset stream."""
-    if "://" in config.data:
-        check_writable(config.data_cache_path, "data_cache_path")
-        return
-    if config.loader == "webdataset" and (config.data.startswith("pipe:") or "{" in config.data):
-        return
-    data = Path(config.data)
-    if not data.is_dir():
-        raise FileNotFoundError(f"data: no folder at {data}")
-    if not (data / "manifest.json").is_file() and not any(data.glob("*.tar")):
-        raise FileNotFoundError(f"data: no shards in {data}; data_prep/make_shards.py makes them from an image folder")
+    """`data` and `prior_data` are folders with shards, or something that only reading can tell about: remote, or a stream."""
+    for option, sources in (("data", config.data_sources), ("prior_data", config.prior_sources)):
+        for address in (source.address for source in sources):
+            if "://" in address:
+                check_writable(config.data_cache_path, "data_cache_path")
+            elif config.loader == "indexed" or not (address.startswith("pipe:") or "{" in address):
+                check_shards(option, Path(address))
+
+    both = {place_of(source.address) for source in config.data_sources} & {
+        place_of(source.address) for source in config.prior_sources
+    }
+    if both:
+        raise ValueError(
+            f"prior_data: {shown(min(both))} is data too: the prior is of other pictures than the subject's"
+        )
+
+
+def place_of(address: str) -> str:
+    """One text for all spellings of a folder."""
+    return address.rstrip("/") if "://" in address else str(Path(address).expanduser().resolve())
+
+
+def check_shards(option: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option}: no folder at {folder}")
+    if not (folder / "manifest.json").is_file() and not any(folder.glob("*.tar")):
+        raise FileNotFoundError(
+            f"{option}: no shards in {folder}; data_prep/make_shards.py makes them from an image folder"
+        )
 
 
 def split_weight(text: str) -> tuple[Path, float]:

@@ -18,6 +18,7 @@ from annotated_types import Ge, Interval
 
 from data_prep.encoding.caption_variants import CAPTION_HELP, CaptionOptions
 from qwen_image.loading.model_flags import MODEL_HELP
+from train.config.data_sources import DataSource, read_sources
 from train.config.sample_prompts import SamplePrompt, read_prompts
 from train.config.typed_fields import (
     MOST,
@@ -77,9 +78,21 @@ class TrainConfig:
 
     # ---- data
     data: Annotated[
-        str,
-        "folder of shards (make_shards.py) or of encoded shards (encode_shards.py), here or remote (s3://, hf://, …)",
+        tuple[str, ...],
+        "folder of shards (make_shards.py) or of encoded shards (encode_shards.py), here or remote (s3://, hf://, …); several, "
+        "each FOLDER or FOLDER:WEIGHT (repeat the flag; a list in YAML): a weight of 2 is twice an epoch, 0.5 in every other",
     ]
+    prior_data: Annotated[
+        tuple[str, ...],
+        "prior preservation: folders as for data, of pictures of the class that the subject belongs to (a regularization set), "
+        "trained beside data and never validated",
+    ] = ()
+    prior_share: Annotated[
+        Annotated[float, Interval(gt=0.0, lt=1.0)], "share of micro-batches that are of prior_data"
+    ] = 0.5
+    prior_weight: Annotated[
+        Annotated[float, Interval(gt=0.0, le=1000.0)], "factor on the loss of prior_data's samples"
+    ] = 1.0
     data_cache_path: Annotated[Path, "folder for local copies of remote shards"] = Path("~/.cache/qwen_image_lora")
     data_cache_gb: Annotated[
         Annotated[float, Interval(ge=0.0, le=1e9)],
@@ -369,6 +382,8 @@ class TrainConfig:
                 "loader webdataset knows no epochs and can't hold samples out: give max_steps, and no validation_samples"
             )
         CaptionOptions.from_options(self)
+        if self.loader == "webdataset" and (len(self.data) > 1 or self.prior_data):
+            raise ValueError("loader webdataset reads one set: several, and prior_data, need loader indexed")
         scale = self.alpha / (math.sqrt(self.lora_rank) if self.lora_rslora else self.lora_rank)
         if not 1e-6 <= scale <= 1e6:  # beyond, the update or its gradient is lost in float32 beside weights of about 1
             raise ValueError(
@@ -431,6 +446,16 @@ class TrainConfig:
             raise ValueError("lora_format diffsynth has no name for a LoKr: use diffusers, comfyui or kohya")
 
     @property
+    def data_sources(self) -> list[DataSource]:
+        """`data` with its weights; a stream's address has none."""
+        return read_sources("data", self.data) if self.loader == "indexed" else [DataSource(self.data[0])]
+
+    @property
+    def prior_sources(self) -> list[DataSource]:
+        """`prior_data` with its weights."""
+        return read_sources("prior_data", self.prior_data)
+
+    @property
     def alpha(self) -> float:
         """LoRA alpha: `lora_alpha`, or the rank."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
@@ -489,6 +514,8 @@ class TrainConfig:
         plain: dict[str, Any] = {}
         for name in HINTS:
             value = decided.get(name, getattr(self, name))
+            if name == "data" and len(value) == 1:  # as it stood in configurations before there could be several
+                value = value[0]
             plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         return plain
 

@@ -48,6 +48,7 @@ LIMITS = {
     "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be above {gt}",
     "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
     "multiple_of": "must be a multiple of {multiple_of}",
 }
 

@@ -12,6 +12,7 @@ import torch
 from qwen_image.model.conditioning import Prompt
 from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.draws import Draws
+from train.data.mixture import Mixture
 from train.data.sample import BrokenSample, Sample
 from train.data.shard_dataset import ShardDataset
 
@@ -48,6 +49,8 @@ class Batch:
         default_factory=list
     )  # each sample's, before they were packed
     broken: list[str] = field(default_factory=list)  # members that were replaced, and why
+    prior: torch.Tensor | None = None  # bool [B]: of the prior set; None: none is
+    loss_weight: torch.Tensor | None = None  # float32 [B], a factor on each sample's loss for the gradient; None: 1
     mask: torch.Tensor | None = None  # of the loss: uint8 [B, H/8, W/8], 255 where it counts in full; None: everywhere
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -80,6 +83,10 @@ def collate(
         "sigma": torch.tensor([draw.sigma for draw in draws], dtype=torch.float32),
         "drop": torch.tensor(drop),
     }
+    if any(sample.prior for sample in samples):
+        batch["prior"] = torch.tensor([sample.prior for sample in samples])
+    if any(sample.loss_weight != 1 for sample in samples):
+        batch["loss_weight"] = torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32)
     masks = [sample.mask for sample in samples if sample.mask is not None]
     if masks:
         batch["mask"] = torch.stack(masks)
@@ -103,7 +110,7 @@ def prompt_of(sample: Sample, dropped: bool, empty_prompt: torch.Tensor | None) 
 
 
 def make_batch(
-    dataset: ShardDataset,
+    dataset: ShardDataset | Mixture,
     place: int,
     epoch: int,
     indices: Sequence[int],
@@ -132,7 +139,7 @@ def make_batch(
 
 
 def _of_its_bucket(
-    dataset: ShardDataset, indices: Sequence[int], chances: list[Chance], attempts: int, broken: list[str]
+    dataset: ShardDataset | Mixture, indices: Sequence[int], chances: list[Chance], attempts: int, broken: list[str]
 ) -> list[Sample] | None:
     """The samples, or the first readable one after each in its bucket; None where there is none."""
     samples = []
@@ -146,7 +153,7 @@ def _of_its_bucket(
 
 
 def _of_another(
-    dataset: ShardDataset, indices: Sequence[int], chances: list[Chance], attempts: int, broken: list[str]
+    dataset: ShardDataset | Mixture, indices: Sequence[int], chances: list[Chance], attempts: int, broken: list[str]
 ) -> list[Sample]:
     """As many readable samples of the first other bucket that has one; they come again where it has too few."""
     unnamed: list[str] = []  # these stand in no batch's place: their own is where they are named
@@ -164,7 +171,7 @@ def _of_another(
 
 
 def _first_readable(
-    dataset: ShardDataset, candidates: Iterable[int], chance: Chance, attempts: int, broken: list[str]
+    dataset: ShardDataset | Mixture, candidates: Iterable[int], chance: Chance, attempts: int, broken: list[str]
 ) -> Sample | None:
     """The first of `candidates` that can be read; None at their end. Names the first broken one in `broken`."""
     for number, index in enumerate(candidates):

@@ -22,6 +22,7 @@ import numpy as np
 
 from files.atomic_files import PARTIAL, whole_file, write_file
 from files.shown import shown, shown_bytes
+from train.data.prior_order import PriorOrder
 from train.data.remote_shards import RemoteReader, copy_state
 from train.data.sample_order import Order
 
@@ -47,7 +48,7 @@ class ShardsAhead:
     def __init__(
         self,
         reader: RemoteReader,
-        order: Order,
+        order: Order | PriorOrder,
         shard_of: np.ndarray,
         consumed: int,
         limit_bytes: int,
@@ -76,7 +77,7 @@ class ShardsAhead:
     def wanted(self) -> list[int]:
         """The shards that come next, in the order of their first use, as many as fit; at most two epochs ahead."""
         found: dict[int, None] = {}
-        used, end = 0, self._place + 2 * self.order.length
+        used, end = 0, self._place + int(2 * self.order.length)
         for start in range(self._place, end, LOOK_AHEAD):
             for shard in shards_in_order(self.order, self.shard_of, start, min(LOOK_AHEAD, end - start)):
                 if shard in found:
@@ -220,12 +221,11 @@ class ShardsAhead:
         self.close()
 
 
-def shards_in_order(order: Order, shard_of: np.ndarray, start: int, count: int) -> list[int]:
-    """The distinct shards of `count` micro-batches from place `start`, in the order of their first use."""
-    epoch, place = divmod(start, order.length)
-    virtual = order.plan(epoch)[place : place + count]
-    if len(virtual) < count:
-        virtual = np.concatenate([virtual, order.plan(epoch + 1)[: count - len(virtual)]])
-    shards = shard_of[virtual.ravel() % order.samples]
-    _, first = np.unique(shards, return_index=True)
-    return [int(shard) for shard in shards[np.sort(first)]]
+def shards_in_order(order: Order | PriorOrder, shard_of: np.ndarray, start: int, count: int) -> list[int]:
+    """The distinct shards of `count` micro-batches from place `start`, in the order of their first use.
+
+    `shard_of` each sample; below 0: of none that is asked about.
+    """
+    shards = shard_of[order.micro_batches(start, count).ravel() % order.samples]
+    found, first = np.unique(shards, return_index=True)
+    return [int(shard) for shard in shards[np.sort(first[found >= 0])]]

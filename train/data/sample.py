@@ -40,6 +40,8 @@ class Sample:
     # with the member of each but the first
     captions: tuple[str, ...] = ()
     variants: tuple[tuple[StoredVariant, bytes], ...] = ()
+    prior: bool = False  # of the prior set
+    loss_weight: float = 1.0
     mask: torch.Tensor | None = (
         None  # uint8 [H/8, W/8], 255: learn; of all samples of a run with masked loss, else of none
     )

@@ -1,7 +1,9 @@
 """The run's data by its options: which data set, in which order, in batches of which shapes, through which loader."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,9 +16,13 @@ from files.shown import shown
 from qwen_image.encoders.text_encoder import MAX_TOKENS
 from qwen_image.loading.model_files import ModelSource, is_here, presumed_member, resolve_model
 from qwen_image.model.family import TEXT_TO_IMAGE, Member
+from train.config.data_sources import DataSource
 from train.config.train_config import TrainConfig
+from train.data.mixture import Member as SetMember
+from train.data.mixture import Mixture, without_subject
+from train.data.prior_order import PriorOrder
 from train.data.sample import DataSet
-from train.data.sample_order import Order, steps_of
+from train.data.sample_order import Order
 from train.data.shard_dataset import ShardDataset
 from train.flow.timestep_sampling import SigmaSampling
 from train.loader.batch_shapes import (
@@ -53,8 +59,8 @@ class RunData:
         cache_bytes: of remote shards that this rank copies ahead.
     """
 
-    dataset: ShardDataset | StreamedSet
-    order: Order | None
+    dataset: ShardDataset | Mixture | StreamedSet
+    order: Order | PriorOrder | None
     options: BatchOptions
     text_padding: int
     shapes: int
@@ -79,7 +85,7 @@ class RunData:
         accumulation, steps = config.gradient_accumulation_steps, config.max_steps
         if steps is None:
             assert order is not None, "only a run with an order knows epochs"
-            steps = steps_of(config.num_epochs or 1, order.length, ranks.world, accumulation)
+            steps = -(-order.micro_batches_of(config.num_epochs or 1) // (ranks.world * accumulation))
         reading = Reading(
             caption_dropout=config.caption_dropout,
             rank=ranks.rank,
@@ -118,7 +124,7 @@ class RunData:
         return {
             "data": self.dataset.fingerprint,
             "order": {"loader": "webdataset"} if self.order is None else self.order.state(),
-            "shards": self.dataset.shard_states() if isinstance(self.dataset, ShardDataset) else {},
+            "shards": {} if isinstance(self.dataset, StreamedSet) else self.dataset.shard_states(),
             "global_batch": self.global_batch,
             "steps": self.steps,
         }
@@ -129,7 +135,7 @@ class RunData:
         Raises ValueError naming those that were edited, unless they are to be ignored.
         """
         dataset = self.dataset
-        if isinstance(dataset, ShardDataset) and not ignore:
+        if not isinstance(dataset, StreamedSet) and not ignore:
             ranks.on_main(lambda: dataset.check_unchanged(remembered.get("shards", {}), ranks.say))
 
     def lines(self) -> list[str]:
@@ -164,42 +170,72 @@ class RunData:
         return BatchLoader(self.dataset, self.order, sampling, reading, self.cache_bytes)
 
 
-def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset | StreamedSet:
-    """The data set of `config.data`. Raises FileNotFoundError, ValueError or another OSError with one line."""
-    if config.loader == "webdataset":
-        say(WEAKER)
-    held_out, tokens = config.validation_samples, config.max_prompt_tokens
+def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset | Mixture | StreamedSet:
+    """The data of `config.data` and `config.prior_data`. Raises ValueError or OSError with one line."""
+    sources, prior, tokens = config.data_sources, config.prior_sources, config.max_prompt_tokens
     captions = CaptionOptions.from_options(config)
-
-    def opened(data: str, cache: Path) -> ShardDataset | StreamedSet:
+    with ExitStack() as leaving:
+        scratch = Path(leaving.enter_context(TemporaryDirectory(prefix="dry_run-"))) if config.dry_run else None
         if config.loader == "webdataset":
-            return StreamedSet(data, say, cache, captions)
-        return ShardDataset(data, held_out, tokens, say, cache, captions)
+            say(WEAKER)
+            with named_packages(sources[0]):
+                place, cache = without_traces(sources[0].address, scratch, config.data_cache_path)
+                stream = StreamedSet(place, say, cache, captions)
+            stream.name = sources[0].address
+            if stream.encoded:
+                refuse_in_training(stream.name, captions, stream.manifest.encoding or {})
+            return stream
+        whole = len(sources) == 1 and sources[0].weight == 1 and not prior
 
+        def opened(number: int, source: DataSource) -> ShardDataset:
+            own = None if scratch is None else scratch / str(number)
+            place, cache = without_traces(source.address, own, config.data_cache_path)
+            held_out, told = config.validation_samples if whole else 0, captions
+            if number >= len(sources):
+                told = without_subject(captions)
+            with named_packages(source):
+                found = ShardDataset(place, held_out, tokens, say, cache, told)
+            found.name = source.address
+            if found.encoded:
+                refuse_in_training(found.name, told, found.manifest.encoding or {})
+            return found
+
+        sets = [opened(number, source) for number, source in enumerate([*sources, *prior])]
+        dataset: ShardDataset | Mixture = sets[0]
+        if not whole:
+            kinds = [False] * len(sources) + [True] * len(prior)
+            found = zip(sets, [*sources, *prior], kinds, strict=True)
+            members = [SetMember(each, source.weight, is_prior) for each, source, is_prior in found]
+            dataset = Mixture(members, config.validation_samples, config.prior_weight)
+        if line := cut_captions(dataset, tokens):
+            say(line)
+    return dataset
+
+
+@contextmanager
+def named_packages(source: DataSource) -> Iterator[None]:
+    """fsspec has the protocol, but its package is missing: a ValueError."""
     try:
-        dataset = without_traces(config.data, opened) if config.dry_run else opened(config.data, config.data_cache_path)
-    except ImportError as error:  # fsspec has the protocol, but its package is missing
-        raise ValueError(f"data: {config.data} needs another package: {error}") from None
-    if dataset.encoded:
-        refuse_in_training(dataset.name, captions, dataset.manifest.encoding or {})
-    if isinstance(dataset, ShardDataset) and (line := cut_captions(dataset, tokens)):
-        say(line)
-    return dataset
+        yield
+    except ImportError as error:
+        raise ValueError(f"data: {source.address} needs another package: {error}") from None
 
 
-def without_traces(data: str, opened: Callable[[str, Path], ShardDataset | StreamedSet]) -> ShardDataset | StreamedSet:
-    """For a dry run: what is copied from remote, and an index that local shards lack, lie in a folder that goes."""
+def without_traces(data: str, scratch: Path | None, cache: Path) -> tuple[str, Path]:
+    """Where a set is read, and its cache: `data` and `cache`, but in a dry run in `scratch`, which goes.
+
+    What is copied from remote, and an index that local shards lack, then lie there.
+    """
     folder = Path(data)
-    with TemporaryDirectory(prefix="dry_run-") as scratch:
-        place = data
-        if folder.is_dir() and not (folder / MANIFEST).is_file():
-            place = f"{scratch}/shards"
-            Path(place).mkdir()
-            for file in folder.iterdir():
-                (Path(place) / file.name).symlink_to(file.absolute())
-        dataset = opened(place, Path(scratch))
-    dataset.name = data
-    return dataset
+    if scratch is None:
+        return data, cache
+    scratch.mkdir(exist_ok=True)
+    if not folder.is_dir() or (folder / MANIFEST).is_file():
+        return data, scratch
+    (scratch / "shards").mkdir()
+    for file in folder.iterdir():
+        (scratch / "shards" / file.name).symlink_to(file.absolute())
+    return str(scratch / "shards"), scratch
 
 
 def member_of(source: ModelSource, dry_run: bool) -> Member:
@@ -218,7 +254,7 @@ def check_empty_captions(dataset: DataSet, caption_dropout: float) -> None:
         )
 
 
-def cut_captions(dataset: ShardDataset, max_prompt_tokens: int) -> str | None:
+def cut_captions(dataset: ShardDataset | Mixture, max_prompt_tokens: int) -> str | None:
     """What to say of captions that training cuts; None when there are none.
 
     Encoded sets know their tokens. Image sets know characters, of which English has about four a token: an estimate.
@@ -245,8 +281,10 @@ def cut_captions(dataset: ShardDataset, max_prompt_tokens: int) -> str | None:
     )
 
 
-def caption_lines(dataset: ShardDataset | StreamedSet) -> list[str]:
+def caption_lines(dataset: ShardDataset | Mixture | StreamedSet) -> list[str]:
     """What to say of captions that aren't trained as they stand."""
+    if isinstance(dataset, Mixture):
+        return list(dict.fromkeys(line for member in dataset.members for line in caption_lines(member.dataset)))
     encoded = (dataset.manifest.encoding or {}).get("captions", {})
     if dataset.encoded:
         flags = encoded_options(encoded).flags() or "as they stood"
@@ -260,8 +298,12 @@ def caption_lines(dataset: ShardDataset | StreamedSet) -> list[str]:
     return [f"captions: {', '.join(said)}{how if several or dataset.captions.varies else ''}"] if said else []
 
 
-def make_order(config: TrainConfig, dataset: ShardDataset | StreamedSet) -> Order | None:
+def make_order(config: TrainConfig, dataset: ShardDataset | Mixture | StreamedSet) -> Order | PriorOrder | None:
     """The order of training; None for streams, which have none."""
     if isinstance(dataset, StreamedSet):
         return None
-    return dataset.order(config.batch_size, config.seed, config.shuffle_window, config.tail, config.dataset_repeat)
+    how = config.batch_size, config.seed, config.shuffle_window, config.tail
+    order = dataset.order(*how, config.dataset_repeat)
+    if isinstance(dataset, Mixture) and len(dataset.prior):
+        return PriorOrder(order, dataset.prior_order(*how), Fraction(str(config.prior_share)))
+    return order

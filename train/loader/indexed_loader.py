@@ -19,8 +19,10 @@ from torch.utils.data import Dataset, Sampler
 from data_prep.encoding.caption_variants import caption_chance
 from train.data.batch import Batch, CaptionChance, DrawSample, make_batch
 from train.data.draws import Draws, sample_draws
+from train.data.mixture import Mixture
+from train.data.prior_order import PriorOrder
 from train.data.remote_cache import ShardsAhead
-from train.data.remote_shards import RemoteReader, Unreachable
+from train.data.remote_shards import Unreachable
 from train.data.sample import BrokenSample
 from train.data.sample_order import Order, places
 from train.data.shard_dataset import ShardDataset
@@ -41,14 +43,14 @@ class BatchLoader(Batches):
 
     Args:
         sampling: how a sample's σ is drawn; the seed is the order's.
-        cache_bytes: for remote shards: keep so many bytes of those that come next in the local cache. Give it to one
-            rank of each node; 0 reads every sample remotely (or from what others cached).
+        cache_bytes: for remote shards: keep so many bytes of those that come next in the local cache, of each set of a
+            mixture its share. Give it to one rank of each node; 0 reads every sample remotely (or from what others cached).
     """
 
     def __init__(
         self,
-        dataset: ShardDataset,
-        order: Order,
+        dataset: ShardDataset | Mixture,
+        order: Order | PriorOrder,
         sampling: SigmaSampling,
         reading: Reading = DEFAULTS,
         cache_bytes: int = 0,
@@ -59,20 +61,23 @@ class BatchLoader(Batches):
         maker = BatchMaker(dataset, draw, reading.text_padding, reading.attempts, chance)
         tasks = TaskStream(order, reading)
         super().__init__(maker, tasks, reading, order.state(), order.length, "replaced by its neighbour")
-        self._ahead: ShardsAhead | None = None
-        if cache_bytes and isinstance(dataset.reader, RemoteReader):  # its thread begins after the workers were forked
-            consumed, say = reading.consumed, reading.say
-            self._ahead = ShardsAhead(dataset.reader, order, dataset.index.shard, consumed, cache_bytes, say)
+        self._ahead: list[ShardsAhead] = []
+        remote = dataset.remote_shards() if cache_bytes else []
+        whole = sum(shard.bytes for reader, _ in remote for shard in reader.manifest.shards)
+        for reader, shard_of in remote:  # their threads begin after the workers were forked
+            share = sum(shard.bytes for shard in reader.manifest.shards) / whole
+            limit, consumed, say = int(cache_bytes * share), reading.consumed, reading.say
+            self._ahead.append(ShardsAhead(reader, order, shard_of, consumed, limit, say))
 
     def arrived(self, batch: Batch) -> None:
-        if self._ahead is not None:
-            self._ahead.at(batch.place)
+        for ahead in self._ahead:
+            ahead.at(batch.place)
 
     def close(self) -> None:
         """Stop the workers and the copying of remote shards."""
         super().close()
-        if self._ahead is not None:
-            self._ahead.close()
+        for ahead in self._ahead:
+            ahead.close()
 
 
 def draw_sample(
@@ -85,7 +90,7 @@ def draw_sample(
 class TaskStream(Sampler[Task]):
     """Plans in the main process: one plan of the epoch in memory, however many workers there are."""
 
-    def __init__(self, order: Order, reading: Reading) -> None:
+    def __init__(self, order: Order | PriorOrder, reading: Reading) -> None:
         self.order, self.start = order, (reading.consumed, reading.rank, reading.world, reading.accumulation)
 
     def __iter__(self) -> Iterator[Task]:
@@ -98,7 +103,12 @@ class BatchMaker(Dataset[Any]):
     """What runs in the workers: a task in, a batch out."""
 
     def __init__(
-        self, dataset: ShardDataset, draw: DrawSample, text_padding: int, attempts: int, caption_chance: CaptionChance
+        self,
+        dataset: ShardDataset | Mixture,
+        draw: DrawSample,
+        text_padding: int,
+        attempts: int,
+        caption_chance: CaptionChance,
     ) -> None:
         self.dataset, self.draw, self.options = dataset, draw, (text_padding, attempts, caption_chance)
 

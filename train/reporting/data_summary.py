@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shard_format.shards import read_manifest
+from train.config.data_sources import read_sources
+from train.reporting.data_by_source import lines_by_source
 from train.reporting.run_record import RunRecord
 
 BUCKETS = 12
@@ -17,7 +19,8 @@ def data_summary(run: RunRecord, page_folder: Path) -> dict[str, Any]:
     From the facts of the run's start; else from the data set, where it still lies here.
     """
     facts = dict(run.fact("data") or {})
-    folder = data_folder(run)
+    folders = data_folders(run)
+    folder = folders[0] if len(folders) == 1 else None
     manifest = None
     if folder is not None:
         try:
@@ -32,17 +35,21 @@ def data_summary(run: RunRecord, page_folder: Path) -> dict[str, Any]:
     if manifest is not None:
         fingerprints |= {manifest.fingerprint, str(manifest.options.get("images", ""))}
     reports = data_reports(folder, {text for text in fingerprints if text}) if folder is not None else []
-    rows = [("data", str(facts.get("name") or run.config.get("data", "unknown")))]
+    for each in folders if len(folders) > 1 else []:
+        reports += [path for path in data_reports(each, fingerprints_in(each)) if path not in reports]
+    rows = [("data", str(facts.get("name") or " + ".join(data_texts(run)) or "unknown"))]
     if facts.get("samples") is not None:
         held_out = f", {facts['held_out']:,} of them held out" if facts.get("held_out") else ""
         rows.append(("samples", f"{facts['samples']:,}{held_out}"))
+    sources = facts.get("sources")
+    rows += [("images × weight", line) for line in lines_by_source(sources if isinstance(sources, list) else [])]
     if "encoded" in facts:
         rows.append(("kind", "latents and prompt embeddings" if facts["encoded"] else "images, encoded while training"))
     if facts.get("micro_batches"):
-        rows.append(("micro-batches an epoch", f"{facts['micro_batches']:,}"))
+        rows.append(("micro-batches an epoch", f"{facts['micro_batches']:,.6g}"))
     if facts.get("fingerprint"):
         rows.append(("fingerprint", str(facts["fingerprint"])[:12]))
-    shards = folder if folder is not None else Path(str(run.config.get("data", "SHARDS")))
+    shards = folders[0] if folders else Path((data_texts(run) or ["SHARDS"])[0])
     return {
         "rows": rows,
         "buckets": bucket_bars(facts.get("buckets") or []),
@@ -52,13 +59,34 @@ def data_summary(run: RunRecord, page_folder: Path) -> dict[str, Any]:
     }
 
 
-def data_folder(run: RunRecord) -> Path | None:
-    """The data set's folder on this machine; None for a remote one, and for one that is gone."""
-    text = str(run.config.get("data", ""))
-    if not text or "://" in text or text.startswith("pipe:"):
-        return None
-    folder = Path(text).expanduser()
-    return folder if (folder / "manifest.json").is_file() else None
+def data_texts(run: RunRecord) -> list[str]:
+    """The option `data` of the run's configuration."""
+    given = run.config.get("data") or []
+    return [str(each) for each in given] if isinstance(given, list) else [str(given)]
+
+
+def data_folders(run: RunRecord) -> list[Path]:
+    """The data sets' folders on this machine; remote ones are left out, and those that are gone."""
+    found = []
+    for text in data_texts(run):
+        if not text or "://" in text or text.startswith("pipe:"):
+            continue
+        try:
+            folder = Path(read_sources("data", (text,))[0].address).expanduser()
+        except ValueError:  # edited by hand
+            continue
+        if (folder / "manifest.json").is_file():
+            found.append(folder)
+    return found
+
+
+def fingerprints_in(folder: Path) -> set[str]:
+    """Of the set in a folder, and of the images that it was encoded from."""
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError):
+        return set()
+    return {text for text in (manifest.fingerprint, str(manifest.options.get("images", ""))) if text}
 
 
 def data_reports(folder: Path, fingerprints: set[str]) -> list[Path]:

@@ -15,6 +15,7 @@ from qwen_image.loading.model_files import ModelSource, is_here, to_download
 from qwen_image.model.dtypes import DTYPES
 from train.base_model.load_pipeline import check_data
 from train.config.train_config import TrainConfig
+from train.data.mixture import Mixture
 from train.data.shard_dataset import ShardDataset
 from train.fit.base_choice import choice_lines, fastest_base
 from train.fit.cheapest_change import check_memory
@@ -24,6 +25,7 @@ from train.lora.spec import LoraSpec
 from train.process.exit_codes import DONE
 from train.process.node_health import CPU_PARAMETERS
 from train.process.ranks import Ranks
+from train.reporting.data_by_source import data_by_source, lines_by_source
 from train.reporting.expected_time import Expectation, expected_time
 from train.reporting.start_facts import start_facts, trainable_groups
 from train.reporting.story import duration
@@ -108,12 +110,13 @@ def data_lines(data: RunData) -> Iterator[str]:
     dataset = data.dataset
     manifest = dataset.manifest
     kind = "latents and prompt embeddings" if dataset.encoded else "images, encoded while training"
-    held_out = len(dataset.validation) if isinstance(dataset, ShardDataset) else 0
+    held_out = len(dataset.validation) if isinstance(dataset, ShardDataset | Mixture) else 0
     samples = f"{len(dataset):,} samples" if len(dataset) else "samples that nobody has counted"
     size = sum(shard.bytes for shard in manifest.shards)
     shards = f" in {len(manifest.shards):,} shards, {shown_bytes(size)}" if manifest.shards else ""
     without = f", {held_out:,} held out" if held_out else ""
     yield f"data: {shown(dataset.name)}: {samples}{without}{shards}; {kind}; fingerprint {dataset.fingerprint[:12]}"
+    yield from (f"  {line}" for line in lines_by_source(data_by_source(data)))
     batches = {} if data.order is None else data.order.micro_batches_by_bucket()
     largest = sorted(manifest.buckets, key=lambda bucket: -bucket.count)
     for bucket in largest[:BUCKETS]:
@@ -177,8 +180,9 @@ def model_lines(source: ModelSource, parts: tuple[str, ...]) -> Iterator[str]:
 
 def shard_lines(data: RunData, cache_gb: float) -> Iterator[str]:
     """What would be fetched of a remote data set."""
-    name = data.dataset.name
-    if "://" in name:
-        size = sum(shard.bytes for shard in data.dataset.manifest.shards)
-        kept = shown_bytes(min(size, cache_gb * 1e9))
+    dataset = data.dataset
+    sets = [member.dataset for member in dataset.members] if isinstance(dataset, Mixture) else [dataset]
+    remote = {each.name: sum(shard.bytes for shard in each.manifest.shards) for each in sets if "://" in each.name}
+    for name, size in remote.items():
+        kept = shown_bytes(min(size, cache_gb * 1e9 * size / max(1, sum(remote.values()))))
         yield f"download: shards of {shown_bytes(size)} from {shown(name)}, up to {kept} kept in the cache"

@@ -11,6 +11,7 @@ from train.loader.from_config import RunData
 from train.lora.spec import LoraSpec
 from train.lora.targets import group_of, resolve_targets
 from train.process.ranks import Ranks
+from train.reporting.data_by_source import data_by_source
 
 
 def device_name(device: torch.device) -> str:
@@ -58,6 +59,7 @@ def data_facts(data: RunData) -> dict[str, Any]:
         "held_out": len(getattr(dataset, "validation", ())),
         "buckets": [[bucket.width, bucket.height, bucket.count] for bucket in manifest.buckets],
         "micro_batches": None if data.order is None else data.order.length,
+        **({"sources": sources} if (sources := data_by_source(data)) else {}),
     }
 
 

@@ -9,6 +9,7 @@ from files.shown import shown
 from qwen_image.free_memory import GIB
 from train.config.train_config import TrainConfig
 from train.fit.memory_plan import Setup
+from train.reporting.data_by_source import lines_by_source
 from train.reporting.expected_time import expected_time
 from train.reporting.story import duration
 
@@ -63,6 +64,8 @@ class StartTable:
         yield "on", f"{hardware['ranks']} × {hardware['device']}, ZeRO stage {base['zero_stage']}"
         held_out = f", {data['held_out']:,} held out" if data["held_out"] else ""
         yield "data", f"{shown(data['name'])}: {data['samples']:,} samples in {len(data['buckets'])} buckets{held_out}"
+        for line in lines_by_source(data.get("sources", [])):
+            yield "", line
         layers = sum(group["layers"] for group in lora["groups"].values())
         yield "LoRA", f"{lora['trainable']:,} parameters on {layers} layers ({'; '.join(lora['groups'])})"
         yield "steps", f"{left:,} of {self.facts['global_batch']:,} samples each; {self.written()}"

@@ -20,10 +20,11 @@ TOKENS, FLOPS, PEAK = "tokens", "flops", "peak_flops"  # of a row, the last two 
 
 
 class Seen(NamedTuple):
-    """Of a micro-batch: σ [B] on the CPU, and losses [B] on the device."""
+    """Of a micro-batch: σ [B] on the CPU, losses [B] and which samples are the prior set's, bool [B], on the device."""
 
     sigma: torch.Tensor
     losses: torch.Tensor
+    prior: torch.Tensor | None
 
 
 class StepStatistics:
@@ -31,6 +32,7 @@ class StepStatistics:
 
     def __init__(self, config: TransformerConfig, device: torch.device) -> None:
         self.config, self.device, self.peak = config, device, peak_flops(device)
+        self._has_prior = False  # as far as the rows that were read tell
         self._begin()
 
     def _begin(self) -> None:
@@ -41,7 +43,7 @@ class StepStatistics:
     def saw(self, batch: Batch, losses: torch.Tensor, latents: torch.Tensor, prompt: Prompt) -> None:
         """A micro-batch was launched: losses [B], latents [B, 16, 1, H/8, W/8], padded prompts [B, T]. Waits for nothing."""
         samples, image, text = len(latents), latents.shape[-2] * latents.shape[-1] // 4, prompt.embeds.shape[1]
-        self._seen.append(Seen(batch.sigma, losses.detach()))
+        self._seen.append(Seen(batch.sigma, losses.detach(), batch.prior))
         self._tokens += samples * (image + text)
         self._flops += step_flops(self.config, samples, image, text)
 
@@ -57,7 +59,12 @@ class StepStatistics:
         zeros = torch.zeros(BANDS, dtype=torch.float64, device=self.device)
         by_band = zeros.index_add(0, band, torch.where(finite, losses, 0.0))
         counts = zeros.index_add(0, band, finite.double())
-        totals, extremes = torch.cat([on_device[:-2], by_band, counts]), on_device[-2:].clone()
+        of_prior = torch.zeros(2, dtype=torch.float64, device=self.device)  # the sum of its finite losses, and how many
+        for seen in self._seen:
+            if seen.prior is not None:
+                right = seen.prior & torch.isfinite(seen.losses)
+                of_prior += torch.stack([torch.where(right, seen.losses.double(), 0.0).sum(), right.double().sum()])
+        totals, extremes = torch.cat([on_device[:-2], by_band, counts, of_prior]), on_device[-2:].clone()
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world > 1:
             dist.all_reduce(totals)
@@ -84,6 +91,13 @@ class StepStatistics:
             for place in range(BANDS):
                 if samples := numbers[6 + BANDS + place]:
                     found[f"loss/sigma_{(2 * place + 1) / (2 * BANDS):g}"] = numbers[6 + place] / samples
+            all_sum, all_count = sum(numbers[6 : 6 + BANDS]), sum(numbers[6 + BANDS : 6 + 2 * BANDS])
+            prior_sum, prior_count = numbers[6 + 2 * BANDS : 8 + 2 * BANDS]
+            self._has_prior |= prior_count > 0
+            if prior_count:
+                found["loss/prior"] = prior_sum / prior_count
+            if self._has_prior and (subject := all_count - prior_count):
+                found["loss/subject"] = (all_sum - prior_sum) / subject
             return found
 
         return Part(torch.cat([totals, extremes]), read)

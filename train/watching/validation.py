@@ -14,6 +14,7 @@ from train.base_model.online_encoder import OnlineEncoder
 from train.config.train_config import TrainConfig
 from train.data.batch import Batch, make_batch
 from train.data.draws import Draws, sample_generator
+from train.data.mixture import Mixture
 from train.data.sample import BrokenSample, DataSet
 from train.data.shard_dataset import ShardDataset
 from train.process.ranks import Ranks
@@ -34,7 +35,7 @@ class FixedSamples:
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: ShardDataset | Mixture,
         indices: list[int],
         encoder: OnlineEncoder,
         ranks: Ranks,
@@ -98,7 +99,7 @@ class Validation:
     @classmethod
     def from_config(cls, config: TrainConfig, dataset: DataSet, encoder: OnlineEncoder, ranks: Ranks) -> "Validation":
         """Reads the samples. Raises BrokenSample for one that can't be read, by `--on_broken_sample`."""
-        if not isinstance(dataset, ShardDataset):  # a stream holds nothing out
+        if not isinstance(dataset, ShardDataset | Mixture):  # a stream holds nothing out
             return cls(None, None)
         chosen = dataset.validation, dataset.training_subset(config.watched_samples) if config.watched_samples else ()
         held_out, trained = (
@@ -131,7 +132,7 @@ class Validation:
         return found
 
 
-def _read(dataset: ShardDataset, indices: list[int], read: dict[int, Batch]) -> dict[int, str]:
+def _read(dataset: ShardDataset | Mixture, indices: list[int], read: dict[int, Batch]) -> dict[int, str]:
     """Add the batches of `indices` to `read`; why those that can't be read can't be, by index."""
     broken = {}
     for index in indices:
@@ -142,7 +143,7 @@ def _read(dataset: ShardDataset, indices: list[int], read: dict[int, Batch]) -> 
     return broken
 
 
-def _validation_batch(dataset: ShardDataset, index: int) -> Batch:
+def _validation_batch(dataset: ShardDataset | Mixture, index: int) -> Batch:
     def draw(epoch: int, virtual: int, latent_shape: tuple[int, ...]) -> Draws:
         noise = torch.randn(latent_shape, generator=sample_generator(_NOISE_SEED, 0, virtual))
         return Draws(noise, SIGMAS[0], drop_caption=False)

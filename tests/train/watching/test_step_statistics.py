@@ -39,7 +39,8 @@ def of_a_rank(world: int) -> dict[str, float]:
         sigma = torch.tensor([0.1 + 0.2 * place, 0.15 + 0.2 * place])
         losses = torch.tensor([1.0 + place, float("nan") if place == 3 else 3.0 + place])
         prompt = Prompt(torch.zeros(2, 5 + place, 8), None)
-        statistics.saw(SimpleNamespace(sigma=sigma), losses, torch.zeros(2, 16, 1, 4, 8), prompt)  # type: ignore[arg-type]
+        batch = SimpleNamespace(sigma=sigma, prior=torch.ones(2, dtype=torch.bool) if place in (1, 3) else None)
+        statistics.saw(batch, losses, torch.zeros(2, 16, 1, 4, 8), prompt)  # type: ignore[arg-type]
     found = row(statistics, 7, 1)
     assert statistics.row  # and begins anew
     return found
@@ -52,6 +53,7 @@ def test_of_all_ranks_together(world: int) -> None:
     assert found["sigma_mean"] == pytest.approx(sigmas.mean()) and found["sigma_std"] == pytest.approx(sigmas.std())
     assert found["sigma_min"] == pytest.approx(0.1) and found["sigma_max"] == pytest.approx(0.75)
     assert [found.get(f"loss/sigma_{s}") for s in (0.1, 0.3, 0.5, 0.7, 0.9)] == [2.0, 3.0, 4.0, 4.0, None]
+    assert found["loss/prior"] == pytest.approx((2 + 4 + 4) / 3) and found["loss/subject"] == pytest.approx(3)
     assert found[TOKENS] == sum(2 * (8 + 5 + place) for place in range(4))
     assert found["skipped_steps"] == 7 and found["skipped_samples"] == world and found["loss"] == 0.5
     each = sum(step_flops.step_flops(TransformerConfig(num_layers=2), 2, 8, 5 + place) for place in range(4))
