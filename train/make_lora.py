@@ -114,7 +114,7 @@ def make(own: argparse.Namespace, flags: list[str]) -> None:
     )
     state.stage("encode: latents and prompt embeddings", encode, encoded / "manifest.json")
     state.stage("train", [*launcher(gpus), "train/train_lora.py", *train], run / "lora.safetensors")
-    prompts = own.prompt or captions(shards)
+    prompts = prompts_of(shards, made, own.prompt)
     draw = command(
         [],
         *("train/sample.py", "--compare", *(f"--prompt={prompt}" for prompt in prompts)),
@@ -240,19 +240,47 @@ def listing(photos: Path) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def captions(shards: Path) -> list[str]:
-    """Of a few samples of the packed shards, those that say something, each once."""
-    from data_prep.shard_format.shards import ShardReader, read_index
+def prompts_of(shards: Path, made: Path, given: list[str] | None) -> list[str]:
+    """What samples are drawn of: `given`, or captions of a few packed samples, those that say something, each once.
 
-    index, reader = read_index(shards), ShardReader(shards)
-    found: dict[str, None] = {}
-    for shard, offset, size in zip(index.shard, index.txt_offset, index.txt_size, strict=True):
-        if text := reader.read(int(shard), int(offset), int(size)).decode(errors="replace").strip():
-            found[text] = None
+    Pairs need source images besides: those samples' own, written to MADE/sources with a file of prompts that names them; of
+    several given prompts the first has the first sample's, and so on.
+    """
+    from data_prep.shard_format.shards import ShardReader, members_of, read_index, read_manifest
+
+    index, manifest, reader = read_index(shards), read_manifest(shards), ShardReader(shards)
+    sources_of = {bucket.id: bucket.sources for bucket in manifest.buckets}
+    found: dict[str, list[bytes]] = {}
+    columns = index.shard, index.txt_offset, index.txt_size, index.bucket, index.sources_offset, index.sources_size
+    for shard, offset, size, bucket, first, length in zip(*(map(int, column) for column in columns), strict=True):
+        text = reader.read(shard, offset, size).decode(errors="replace").strip()
+        if text and text not in found:
+            found[text] = members_of(reader.read(shard, first, length)) if sources_of[bucket] else []
         if len(found) == PROMPTS:
             break
     reader.close()
-    return list(found) or ["a photo"]
+    pictures = list(found.values())
+    prompts = given or list(found) or ["a photo"]
+    if not any(pictures):
+        return prompts
+    return [str(write_prompts(made, prompts, pictures, suffix=f".{manifest.payload}"))]
+
+
+def write_prompts(made: Path, prompts: list[str], pictures: list[list[bytes]], suffix: str) -> Path:
+    """MADE/samples.yaml, a prompt each with the source images that go with it, which are written to MADE/sources."""
+    import yaml
+
+    (made / "sources").mkdir(exist_ok=True)
+    entries = []
+    for number, prompt in enumerate(prompts):
+        paths = []
+        for place, image in enumerate(pictures[number % len(pictures)], start=1):
+            paths.append(str(made / "sources" / f"{number:03d}-{place}{suffix}"))
+            write_file(Path(paths[-1]), image)
+        entries.append({"prompt": prompt, "source_image": paths})
+    file = made / "samples.yaml"
+    write_file(file, yaml.safe_dump(entries, allow_unicode=True, sort_keys=False))
+    return file
 
 
 @functools.cache

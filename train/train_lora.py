@@ -488,11 +488,13 @@ class Loop:
             self.metrics.say("; ".join(notes), "saved")
             if best := self.best.line():
                 self.metrics.say(best, "saved")
-            for each in last_lines.next_commands(self.config.model, self.config.output_path, self.metrics.recorded):
+            edits = outputs.preview.pipeline.files.member.most_sources > 0
+            where = self.config.model, self.config.output_path
+            for each in last_lines.next_commands(*where, self.metrics.recorded, edits):
                 self.metrics.say(each, kind=None)
             steps = self.step - self.first_step
             broken = sum_over_ranks(self.loader.broken)
-            line = last_lines.done(time.monotonic() - self.began, steps, path, self.config.model, broken)
+            line = last_lines.done(time.monotonic() - self.began, steps, broken)
         export.finish()
         self.metrics.flush()
         files = [path for path in outputs.export.files() if code == DONE]

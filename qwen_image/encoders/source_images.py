@@ -48,14 +48,17 @@ def size_as_source(path: Path, area: int = SOURCE_AREA) -> tuple[int, int]:
 
 
 def read_source(path: Path, area: int = SOURCE_AREA) -> SourceImage:
-    """A file's image, upright, transparency laid on white, stretched. Raises OSError and ValueError naming it."""
+    """A file's image, upright, its colors in sRGB, transparency laid on white, stretched: as a packed one has them.
+
+    Raises OSError and ValueError naming the file.
+    """
     from PIL import Image, ImageOps
 
     if not path.is_file():
         raise FileNotFoundError(f"source image: no file at {shown(path)}")
     try:
         with Image.open(path, formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)
+            image = in_srgb(ImageOps.exif_transpose(opened))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 ground = Image.new("RGBA", image.size, "white")
@@ -63,6 +66,31 @@ def read_source(path: Path, area: int = SOURCE_AREA) -> SourceImage:
             return stretched(image, area)
     except Exception as error:  # decoders raise whatever they like
         raise ValueError(f"source image {shown(path)} cannot be read: {one_line(error)}") from None
+
+
+def in_srgb(image: Any) -> Any:
+    """A PIL image with 8 bits a channel, its color profile, if it has one that can be applied, converted to sRGB.
+
+    The alpha channel stays as it is.
+    """
+    import io
+
+    from PIL import Image, ImageCms
+
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):  # Pillow would cut at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return image
+    colors = image.convert("RGB") if image.mode == "RGBA" else image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(colors, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # a profile of another kind of color, or a damaged one: as viewers do
+        return image
+    if image.mode == "RGBA":
+        converted.putalpha(image.getchannel("A"))
+    return converted
 
 
 def seen_by_text_encoder(source: SourceImage, member: Member) -> Any:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import safe_open
 
 from demo.pictures.new_things import write_new_things
@@ -79,7 +80,7 @@ def test_a_typing_error_is_told_before_anything_is_packed(flags, more, said, mon
 def test_all_stages_get_one_model(flags, monkeypatch, tmp_path):
     ran = []
     monkeypatch.setattr(make_lora, "run_to_the_end", lambda words: ran.append(words) or 0)
-    monkeypatch.setattr(make_lora, "captions", lambda shards: ["a blorb"])
+    monkeypatch.setattr(make_lora, "prompts_of", lambda shards, made, given: ["a blorb"])
     more = ["--revision", "v2", "--vae_path", "other_vae", "--model_family", "text-to-image", "--transformer_path", "t"]
     assert make_lora.main([*flags, *more]) == 0
     given = {Path(words[make_lora.script_in(words)]).name: words for words in ran}
@@ -112,3 +113,32 @@ def test_several_gpus_get_a_launcher_and_the_same_state(monkeypatch, flags, phot
     state.stage("train", [*make_lora.launcher(2), "train/train_lora.py", "--x"], result)
     monkeypatch.setattr(make_lora, "run_to_the_end", lambda words: pytest.fail("done before"))
     make_lora.State.open(tmp_path / "made", photos).stage("train", ["python", "train/train_lora.py", "--x"], result)
+
+
+@pytest.mark.slow
+def test_pairs_are_sampled_with_their_own_source_images(tiny_edit_models, tmp_path, capfd):
+    pairs = tmp_path / "pairs"
+    write_new_things(pairs / "target", count=6, side=SIDE)
+    shutil.copytree(pairs / "target", pairs / "source", ignore=shutil.ignore_patterns("*.txt"))
+    own = [
+        "--photos",
+        str(pairs),
+        "--model",
+        str(tiny_edit_models["edit-2509"]),
+        "--output_path",
+        str(tmp_path / "made"),
+    ]
+    own += ["--max_pixels", str(SIDE * SIDE), "--num_inference_steps", "1", "--gpus", "0", "--max_steps", "2"]
+    own += ["--dtype", "float32", "--lora_rank", "2", "--num_workers", "0", "--wandb_mode", "disabled"]
+    assert make_lora.main(own) == 0
+    prompts = yaml.safe_load((tmp_path / "made" / "samples.yaml").read_text())
+    assert len(prompts) == make_lora.PROMPTS and all(len(each["source_image"]) == 1 for each in prompts)
+    assert (tmp_path / "made" / "samples" / "grid.png").is_file()
+    assert "--source_image" in capfd.readouterr().out  # what may come next
+
+
+def test_given_prompts_take_the_samples_pictures_in_turn(tmp_path):
+    file = make_lora.write_prompts(tmp_path, ["a", "b", "c"], [[b"1", b"2"], [b"3"]], ".png")
+    entries = yaml.safe_load(file.read_text())
+    told = [(each["prompt"], [Path(path).read_bytes() for path in each["source_image"]]) for each in entries]
+    assert told == [("a", [b"1", b"2"]), ("b", [b"3"]), ("c", [b"1", b"2"])]

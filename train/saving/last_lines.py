@@ -39,9 +39,13 @@ def newest(saved: int) -> str:
     return f"newest checkpoint: step {saved}" if saved else "no checkpoint yet"
 
 
-def next_commands(model: str, run: Path, recorded: Collection[str]) -> list[str]:
-    """What may come next, a command a line; `recorded`: what else has the rows, `W&B offline` and `TensorBoard`."""
+def next_commands(model: str, run: Path, recorded: Collection[str], edits: bool = False) -> list[str]:
+    """What may come next, a command a line; `recorded`: what else has the rows, `W&B offline` and `TensorBoard`.
+
+    `edits`: prompts of the model speak of source images.
+    """
     sample = ["python", "train/sample.py", "--model", model, "--prompt", "…", "--output_path", "images"]
+    sample += ["--source_image", "…"] if edits else []
     numbered = any(run.glob("lora-*.safetensors"))
     commands = {"with and without the LoRA": [*sample, "--lora", str(run), "--compare"]}
     if numbered:
@@ -59,23 +63,9 @@ def next_commands(model: str, run: Path, recorded: Collection[str]) -> list[str]
     return ["what may come next:"] + [f"  {what:<{width}}  {command}" for what, command in lines.items()]
 
 
-def done(seconds: float, steps: int, lora: Path, model: str, broken: int) -> str:
-    """A run that took its last step: how long it took, where the LoRA is, how to see what it does."""
+def done(seconds: float, steps: int, broken: int) -> str:
+    """A run that took its last step: how long it took. What may come next stands above (`next_commands`)."""
     hours, rest = divmod(round(seconds), 3600)
     took = f"{steps} steps in {hours}:{rest // 60:02d}:{rest % 60:02d}"
     replaced = f" ({broken} broken samples replaced or left out)" if broken else ""
-    command = [
-        "python",
-        "train/sample.py",
-        "--model",
-        model,
-        "--lora",
-        str(lora),
-        "--prompt",
-        "…",
-        "--output_path",
-        "images",
-    ]
-    return (
-        f"done: {took}{replaced}; next: {shlex.join(command)}; more steps: the same command with a larger --max_steps"
-    )
+    return f"done: {took}{replaced}; more steps: the same command with a larger --max_steps"
