@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CLASS, NAME = "cat", "zimi"
 BATCH, RANK, RATE = 8, 16, 2e-3
 PICTURES = 18  # of the subject
-ASKED = 24  # pictures of each kind that are judged
+ASKED = 16  # pictures of each kind that are judged
 SEED = 7 * 10**9  # of the scenes that are asked for
 
 
@@ -57,14 +57,13 @@ def main(argv: list[str] | None = None) -> int:
     prompts = arguments.prior_prompt or [f"a {CLASS}"]
     try:
         shares = [float(share) for share in arguments.shares.split(",")]
-        for share in shares:
+        for share in [None, *shares]:
             start = time.perf_counter()
             asked = share, prompts, arguments.prior_prompt_steps
-            base, kept = try_share(arguments.model, *asked, arguments.steps, arguments.device)
-            told = "; ".join(
-                f"{name.strip('_')} {a:.0%} → {b:.0%}" for name, a, b in zip(Kept._fields, base, kept, strict=True)
-            )
-            print(f"share {share:g}: {told} ({time.perf_counter() - start:.0f} s)", flush=True)
+            kept = try_share(arguments.model, *asked, arguments.steps, arguments.device)
+            told = ", ".join(f"{name.strip('_')} {part:.0%}" for name, part in kept._asdict().items())
+            what = "base" if share is None else f"share {share:g}"
+            print(f"{what}: {told} ({time.perf_counter() - start:.0f} s)", flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -72,9 +71,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def try_share(
-    model: Path, share: float, prompts: list[str], prior_steps: int, steps: int, device: str | None
-) -> tuple[Kept, Kept]:
-    """What base and LoRA show after `steps` of which `share` train the class prompts."""
+    model: Path, share: float | None, prompts: list[str], prior_steps: int, steps: int, device: str | None
+) -> Kept:
+    """What is shown after `steps` of which `share` train the class prompts; None: by the base, without any."""
     import torch
 
     from demo.drawing.classifier import FILE, load
@@ -82,17 +81,16 @@ def try_share(
     from demo.drawing.scoring import draw, load_pipeline
     from demo.run import SIDE
     from train.base_model.prior_prompt import PriorPrompt
-    from train.lora.strength import lora_at
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline, judge = load_pipeline(model, where), load(model / FILE)
     assert pipeline.transformer is not None and pipeline.text_encoder is not None
     blobs = draw(pipeline, [asked_for(i, f"{NAME} {CLASS}")[1] for i in range(ASKED)], SIDE, steps=16)
     shows = fit_probe(judge, SIDE, blobs).shows
-    learn(pipeline, PriorPrompt(pipeline.text_encoder.encode_list(prompts), share, prior_steps, seed=0), steps, SIDE)
-    with lora_at(pipeline.transformer, 0):
-        base = judged(pipeline, judge, shows, SIDE)
-    return base, judged(pipeline, judge, shows, SIDE)
+    if share is not None:
+        prior = PriorPrompt(pipeline.text_encoder.encode_list(prompts), share, prior_steps, seed=0)
+        learn(pipeline, prior, steps, SIDE)
+    return judged(pipeline, judge, shows, SIDE)
 
 
 def asked_for(number: int, noun: str) -> tuple[Scene, str]:

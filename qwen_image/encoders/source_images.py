@@ -88,7 +88,7 @@ def in_srgb(image: Any) -> Any:
         converted = ImageCms.profileToProfile(colors, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):  # a profile of another kind of color, or a damaged one: as viewers do
         return image
-    if image.mode == "RGBA":
+    if image.mode == "RGBA" and converted is not None:
         converted.putalpha(image.getchannel("A"))
     return converted
 
