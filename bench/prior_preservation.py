@@ -1,7 +1,7 @@
 """What a class loses to a subject that is trained under its name, and what prior preservation keeps of it.
 
     python bench/prior_preservation.py --model demo/drawing_model
-    python bench/prior_preservation.py --model demo/drawing_model --shares 0,0.2 --prior_prompt "a cat" --steps 250
+    python bench/prior_preservation.py --model demo/drawing_model --shares 0.2,0.5 --prior_prompt "a cat"
 
 A LoRA learns the blorb from drawn pictures that call it "a zimi cat". Asked for a cat afterwards, with colors and sceneries of
 its own, the base draws a cat; the LoRA without prior preservation tends to draw the blorb. Each share of micro-batches that
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
     from train.base_model.prior_prompt import PriorPrompt
 
 CLASS, NAME = "cat", "zimi"
+PRIOR_PROMPTS = (
+    "a red cat on a blue background",
+    "a large green cat in the night sky",
+    "a picture of a yellow cat on the left, green meadow",
+    "a purple cat at the sea",
+    "a small orange cat at the top right on a white background",
+    "sunset: a black cat",
+    "a drawing of a blue cat on a red background, on the right",
+    "a pink cat in front of a brick wall",
+)
 BATCH, RANK, RATE = 8, 16, 2e-3
 PICTURES = 18  # of the subject
 ASKED = 16  # pictures of each kind that are judged
@@ -48,19 +58,17 @@ class Kept(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder that demo/train_drawing_model.py wrote")
-    parser.add_argument("--shares", default="0,0.1,0.2,0.35,0.5", help="shares of micro-batches (0,0.1,0.2,0.35,0.5)")
-    parser.add_argument("--prior_prompt", action="append", help=f"class prompts (a {CLASS})")
-    parser.add_argument("--prior_prompt_steps", type=int, default=4, help="of the base from noise (4)")
-    parser.add_argument("--steps", type=int, default=350, help="optimizer steps of a trial (350)")
+    parser.add_argument("--shares", default="0,0.35", help="shares of micro-batches (0,0.35)")
+    parser.add_argument("--prior_prompt", action="append", help="class prompts (eight, worded as the captions are)")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of a trial (200)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     arguments = parser.parse_args(argv)
-    prompts = arguments.prior_prompt or [f"a {CLASS}"]
+    prompts = arguments.prior_prompt or list(PRIOR_PROMPTS)
     try:
         shares = [float(share) for share in arguments.shares.split(",")]
         for share in [None, *shares]:
             start = time.perf_counter()
-            asked = share, prompts, arguments.prior_prompt_steps
-            kept = try_share(arguments.model, *asked, arguments.steps, arguments.device)
+            kept = try_share(arguments.model, share, prompts, arguments.steps, arguments.device)
             told = ", ".join(f"{name.strip('_')} {part:.0%}" for name, part in kept._asdict().items())
             what = "base" if share is None else f"share {share:g}"
             print(f"{what}: {told} ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -70,9 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def try_share(
-    model: Path, share: float | None, prompts: list[str], prior_steps: int, steps: int, device: str | None
-) -> Kept:
+def try_share(model: Path, share: float | None, prompts: list[str], steps: int, device: str | None) -> Kept:
     """What is shown after `steps` of which `share` train the class prompts; None: by the base, without any."""
     import torch
 
@@ -88,8 +94,7 @@ def try_share(
     blobs = draw(pipeline, [asked_for(i, f"{NAME} {CLASS}")[1] for i in range(ASKED)], SIDE, steps=16)
     shows = fit_probe(judge, SIDE, blobs).shows
     if share is not None:
-        prior = PriorPrompt(pipeline.text_encoder.encode_list(prompts), share, prior_steps, seed=0)
-        learn(pipeline, prior, steps, SIDE)
+        learn(pipeline, PriorPrompt(pipeline.text_encoder.encode_list(prompts), share, seed=0), steps, SIDE)
     return judged(pipeline, judge, shows, SIDE)
 
 

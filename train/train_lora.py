@@ -370,7 +370,8 @@ class Loop:
             if self.config.lora_dropout > 0:  # its draws, too, belong to the micro-batch's place in the global stream
                 torch.manual_seed(self.config.seed * 1_000_003 + batch.place)
             if example.is_prior:  # nothing of the batch's samples is left but their size
-                batch = replace(batch, mask=None, loss_weight=None, prior=torch.ones_like(batch.drop))
+                weight = torch.full_like(latents[:, 0, 0, 0, 0], self.config.prior_weight, dtype=torch.float32)
+                batch = replace(batch, mask=None, loss_weight=weight, prior=torch.ones_like(batch.drop))
             losses = self.engine(example.latents, example.noise, batch.sigma, example.prompt, batch.mask)
             split.reached("forward")
             objective = losses if batch.loss_weight is None else losses * batch.loss_weight

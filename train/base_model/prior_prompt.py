@@ -6,10 +6,9 @@ micro-batches the captions give way to the class prompt c, and the target is the
 
     loss = weight(σ) · mean (v_LoRA(x_σ, σ, c) − v_base(x_σ, σ, c))²,
 
-a distillation of the base into itself. x_σ is on the base's own way from noise to a picture of the class: `steps` Euler steps
-of the base from pure noise down to the σ that was drawn. With no steps it is the batch's own noised latents, as in ai-toolkit's
-"differential output preservation": a forward pass instead of several, but pictures of the subject, of which the base has little
-to say about the class (bench/prior_preservation.py measures both).
+a distillation of the base into itself (ai-toolkit's "differential output preservation"). It costs a forward pass more. What is
+kept lies near the prompts that are given: several, worded as the captions are but without the subject's name, keep a class
+that a bare "a dog" doesn't (bench/prior_preservation.py). Letting the base come to x_σ by steps of its own was no better.
 
 The loss is told of v_base by the latents and noise that the base believes in (`believed`), so the training step, its kernels
 and its CUDA graphs know nothing of all this.
@@ -27,7 +26,6 @@ from train.base_model.online_encoder import OnlineEncoder
 from train.config.train_config import TrainConfig
 from train.data.batch import STORED_DTYPE
 from train.flow.objective import add_noise
-from train.flow.timestep_sampling import SIGMA_STEPS
 from train.lora.strength import lora_at
 from train.step.flow_matching_module import FlowMatchingModule
 
@@ -46,7 +44,6 @@ class PriorPrompt:
 
     Attributes:
         embeds: of each class prompt [T, D], on the device.
-        steps: of the base from noise to the latents that it is asked about; 0: these are the batch's.
         sharing: so many neighboring ranks share the base's weights, so that they must make the same number of forward passes.
     """
 
@@ -54,13 +51,12 @@ class PriorPrompt:
         self,
         embeds: list[torch.Tensor],
         share: float,
-        steps: int,
         seed: int,
         rank: int = 0,
         sharing: int = 1,
         text_padding: int = 1,
     ) -> None:
-        self.embeds, self.share, self.steps, self.seed = embeds, share, steps, seed
+        self.embeds, self.share, self.seed = embeds, share, seed
         self.rank, self.sharing, self.text_padding = rank, sharing, text_padding
 
     @classmethod
@@ -68,8 +64,7 @@ class PriorPrompt:
         """Encodes the prompts: `encoder` has a text encoder if there are any (`prompt_encoder`)."""
         prompts = list(config.prior_prompt)
         embeds = [each.to(STORED_DTYPE) for each in encoder.encode_prompts(prompts)] if prompts else []
-        share, steps = config.prior_prompt_share, config.prior_prompt_steps
-        return cls(embeds, share, steps, config.seed, rank, sharing, encoder.text_padding)
+        return cls(embeds, config.prior_prompt_share, config.seed, rank, sharing, encoder.text_padding)
 
     def drawn(self, place: int) -> int | None:
         """Which class prompt the micro-batch at `place` of the global stream trains; None: its own captions."""
@@ -98,23 +93,10 @@ class PriorPrompt:
             return Example(latents, noise, prompt)
         told = prompt if mine is None else self.repeated(self.embeds[mine], prompt)
         with lora_at(module.transformer, 0):
-            believes = self.ask(module, latents, noise, sigma, told)
-        return Example(latents, noise, prompt) if mine is None else Example(*believes, told, is_prior=True)
-
-    def ask(
-        self,
-        module: FlowMatchingModule,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        sigma: torch.Tensor,
-        prompt: Prompt,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The latents and noise in which the model, as it is, believes on its way to σ [B]."""
-        if self.steps:
-            latents = noise  # at σ = 1 all that counts
-        for at in path(sigma, self.steps):
-            latents, noise = believed(latents, noise, at, module.velocity(latents, noise, at, prompt))
-        return latents, noise
+            velocity = module.velocity(latents, noise, sigma, told)
+        if mine is None:
+            return Example(latents, noise, prompt)
+        return Example(*believed(latents, noise, sigma, velocity), told, is_prior=True)
 
     def repeated(self, embeds: torch.Tensor, prompt: Prompt) -> Prompt:
         """One prompt [T, D] for each sample, padded to the length of `prompt` if it fits: a shape that is known already."""
@@ -125,12 +107,6 @@ class PriorPrompt:
             return Prompt(padded, None)
         mask = torch.arange(length, device=padded.device)[None] < tokens
         return Prompt(padded, mask.expand(samples, -1).contiguous())
-
-
-def path(sigma: torch.Tensor, steps: int) -> list[torch.Tensor]:
-    """Noise levels [B] from 1 down to σ [B], evenly, `steps` steps apart; each k/1000, as all that training draws."""
-    down = [1 - (1 - sigma) * step / steps for step in range(steps)]
-    return [*((level * SIGMA_STEPS).round() / SIGMA_STEPS for level in down), sigma]
 
 
 def believed(

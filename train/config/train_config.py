@@ -91,7 +91,8 @@ class TrainConfig:
         Annotated[float, Interval(gt=0.0, lt=1.0)], "share of micro-batches that are of prior_data"
     ] = 0.5
     prior_weight: Annotated[
-        Annotated[float, Interval(gt=0.0, le=1000.0)], "factor on the loss of prior_data's samples"
+        Annotated[float, Interval(gt=0.0, le=1000.0)],
+        "factor on the loss of the samples of prior_data and prior_prompt",
     ] = 1.0
     data_cache_path: Annotated[Path, "folder for local copies of remote shards"] = Path("~/.cache/qwen_image_lora")
     data_cache_gb: Annotated[
@@ -193,14 +194,10 @@ class TrainConfig:
     caption_dropout: Annotated[Share, "share of samples trained with the empty caption"] = 0.0
     prior_prompt: Annotated[
         tuple[str, ...],
-        "class prompts ('a photo of a dog'; repeat the flag) for which the LoRA shall predict what the base does: keeps a "
-        "subject from taking over its class, without pictures of that",
+        "prior preservation without pictures: prompts of the class that the subject belongs to ('a dog on a beach'; repeat the "
+        "flag), worded as the captions are, for which the LoRA shall predict what the base does",
     ] = ()
-    prior_prompt_share: Annotated[Share, "share of micro-batches that train one of prior_prompt"] = 0.2
-    prior_prompt_steps: Annotated[
-        Whole,
-        "steps in which the base draws, from noise, what it is asked about; 0: the noised pictures of the batch, faster",
-    ] = 4
+    prior_prompt_share: Annotated[Share, "share of micro-batches that train one of prior_prompt"] = 0.35
 
     # ---- optimization
     max_steps: Annotated[Count | None, "stop after this many optimizer steps (instead of num_epochs)"] = None
