@@ -39,6 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.shard_format.row_groups import write_row_groups
+from data_prep.shard_format.weight_limits import MOST
 from files.atomic_files import commit, json_bytes, partial_path, write_file
 from files.plain_name import plain_name
 from files.shown import shown
@@ -344,7 +345,7 @@ def check_index(index: ShardIndex, manifest: Manifest, folder: object) -> None:
         offset, size = (getattr(index, f"{name}_{field}") for field in ("offset", "size"))
         inside = (size >= 0) & (offset >= tarfile.BLOCKSIZE) & (size <= ends) & (offset <= ends - size)
         wrong |= ~inside & ((size != 0) | (name == "payload"))
-    if (bad := ~(np.isfinite(index.weight) & (index.weight > 0))).any():
+    if (bad := ~((index.weight > 0) & (index.weight <= MOST**2))).any():
         row = int(np.flatnonzero(bad)[0])
         raise ValueError(f"{shown(folder)}: {INDEX} is damaged: row {row} has weight {index.weight[row]:g}; {_REMAKE}")
     if wrong.any():

@@ -305,5 +305,9 @@ def make_order(config: TrainConfig, dataset: ShardDataset | Mixture | StreamedSe
     how = config.batch_size, config.seed, config.shuffle_window, config.tail
     order = dataset.order(*how, config.dataset_repeat)
     if isinstance(dataset, Mixture) and len(dataset.prior):
-        return PriorOrder(order, dataset.prior_order(*how), Fraction(str(config.prior_share)))
+        try:
+            prior = dataset.prior_order(*how)
+        except ValueError as error:
+            raise ValueError(f"prior_data: {error}") from None
+        return PriorOrder(order, prior, Fraction(str(config.prior_share)))
     return order

@@ -90,6 +90,10 @@ def test_many_weights_are_a_range_and_hostile_facts_are_passed_over() -> None:
         (["--output_path", "{}/dogs/run", "--data", "{}/dogs:2"], "lies in data"),
         (["--output_path", "{}/reg/run", "--prior_data", "{}/reg"], "lies in prior_data"),
         (["--prior_data", "{}/reg/../cats:2"], "prior_data: {}/cats is data too"),
+        (
+            ["--prior_data", "{}/reg", "--tail", "drop", "--batch_size", "5"],
+            "prior_data: 7 samples × dataset_repeat 1 in 2 buckets",
+        ),
         (["--data", "{}/dogs", "--loader", "webdataset", "--max_steps", "1"], "loader webdataset reads one set"),
     ],
 )
