@@ -40,6 +40,10 @@ class AdapterMetadata:
             if not isinstance(adapter, dict):
                 raise ValueError(f"it is a {type(adapter).__name__}, not an object")
             own = {name.removeprefix(PREFIX): value for name, value in adapter.items() if name.startswith(PREFIX)}
+            if (
+                not own and "peft_type" in adapter
+            ):  # a transformer's save_lora_adapter: its config alone, without a prefix
+                own = adapter
             if not own:
                 return cls()
             return cls(

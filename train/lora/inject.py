@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from train.lora.lora_file import Layer, LoraFile
 
 
+# Ends of the names of weights that begin drawn, and of those that begin at zero.
+DRAWN = (f".lora_A.{ADAPTER}.weight", *(f".lokr_{half}.{ADAPTER}" for half in ("w1", "w1_a", "w1_b", "w2_a")))
+ZERO = (f".lora_B.{ADAPTER}.weight", f".lokr_w2.{ADAPTER}", f".lokr_w2_b.{ADAPTER}")
+
+
 def inject_lora(
     transformer: QwenImageTransformer, spec: LoraSpec, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> list[str]:
@@ -95,10 +100,6 @@ def _drawn(seed: int, name: str, shape: torch.Size) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     bound = 1 / math.sqrt(shape[1])  # Kaiming-uniform with a = √5
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-DRAWN = (".lora_A.default.weight", *(f".{kind}.default" for kind in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a")))
-ZERO = (".lora_B.default.weight", ".lokr_w2.default", ".lokr_w2_b.default")
 
 
 def short_name(parameter_name: str) -> str:

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from qwen_image.pipeline import QwenImagePipeline
 from tests.helpers.lora_styles import STYLES, write_style
 from tests.helpers.small_transformer import small_transformer
 from tests.helpers.training_run import train
 from train import convert_lora, merge_lora, sample
 from train.lora.inject import attach_lora, inject_lora, lora_parameters, start_from
+from train.lora.lokr import update_of
 from train.lora.lora_file import read_lora
 from train.lora.preset_loras import Preset, merge_presets, merged
 from train.lora.spec import LoraSpec
@@ -85,6 +87,30 @@ def test_patterns_of_the_header_are_regular_expressions_for_the_names_end(transf
     for name, scale in {Q: 1 / 2, BLOCK + "txt_mlp.net.2": 1 / 4, "proj_out": 2.0}.items():
         update = lora.layers[name]["lora_B"] @ lora.layers[name]["lora_A"]
         torch.testing.assert_close(update, scale * plain[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lokr", [False, True])
+def test_the_header_of_a_transformers_own_save_lora_adapter_is_applied(tiny_model, tmp_path, lokr):
+    """diffusers writes the config without a prefix there: alpha/r counts all the same, of a LoKr too."""
+    from diffusers import QwenImageTransformer2DModel
+    from peft import LoKrConfig, LoraConfig
+
+    model = QwenImageTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+    config = LoKrConfig(r=2, alpha=6, decompose_factor=4) if lokr else LoraConfig(r=2, lora_alpha=6)
+    config.target_modules = {"to_q", "proj_out"}
+    model.add_adapter(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    model.save_lora_adapter(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    transformer = QwenImagePipeline.from_pretrained(str(tiny_model), components=("transformer",)).transformer
+    layers = read_lora(path, transformer).layers
+    assert len(layers) == 3
+    for name, layer in layers.items():
+        expected = model.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(update_of(layer, expected.device), expected.detach(), atol=1e-5, rtol=1e-5)
 
 
 def read_tensors(path):
