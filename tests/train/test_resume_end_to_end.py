@@ -87,6 +87,34 @@ def test_asked_to_leave_then_damaged_equals_uninterrupted(small_model: Path, sma
     assert left.lora() == whole.lora()
 
 
+def test_a_lokr_that_was_killed_equals_an_uninterrupted_one(
+    small_model: Path, small_data: Path, tmp_path: Path
+) -> None:
+    more = [
+        "--max_steps",
+        "40",
+        "--save_steps",
+        "2",
+        "--lora_type",
+        "lokr",
+        "--lokr_factor",
+        "4",
+        "--lora_dropout",
+        "0",
+    ]
+    whole, killed = (Run(small_model, small_data, tmp_path / name, "zero2", *more) for name in ("whole", "killed"))
+    assert whole.finish()[0] == 0
+    process = killed.start()
+    killed.wait_for(process, 7)
+    assert process.poll() is None, process.communicate()[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, said = killed.finish()
+    assert code == 0 and "resumed from" in said, said
+    assert killed.steps() == whole.steps() and len(whole.steps()) == 40
+    assert killed.lora() == whole.lora()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config,kills", [("zero2", 20), ("zero3", 20)])
 def test_killed_at_random_moments_equals_uninterrupted(
