@@ -4,6 +4,7 @@
     python bench/loader.py --part throughput --samples 2000 --workers 0 1 2 4 8
     python bench/loader.py --part seek --seek_samples 10000000
     python bench/loader.py --part memory --batches 100000
+    python bench/loader.py --part captions              # what caption levers and variants cost a sample
 
 Shards are written to a temporary folder (--folder) first. Both loaders do the same work for a batch: read, decode, pad,
 stack, draw noise and σ. webdataset reads shards from end to end, ours picks samples at random over the whole set: on a
@@ -26,7 +27,7 @@ SHARD_SAMPLES = 100
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["all", "throughput", "seek", "memory"], default="all")
+    parser.add_argument("--part", choices=["all", "throughput", "seek", "memory", "captions"], default="all")
     parser.add_argument("--folder", type=Path, help="where the shards go (default: a temporary folder)")
     parser.add_argument("--samples", type=int, default=400, help="samples of 1024x1024 pixels in each data set")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             print_seek(options.seek_samples)
         if options.part in ("all", "memory"):
             print_memory(folder, options.batches)
+        if options.part in ("all", "captions"):
+            print_captions(folder)
     finally:
         shutil.rmtree(folder)
     return 0
@@ -169,16 +172,77 @@ def proportional_mib() -> float:
     return total / 1024
 
 
+# ── captions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def print_captions(folder: Path) -> None:
+    """Microseconds of a caption under each lever; of reading an encoded sample with 8 variants and without, in turns."""
+    from functools import partial
+
+    from data_prep.encoding.caption_variants import CaptionOptions, caption_chance
+    from train.data.shard_dataset import ShardDataset
+
+    tags = [f"tag number {number}" for number in range(30)]
+    caption = ", ".join(["[trigger] cat", *tags[:-1], "{a|b {c|d}}"])
+    tag_levers = {"caption_shuffle_tags": True, "caption_keep_tags": 1, "caption_tag_dropout": 0.1}
+    levers: dict[str, dict[str, Any]] = {
+        "none": {},
+        "trigger word, prefix": {"trigger_word": "zwx", "caption_prefix": "photo"},
+        "tags shuffled and dropped": tag_levers,
+        "alternatives": {"caption_alternatives": True},
+        "all": {**tag_levers, "trigger_word": "zwx", "caption_prefix": "photo", "caption_alternatives": True},
+    }
+    print(
+        f"\nMicroseconds of one caption of {len(caption)} characters and 31 tags, its draws included, the least of 5\n"
+    )
+    print("| levers | µs |\n| --- | --- |")
+    for name, values in levers.items():
+        options = CaptionOptions(**values)
+        print(f"| {name} | {1e6 * least(lambda o=options: o.drawn([caption], caption_chance(0, 1, 2)), 2000):.1f} |")
+    plain, varied = (
+        ShardDataset(write_set(folder / name, 64, "safetensors", side=1024, variants=count))
+        for name, count in (("one", 1), ("eight", 8))
+    )
+    numbers = range(64)
+    times: dict[str, list[float]] = {"1 caption": [], "8 variants": []}
+    for turn in range(20):
+        for name, dataset in (("1 caption", plain), ("8 variants", varied)):
+            start = time.perf_counter()
+            for number in numbers:
+                dataset.read(number, partial(caption_chance, 0, turn, number))
+            times[name].append((time.perf_counter() - start) / len(numbers))
+    print("\nMicroseconds of reading an encoded sample of 1024x1024, one after the other, in turns (least, median)\n")
+    for name, seconds in times.items():
+        print(f"| {name} | {1e6 * min(seconds):.0f} | {1e6 * sorted(seconds)[len(seconds) // 2]:.0f} |")
+
+
+def least(work: Any, count: int) -> float:
+    """Seconds of one call, the least of five means over `count`."""
+    import timeit
+
+    return min(timeit.repeat(work, number=count, repeat=5)) / count
+
+
 # ── the data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def write_set(
-    folder: Path, samples: int, payload: str, side: int, tokens: int = PROMPT_TOKENS, width: int = PROMPT_WIDTH
+    folder: Path,
+    samples: int,
+    payload: str,
+    side: int,
+    tokens: int = PROMPT_TOKENS,
+    width: int = PROMPT_WIDTH,
+    variants: int = 1,
 ) -> Path:
-    """A data set of `samples` of side × side pixels: noise latents, or photographs' like (smooth plus grain) JPEGs."""
+    """A data set of `samples` of side × side pixels: noise latents, or photographs' like (smooth plus grain) JPEGs.
+
+    `variants`: so many forms of each caption, of encoded samples.
+    """
     import safetensors.torch
     import torch
 
+    from data_prep.encoding.variant_members import variant_members, with_variants
     from data_prep.shard_format import shards as form
 
     folder.mkdir(parents=True)
@@ -189,14 +253,22 @@ def write_set(
         with form.TarShardWriter(folder / form.tar_name(shard)) as tar:
             for index in range(count):
                 key, caption = form.sample_key(shard, index), f"caption of sample {first + index}"
+                body, more = b"{}", list[tuple[str, bytes]]()
+                if variants > 1:
+                    embeds = [torch.randn(tokens, width).bfloat16() for _ in range(variants)]
+                    entries, more = variant_members([f"{caption} {draw}" for draw in range(variants)], embeds)
+                    body = with_variants(body, entries)
                 members = [
                     (payload, make_payload(payload, side, tokens, width)),
-                    ("json", b"{}"),
+                    ("json", body),
                     ("txt", caption.encode()),
+                    *more,
                 ]
                 places = tar.add(key, members)
                 row = {"key": key, "path": key, "shard": shard, "bucket": 0}
                 row |= {"caption_length": len(caption), "prompt_tokens": tokens}
+                if variants > 1:
+                    columns.setdefault(form.VARIANT_TOKENS, []).append([tokens] * variants)
                 for member, suffix in (("payload", payload), ("json", "json"), ("txt", "txt")):
                     row[f"{member}_offset"], row[f"{member}_size"] = places[suffix]
                 for name, value in row.items():

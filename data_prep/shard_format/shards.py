@@ -263,7 +263,8 @@ def write_rows(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> Non
 
 def write_index(folder: Path, columns: Mapping[str, Any]) -> None:
     """Write index.parquet from sequences of equal length, one for each column of INDEX_ROWS; with OPTIONAL if given."""
-    write_rows(folder / INDEX, columns, index_schema(columns.keys()))
+    variants = len(columns[VARIANT_TOKENS][0]) if columns.get(VARIANT_TOKENS) else 0
+    write_rows(folder / INDEX, columns, index_schema(columns.keys(), variants))
 
 
 def index_schema(names: Iterable[str], variants: int = 0) -> pa.Schema:

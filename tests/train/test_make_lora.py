@@ -142,3 +142,30 @@ def test_given_prompts_take_the_samples_pictures_in_turn(tmp_path):
     entries = yaml.safe_load(file.read_text())
     told = [(each["prompt"], [Path(path).read_bytes() for path in each["source_image"]]) for each in entries]
     assert told == [("a", [b"1", b"2"]), ("b", [b"3"]), ("c", [b"1", b"2"])]
+
+
+def test_what_becomes_of_captions_is_encoded_and_training_is_told_the_same(flags, monkeypatch, tmp_path):
+    ran = []
+
+    def done(words: list[str]) -> int:
+        ran.append(words)
+        for name in ("shards/manifest.json", "encoded/manifest.json", "shards.html", "run/lora.safetensors"):
+            (tmp_path / "made" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "made" / name).touch()
+        return 0
+
+    monkeypatch.setattr(make_lora, "run_to_the_end", done)
+    levers = ["--trigger_word", "my cat", "--caption_shuffle_tags"]
+    assert make_lora.main([*flags, *levers]) == 0
+    encode, train = (
+        next(words for words in ran if f"{name}.py" in " ".join(words)) for name in ("encode_shards", "train_lora")
+    )
+    assert encode[2:5] == ["--trigger_word", "my cat", "--caption_shuffle_tags"] and encode[-2:] == [
+        "--caption_variants",
+        "8",
+    ]
+    assert train[-3:] == levers
+    ran.clear()
+    assert make_lora.main([*flags, "--trigger_word", "zwx"]) == 0
+    encode = next(words for words in ran if "encode_shards.py" in " ".join(words))
+    assert "--caption_variants" not in encode and "zwx" in encode
