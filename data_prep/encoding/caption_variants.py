@@ -27,7 +27,7 @@ from data_prep.sources.captions import clean
 TRIGGER = "[trigger]"  # as ai-toolkit spells it; in this case alone, as there
 # by option name; train/config/train_config.py and encode_shards.py share these texts
 CAPTION_HELP = {
-    "trigger_word": "replaces [trigger] in captions; put first, before a comma, where the word is not in the caption",
+    "trigger_word": "replaces [trigger] in captions; put first, before the separator, where the word is not in the caption",
     "caption_prefix": "text before each caption",
     "caption_suffix": "text behind each caption",
     "caption_alternatives": r"of {one|another} in captions one is drawn; \{ \| \} stand for themselves",
@@ -126,18 +126,23 @@ class CaptionOptions:
         return texts
 
     def _chosen(self, text: str, choose: Callable[[int], int]) -> str:
-        return chosen(text, choose) if self.caption_alternatives and "{" in text else text
+        return chosen(text, choose) if self.caption_alternatives and ("{" in text or "\\" in text) else text
 
     def _tags(self, text: str, chance: Random) -> str:
-        separator = self.caption_tag_separator
-        tags = [tag for part in text.split(separator.strip()) if (tag := part.strip())]
+        tags = [tag for part in text.split(self.caption_tag_separator.strip()) if (tag := part.strip())]
         kept, free = tags[: self.caption_keep_tags], tags[self.caption_keep_tags :]
         if self.caption_tag_dropout > 0:
             free = [tag for tag in free if chance.random() >= self.caption_tag_dropout]
         if self.caption_shuffle_tags:
             places = [chance.random() for _ in free]
             free = [free[number] for number in sorted(range(len(free)), key=places.__getitem__)]
-        return (separator if separator != separator.strip() else f"{separator} ").join([*kept, *free])
+        return self._joint.join([*kept, *free])
+
+    @property
+    def _joint(self) -> str:
+        """What tags are joined by: the separator, with the spaces that it was given, or with one behind it."""
+        separator = self.caption_tag_separator
+        return separator if separator != separator.strip() else f"{separator} "
 
     def _framed(self, text: str, choose: Callable[[int], int]) -> str:
         """With prefix, suffix and trigger word."""
@@ -152,7 +157,7 @@ class CaptionOptions:
         text = text.replace(TRIGGER, self.trigger_word)
         if self._has_trigger.search(text):
             return text
-        return f"{self.trigger_word}, {text}" if text else self.trigger_word
+        return f"{self.trigger_word}{self._joint}{text}" if text else self.trigger_word
 
     @functools.cached_property
     def _has_trigger(self) -> re.Pattern[str]:
@@ -224,9 +229,8 @@ def chosen(text: str, choose: Callable[[int], int]) -> str:
 
 def parsed(text: str) -> Sequel:
     """Texts and choices in turn. What is no choice, but might have become one, is a choice of one."""
-    opened: list[list[Sequel]] = [
-        [[]]
-    ]  # the whole text, then each group that isn't closed yet: its alternatives so far
+    # The whole text, then each group that isn't closed yet: its alternatives so far.
+    opened: list[list[Sequel]] = [[[]]]
     for piece in _PIECES.findall(text):
         if piece == "{":
             opened.append([[]])
@@ -254,17 +258,25 @@ def add_caption_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text.replace("%", "%%"))
 
 
-def encoded_options(told: dict[str, Any]) -> CaptionOptions:
-    """The inverse of Variants.identity."""
-    return CaptionOptions(**{field: told[field] for field in _DEFAULTS if field in told})
+def encoded_captions(encoding: dict[str, Any] | None) -> tuple[CaptionOptions, int]:
+    """What became of the captions of an encoded set, and how many variants each sample may have: the inverse of
+    Variants.identity, from its `Manifest.encoding`. Raises ValueError for what can't be that."""
+    told = (encoding or {}).get("captions", {})
+    try:
+        count = told.get("variants", 1)
+        if type(count) is not int or count < 1:
+            raise TypeError(f"{count!r} variants")
+        return CaptionOptions(**{name: told[name] for name in _DEFAULTS if name in told}), count
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the manifest's captions are damaged ({error}): encode the image shards again") from None
 
 
-def refuse_in_training(name: str, asked: CaptionOptions, encoded: dict[str, Any]) -> None:
+def refuse_in_training(name: str, asked: CaptionOptions, encoding: dict[str, Any] | None) -> None:
     """Raise ValueError where captions that are encoded already shall have another form than they were given then.
 
-    `name`: of the data set; `encoded`: its `Manifest.encoding`.
+    `name`: of the data set; `encoding`: its `Manifest.encoding`.
     """
-    given = encoded_options(encoded.get("captions", {}))
+    given, _ = encoded_captions(encoding)
     if asked in (PLAIN, given):
         return
     variants = " --caption_variants 8" if asked.varies else ""

@@ -222,7 +222,7 @@ class TrainConfig:
         "keep an exponential moving average of the LoRA's float32 weights too (0.99 spans some 100 steps), with validation, "
         "sample images and files of its own; not given: none",
     ] = None
-    seed: Annotated[Whole, "of the order, the noise, sigma, caption dropout and the initial LoRA weights"] = 0
+    seed: Annotated[Whole, "of the order, the noise, sigma, what becomes of captions and the initial LoRA weights"] = 0
 
     # ---- memory
     deepspeed: Annotated[Path, "DeepSpeed JSON, such as ds_configs/zero2.json"]

@@ -238,6 +238,10 @@ class ShardDataset:
         if number == 0:
             return sample, found
         drawn = variants[number]
+        if any(
+            draw >= i.variant_tokens.shape[1] or i.variant_tokens[index, draw] != drawn.tokens for draw in drawn.draws
+        ):
+            raise ValueError(f"variant {number + 1} has {drawn.tokens} tokens in its json, another number in the index")
         end = int(i.txt_offset[index]) + padded(int(i.txt_size[index]))
         embeds = read_variant(self.reader.read(shard, end + drawn.offset, drawn.size), self.prompt_width, drawn.tokens)
         return replace(sample, caption=drawn.caption), found._replace(prompt_embeds=embeds)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encoding.caption_variants import CaptionOptions, encoded_options, refuse_in_training
+from data_prep.encoding.caption_variants import CaptionOptions, encoded_captions, refuse_in_training
 from data_prep.shard_format.shards import MANIFEST
 from files.shown import shown
 from qwen_image.encoders.text_encoder import MAX_TOKENS
@@ -164,7 +164,7 @@ class RunData:
                 max_prompt_tokens=self.options.max_prompt_tokens,
                 total=len(self.dataset),
                 captions=self.dataset.captions,
-                variants="variants" in (self.dataset.manifest.encoding or {}).get("captions", {}),
+                variants=encoded_captions(self.dataset.manifest.encoding)[1] > 1,
             )
         assert self.order is not None
         return BatchLoader(self.dataset, self.order, sampling, reading, self.cache_bytes)
@@ -183,7 +183,7 @@ def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset |
                 stream = StreamedSet(place, say, cache, captions)
             stream.name = sources[0].address
             if stream.encoded:
-                refuse_in_training(stream.name, captions, stream.manifest.encoding or {})
+                refuse_in_training(stream.name, captions, stream.manifest.encoding)
             return stream
         whole = len(sources) == 1 and sources[0].weight == 1 and not prior
 
@@ -197,7 +197,7 @@ def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset |
                 found = ShardDataset(place, held_out, tokens, say, cache, told)
             found.name = source.address
             if found.encoded:
-                refuse_in_training(found.name, told, found.manifest.encoding or {})
+                refuse_in_training(found.name, told, found.manifest.encoding)
             return found
 
         sets = [opened(number, source) for number, source in enumerate([*sources, *prior])]
@@ -285,12 +285,12 @@ def caption_lines(dataset: ShardDataset | Mixture | StreamedSet) -> list[str]:
     """What to say of captions that aren't trained as they stand."""
     if isinstance(dataset, Mixture):
         return list(dict.fromkeys(line for member in dataset.members for line in caption_lines(member.dataset)))
-    encoded = (dataset.manifest.encoding or {}).get("captions", {})
     if dataset.encoded:
-        flags = encoded_options(encoded).flags() or "as they stood"
+        options, count = encoded_captions(dataset.manifest.encoding)
         how = "of which one is drawn for each sample of each epoch; validation takes the first"
-        variants = f", in {encoded['variants']} variants, {how}" if "variants" in encoded else ""
-        return [f"captions were encoded {flags}{variants}"] if encoded else []
+        variants = f", in {count} variants, {how}" if count > 1 else ""
+        line = f"captions were encoded {options.flags() or 'as they stood'}{variants}"
+        return [line] if count > 1 or options.used() else []
     several = dataset.manifest.totals.get("several_captions", 0)
     said = [f"one of several for {several} samples"] if several else []
     said += [flags] if (flags := dataset.captions.flags()) else []

@@ -16,6 +16,7 @@ from data_prep.encoding.caption_variants import (
     add_caption_flags,
     caption_chance,
     chosen,
+    encoded_captions,
     refuse_in_training,
 )
 
@@ -90,6 +91,11 @@ def test_where_the_trigger_word_goes(caption, expected):
     assert CaptionOptions(trigger_word="zwx").first([caption]) == expected
 
 
+def test_the_trigger_word_stands_before_the_separator_of_tags():
+    options = CaptionOptions(trigger_word="zwx", caption_shuffle_tags=True, caption_tag_separator=" | ")
+    assert options.first(["a | b"]) == "zwx | a | b"
+
+
 def test_a_dropped_tag_takes_no_trigger_word_along():
     options = CaptionOptions(trigger_word="zwx", caption_tag_dropout=1.0, caption_prefix="photo")
     assert set(drawn(options, "[trigger] cat, sofa")) == {"zwx, photo"}
@@ -122,6 +128,7 @@ def test_prefix_and_suffix(prefix, suffix, caption, expected):
         ("{one}", {"one".join("{}")}),
         ("{one {a|b}}", {"{one a}", "{one b}"}),
         (r"\{a|b\} {c\|d|e}", {"{a|b} c|d", "{a|b} e"}),
+        (r"no braces, a\|b", {"no braces, a|b"}),
         (r"saber \(fate\) {a|b}", {r"saber \(fate\) a", r"saber \(fate\) b"}),
         ("{a|b", {"{a|b"}),
         ("a|b}", {"a|b}"}),
@@ -242,3 +249,12 @@ def test_encoded_captions_take_no_other_form():
     assert said.value.args[0].endswith("--caption_variants 8 --trigger_word zwx --caption_shuffle_tags")
     with pytest.raises(ValueError, match="encoded already \\(--trigger_word zwx --caption_shuffle_tags\\)"):
         refuse_in_training("ENCODED", CaptionOptions(trigger_word="other"), {"captions": zwx.used()})
+
+
+@pytest.mark.parametrize(
+    "told", [5, "x", [], {"trigger_word": 5}, {"variants": "3"}, {"variants": 0}, {"caption_keep_tags": 2}]
+)
+def test_a_damaged_manifest_is_one_line(told):
+    with pytest.raises(ValueError, match=r"captions are damaged|changes nothing"):
+        encoded_captions({"captions": told})
+    assert encoded_captions(None) == encoded_captions({}) == (PLAIN, 1)
