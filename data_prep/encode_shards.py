@@ -165,6 +165,8 @@ def encode_share(
     left_out = f", {totals['failed']} samples left out" if totals["failed"] else ""
     for line in [*encoded.long_captions(), *peak_line()]:
         print(line)
+    if masked := totals.get("masked"):
+        print(f"{masked} samples have a mask, stored on the latent grid: train_lora.py --masked_loss uses it")
     print(f"{totals['samples']} samples in {len(manifest.shards)} shards{left_out}: {arguments.output_path}")
     return 0
 

@@ -173,7 +173,7 @@ def finish(args: argparse.Namespace, plan: Plan, payload: str, options: dict[str
         first = committed[number].get("first", {}) | first
     for reason, count in sorted(totals["reasons"].items(), key=lambda item: -item[1]):
         print(f"  {count:>8}  {reason}; first {shown(first.get(reason, '?'), 400)}")
-    for line in pair_lines(totals, options):
+    for line in [*pair_lines(totals, options), *mask_lines(totals, first)]:
         print(line)
     if totals["warned"]:
         print(f"  {totals['warned']:>8}  packed, but their decoder warned; first {shown(first.get(WARNED, '?'), 400)}")
@@ -229,6 +229,29 @@ def pair_lines(totals: dict[str, Any], options: dict[str, Any]) -> list[str]:
     if (area := options.get("source_pixels", SOURCE_AREA)) != SOURCE_AREA:
         said.append(
             f"  note: source images of about {area} pixels, inference has {SOURCE_AREA}: --source_pixels for sampling too"
+        )
+    return said
+
+
+def mask_lines(totals: dict[str, Any], first: dict[str, str]) -> list[str]:
+    """What to say of the masks of a finished set: how many, images without, masks that say nothing."""
+    from data_prep.packing.pack import BLACK, TURNED
+
+    masked = totals.get("masked", 0)
+    if not masked:
+        return []
+    said = [f"  {masked:>8}  have a mask: train_lora.py --masked_loss learns what is white in it"]
+    if whole := totals["samples"] - masked:
+        said.append(f"  {whole:>8}  have none: all of the image counts (--on_missing_mask)")
+    if black := totals.get("black_masks"):
+        said.append(
+            f"  {black:>8}  warning: masks are black where the image was kept, and count as if they were not there; first "
+            f"{shown(first.get(BLACK, '?'), 400)}"
+        )
+    if turned := totals.get("turned_masks"):
+        said.append(
+            f"  {turned:>8}  masks were turned by their image's orientation, which they don't tell; first "
+            f"{shown(first.get(TURNED, '?'), 400)}"
         )
     return said
 

@@ -175,28 +175,30 @@ def write_random_encoded(
     family: str = "text-to-image",
     sources: Sequence[tuple[int, int]] = (),
     picture_tokens: int = 0,
+    masks: bool = False,
 ) -> Path:
     """Encoded shards of noise that any model of `text_dim` accepts: `buckets` of them share the samples evenly.
 
     Bucket number b is height × (width + 32·b) pixels, unless their (width, height) are given; sample s has
     prompt_tokens − s % 3 tokens, or those given for it. Pairs for `family`: `sources` are width and height of each sample's
-    source images, and its prompt begins with `picture_tokens` more tokens.
+    source images, and its prompt begins with `picture_tokens` more tokens. `masks`: two of three samples have one.
     """
     import safetensors.torch
     import torch
 
     from data_prep.encoding.encoder_facts import LATENTS, PROMPTS
+    from data_prep.images.stored_pixels import mask_share
     from data_prep.shard_format import shards as form
     from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
+    generator, of_masks = (torch.Generator().manual_seed(seed) for seed in (0, 1))
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    names = [*form.INDEX_ROWS.names, *(form.PAIR_INDEX_ROWS.names if sources else [])]
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    more = [form.PAIR_INDEX_ROWS] * bool(sources) + [form.MASK_INDEX_ROWS] * masks
+    columns: dict[str, list[Any]] = {name: [] for name in form.with_more(form.INDEX_ROWS, *more).names}
     sizes = [(width + 32 * b, height) for b in range(buckets)] if isinstance(buckets, int) else list(buckets)
     lengths = prompt_tokens
     if isinstance(lengths, int):
@@ -215,6 +217,10 @@ def write_random_encoded(
             if sources:
                 tensors["empty_prompt_embeds"] = noise(picture_tokens + 5, text_dim)
                 tensors["picture_tokens"] = torch.tensor([picture_tokens], dtype=torch.int32)
+            share = -1.0
+            if masks and index % 3:
+                tensors["mask"] = torch.randint(0, 256, latent.shape[1:], generator=of_masks, dtype=torch.uint8)
+                share = mask_share(tensors["mask"].numpy())
             members = [("safetensors", safetensors.torch.save(tensors)), ("json", b"{}"), ("txt", b"noise")]
             places = tar.add(key, members)
             row = {"key": key, "path": key, "shard": 0, "bucket": bucket, "caption_length": 5, "prompt_tokens": tokens}
@@ -222,6 +228,8 @@ def write_random_encoded(
                 row[f"{member}_offset"], row[f"{member}_size"] = places[suffix]
             if sources:
                 row |= {"sources_offset": 0, "sources_size": 0, "picture_tokens": picture_tokens}
+            if masks:
+                row |= {"mask_offset": 0, "mask_size": 0, "mask_share": share}
             for name, value in row.items():
                 columns[name].append(value)
     form.write_index(folder, columns)
@@ -238,9 +246,11 @@ def write_random_encoded(
         edit = {"picture_positions": "grid", "empty_captions": True, "prompt_width": text_dim}
         encoding |= {"family": MEMBERS[family].name} | edit
         fingerprint += f"x{sources}x{picture_tokens}"
-    manifest = form.Manifest(
-        "safetensors", fingerprint, {}, listed, {"samples": samples}, [shard], {}, encoding=encoding
-    )
+    totals = {"samples": samples}
+    if masks:
+        totals["masked"] = sum(share >= 0 for share in columns["mask_share"])
+        fingerprint += "xmasks"
+    manifest = form.Manifest("safetensors", fingerprint, {}, listed, totals, [shard], {}, encoding=encoding)
     form.write_manifest(folder, manifest)
     return folder
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.checking.report_page import page
-from data_prep.images.stored_pixels import decode_stored
+from data_prep.images.stored_pixels import decode_mask, decode_stored
 from data_prep.shard_format.shards import Manifest, ShardIndex, ShardReader, captions_of, members_of, read_index
 from files.atomic_files import write_file
 
@@ -26,6 +26,7 @@ BUCKETS_SHOWN = 24
 LEFT_OUT_SHOWN = 100
 WEIGHTS_SHOWN = 40
 CAPTION_SHOWN = 2000  # characters: the rest of a caption of millions is not read here
+VEIL = np.array([214, 60, 120])  # RGB of every other stripe over what a mask leaves out
 BINS = 41  # odd: squares have a bin of their own
 
 
@@ -37,6 +38,8 @@ def write_report(path: Path, folder: Path, manifest: Manifest, problems: list[st
     size = f"{megabytes / 1000:,.2f} GB" if megabytes >= 1000 else f"{megabytes:,.1f} MB"
     tiles = [(f"{len(index):,}", "samples"), (f"{len(manifest.shards):,}", "shards"), (size, "in tars")]
     tiles += [(f"{len(manifest.buckets):,}", "buckets")]
+    if masked := int((index.mask_share >= 0).sum()):
+        tiles += [(f"{masked:,}", "with masks")]
     tiles += [(f"{totals[name]:,}", name) for name in ("copied", "filtered", "failed") if name in totals]
     tiles += [(f"{totals[name]:,}", "with several captions") for name in ("several_captions",) if totals.get(name)]
     epoch = float(index.weight.sum())
@@ -58,6 +61,7 @@ def write_report(path: Path, folder: Path, manifest: Manifest, problems: list[st
         remarks=_remarks(totals),
         weights=_weights(index),
         samples=len(index),
+        masked=masked and manifest.payload != "safetensors",
         pictures=_pictures(folder, manifest, index, min(pictures, len(index))),
         options=_lines(manifest.options),
         encoders=_lines(manifest.encoding or {}),
@@ -216,14 +220,30 @@ def _pictures(folder: Path, manifest: Manifest, index: ShardIndex, count: int) -
                         [data, *members_of(run)], [(bucket.width, bucket.height), *bucket.sources], strict=True
                     )
                 ]
+                if index.mask_size[row]:
+                    mask = reader.read(shard, int(index.mask_offset[row]), int(index.mask_size[row]))
+                    pixels[0] = veiled(pixels[0], decode_mask(mask, bucket.width, bucket.height))
                 shown_pixels = beside(pixels)
                 url, ratio = _thumbnail(shown_pixels), shown_pixels.shape[1] / shown_pixels.shape[0]
         except (ValueError, KeyError, OSError) as error:
             text, url = f"cannot be shown: {error}", ""
-        note = f"{str(bucket).replace('x', '×').replace('+', ' ← ')} · {index.path[row]}"
+        share = float(index.mask_share[row])
+        masked = "" if share < 0 else "mask all black · " if share == 0 else f"mask {100 * share:.3g} % · "
+        note = f"{str(bucket).replace('x', '×').replace('+', ' ← ')} · {masked}{index.path[row]}"
         pictures.append({"url": url, "ratio": ratio, "caption": text[:CAPTION_SHOWN], "note": note})
     reader.close()
     return pictures
+
+
+def veiled(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """An image under its mask: as it is where the mask is white, grey and under stripes where it is black."""
+    rows, columns = np.indices(mask.shape)
+    period = max(16, max(mask.shape) // 24)
+    stripes = ((rows + columns) // (period // 2) % 2)[..., None]
+    grey = pixels.mean(axis=-1, keepdims=True)
+    veil = 0.65 * grey + 0.35 * np.where(stripes, VEIL, np.uint8(255))
+    share = mask[..., None] / 255
+    return np.rint(share * pixels + (1 - share) * veil).astype(np.uint8)
 
 
 def beside(pixels: list[np.ndarray]) -> np.ndarray:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.images.stored_pixels import decode_stored
+from data_prep.images.stored_pixels import decode_mask, decode_stored, latent_mask, mask_share
 from data_prep.packing.pack import stats_of
 from data_prep.packing.plan import file_sha256, plan_file, read_plan
 from data_prep.shard_format.scan_tars import Member, tar_samples
@@ -22,6 +22,8 @@ from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     INDEX,
     INDEX_ROWS,
+    MASK_ROWS,
+    MASK_SUFFIX,
     OPTIONAL_INDEX_ROWS,
     PAIR_ROWS,
     SHARD_ROWS,
@@ -214,7 +216,8 @@ def _row_problems(folder: Path, manifest: Manifest, position: int, index: ShardI
 
 def _rows_schema(path: Path) -> pa.Schema:
     schema = pq.read_schema(path)
-    found = [more for more in (PAIR_ROWS, CAPTION_ROWS, WEIGHT_ROWS) if set(more.names) <= set(schema.names)]
+    optional = PAIR_ROWS, CAPTION_ROWS, WEIGHT_ROWS, MASK_ROWS
+    found = [more for more in optional if set(more.names) <= set(schema.names)]
     variants = variants_in(schema)
     return with_more(SHARD_ROWS, *found, *[variant_rows(variants)] * (variants > 1))
 
@@ -229,6 +232,10 @@ def _place_problem(members: list[Member], index: ShardIndex, row: int, manifest:
     """Members of the tar against offsets and sizes of the index. Shards of others may lack json and txt (size 0)."""
     sources = [member for member in members if member.suffix.startswith((SOURCE, VARIANT_MEMBER))]
     members = [member for member in members if member not in sources]
+    masks = [member for member in members if member.suffix == MASK_SUFFIX]
+    members = [member for member in members if member not in masks]
+    if problem := _mask_problem(masks, index, row, manifest):
+        return problem
     named = {
         ("payload" if member.suffix not in ("json", "txt", "caption") else member.suffix): member for member in members
     }
@@ -251,6 +258,19 @@ def _place_problem(members: list[Member], index: ShardIndex, row: int, manifest:
             return f"variants are {', '.join(found)} of {index.variant_tokens.shape[1]}"
     if "indexed_by" not in manifest.options and manifest.payload != "safetensors":
         return _sources_problem(sources, index, row, manifest)
+    return None
+
+
+def _mask_problem(masks: list[Member], index: ShardIndex, row: int, manifest: Manifest) -> str | None:
+    """The mask member of an image sample against the index; encoded samples have it among their tensors."""
+    said = int(index.mask_offset[row]), int(index.mask_size[row])
+    found = (masks[0].offset, masks[0].size) if masks else (0, 0)
+    if "indexed_by" in manifest.options and said == (0, 0):
+        return None  # made elsewhere: a member of that name may be anything
+    if len(masks) > 1 or found != said:
+        return f"mask is at {found[0]} + {found[1]} bytes, the index says {said[0]} + {said[1]}"
+    if manifest.payload != "safetensors" and bool(masks) != (index.mask_share[row] >= 0):
+        return f"has {len(masks)} masks, the index says a share of {index.mask_share[row]:g}"
     return None
 
 
@@ -289,10 +309,15 @@ def _content_problem(reader: ShardReader, index: ShardIndex, row: int, manifest:
         if manifest.payload == "safetensors":
             tokens = int(([*index.variant_tokens[row], index.prompt_tokens[row]])[0])
             problem = _tensors_problem(payload, bucket, tokens, manifest.encoding is not None)
+            problem = problem or _mask_tensor_problem(payload, bucket, float(index.mask_share[row]))
             if problem:
                 return problem
         else:
             decode_stored(payload, bucket.width, bucket.height)
+            if index.mask_size[row]:
+                mask = latent_mask(decode_mask(member("mask"), bucket.width, bucket.height))
+                if problem := _share_problem(mask, float(index.mask_share[row])):
+                    return problem
             for source, size in zip(members_of(member("sources")), bucket.sources, strict=True):
                 decode_stored(source, *size)
         if len(text) != index.caption_length[row]:
@@ -309,6 +334,26 @@ def _content_problem(reader: ShardReader, index: ShardIndex, row: int, manifest:
         )
     except Exception as error:  # whatever damaged bytes make of a decoder or of a record
         return f"cannot be decoded: {one_line(_said(error))}"
+
+
+def _share_problem(mask: np.ndarray, said: float) -> str | None:
+    found = mask_share(mask)
+    return None if abs(found - said) < 1e-6 else f"the mask's mean is {found:.6f}, the index says {said:.6f}"
+
+
+def _mask_tensor_problem(payload: bytes, bucket: Bucket, said: float) -> str | None:
+    """The mask among an encoded sample's tensors: there if the index says so, of the latent's size, with its mean."""
+    length = int.from_bytes(payload[:8], "little")
+    entry = json.loads(payload[8 : 8 + length]).get("mask")
+    if (entry is None) != (said < 0):
+        return f"has {'no' if entry is None else 'a'} mask, the index says {'none' if said < 0 else 'one'}"
+    if entry is None:
+        return None
+    size = [bucket.height // 8, bucket.width // 8]
+    if (entry["dtype"], entry["shape"]) != ("U8", size):
+        return f"mask is {entry['dtype']} {entry['shape']}, its bucket needs U8 {size}"
+    start, end = (8 + length + offset for offset in entry["data_offsets"])
+    return _share_problem(np.frombuffer(payload[start:end], np.uint8), said)
 
 
 def _record_problem(record: dict[str, Any], index: ShardIndex, row: int, text: str) -> str | None:

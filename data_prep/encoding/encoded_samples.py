@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from data_prep.encoding.encoders import Encoders
     from qwen_image.encoders.source_images import SourceImage
 
-    Images = tuple[np.ndarray, list[SourceImage]]  # the target's pixels, and the source images of a pair
+    # the target's pixels, the source images of a pair, and the mask on the latent grid
+    Images = tuple[np.ndarray, list[SourceImage], np.ndarray | None]
     Sample = tuple[int, dict[str, torch.Tensor] | ValueError]  # row of the image index, tensors or why there are none
 
 WINDOW = 128  # captions that are sorted by length before they are cut into batches, so that little is padded
@@ -94,9 +95,13 @@ class EncodedSamples:
             print(f"left out: {one_line(message)}", file=sys.stderr)
             yield row, broken
         if pixels:
-            latents = self.encoders.encode_images([target for target, _ in pixels.values()])
+            import torch
+
+            latents = self.encoders.encode_images([target for target, *_ in pixels.values()])
             for (row, (first, *others)), tensors in zip(texts.items(), latents, strict=True):
-                sources = pixels[row][1]
+                _, sources, mask = pixels[row]
+                if mask is not None:
+                    tensors["mask"] = torch.from_numpy(mask)
                 if sources:
                     told = self.encoders.encode_pair(first, sources, others)
                 else:
@@ -120,7 +125,8 @@ class EncodedSamples:
             if len(stored) != len(bucket.sources):
                 return ValueError(f"it has {len(stored)} source images, its bucket {len(bucket.sources)}")
             sizes = zip(stored, bucket.sources, strict=True)
-            return target, [SourceImage(decode_stored(one, *size), *before) for (one, before), size in sizes]
+            sources = [SourceImage(decode_stored(one, *size), *before) for (one, before), size in sizes]
+            return target, sources, self._mask(row)
         except (ValueError, OSError, SyntaxError) as error:  # what Pillow raises for damaged files
             return ValueError(str(error))
 
@@ -132,6 +138,16 @@ class EncodedSamples:
         run = self.reader.read(shard, int(self.index.sources_offset[row]), int(self.index.sources_size[row]))
         record = self.reader.read(shard, int(self.index.json_offset[row]), int(self.index.json_size[row]))
         return list(zip(members_of(run), original_sizes(record), strict=True))
+
+    def _mask(self, row: int) -> np.ndarray | None:
+        """uint8 [H/8, W/8]; None of a sample without a mask."""
+        from data_prep.images.stored_pixels import decode_mask, latent_mask
+
+        bucket, index = self.manifest.buckets[self.index.bucket[row]], self.index
+        if not index.mask_size[row]:
+            return None
+        data = self.reader.read(int(index.shard[row]), int(index.mask_offset[row]), int(index.mask_size[row]))
+        return latent_mask(decode_mask(data, bucket.width, bucket.height))
 
     def _texts(self, row: int) -> list[str] | ValueError:
         """What is encoded of a sample's captions, each text once."""

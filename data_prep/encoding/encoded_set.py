@@ -17,11 +17,14 @@ from data_prep.encoding.encoded_samples import texts_of
 from data_prep.encoding.encoder_facts import EDIT_IDENTITY, IDENTITY
 from data_prep.encoding.encoders import VARIANT
 from data_prep.encoding.variant_members import variant_members, with_variants
+from data_prep.images.stored_pixels import mask_share
 from data_prep.packing.finalize import finalize
 from data_prep.packing.pack import read_stats, stats_of
 from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     MANIFEST,
+    MASK_ROWS,
+    NO_MASK,
     PAIR_ROWS,
     SHARD_ROWS,
     VARIANT_TOKENS,
@@ -163,10 +166,11 @@ class EncodedSet:
         kept = [record for record in ordered if record["status"] == "ok"]
         if not kept:
             tar.path.unlink()
+        masked = sum(record["mask_share"] >= 0 for record in kept)
         paired, count = any(record["sources"] for record in ordered), self.variants.count
         weighted = sum(record["weight"] != 1 for record in kept)
-        optional = [*[PAIR_ROWS] * paired, *[WEIGHT_ROWS] * bool(weighted), *[variant_rows(count)] * (count > 1)]
-        schema = with_more(SHARD_ROWS, *optional)
+        optional = [*[PAIR_ROWS] * paired, *[WEIGHT_ROWS] * bool(weighted), *[MASK_ROWS] * bool(masked)]
+        schema = with_more(SHARD_ROWS, *optional, *[variant_rows(count)] * (count > 1))
         columns = {name: [record[name] for record in ordered] for name in schema.names}
         write_rows(self.folder / rows_name(number), columns, schema)
         failed = len(ordered) - len(kept)
@@ -180,6 +184,7 @@ class EncodedSet:
             "sha256": tar.sha256 if kept else "",
             "long_captions": len(long),
             "cut_captions": len(cut),
+            **({"masked": masked} if masked else {}),
             "first": {
                 name: f"{found[0]['path']} ({found[0]['detail'] or str(caption_tokens(found[0])) + ' tokens'})"
                 for name, found in (("long_captions", long), ("cut_captions", cut))
@@ -215,6 +220,8 @@ class EncodedSet:
             record |= {f"{member}_offset": offset, f"{member}_size": size}
         record["prompt_tokens"] = max(map(len, embeds))
         record["picture_tokens"] = int(tensors.get("picture_tokens", 0))
+        if "mask" in tensors:
+            record["mask_share"] = mask_share(tensors["mask"].numpy())
         tokens = {entry["caption"]: entry["tokens"] for entry in entries}
         record[VARIANT_TOKENS][: len(texts)] = [tokens[each] for each in texts]
         for each in tokens:
@@ -267,7 +274,8 @@ class EncodedSet:
         record |= {name: known[name] for name in ("original_width", "original_height") if name in known}
         record |= dict(zip(_CROP, known.get("crop", ()), strict=False))
         record |= {"status": "ok", "reason": "", "detail": "", "sha256": str(known.get("sha256", ""))}
-        record |= dict.fromkeys(PAIR_ROWS.names, 0) | {"sources": "", "source_sha256": ""}
+        record |= dict.fromkeys(PAIR_ROWS.names, 0) | {"sources": "", "source_sha256": ""} | NO_MASK
+        record["mask_sha256"] = str(known.get("mask", {}).get("sha256", ""))
         if bucket.sources:
             (width, height), *others = bucket.sources
             record["sources"] = bucket_name(width, height, others)

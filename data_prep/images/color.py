@@ -117,6 +117,11 @@ def _conversion(
     return lambda strip: np.asarray(opaque(eight(strip) if eight else strip)), after
 
 
+def alpha(image: Image.Image, source: Source) -> Image.Image:
+    """The opacity of a decoded Pillow image of which pixels may be transparent, mode L."""
+    return _split_alpha(image, source, _eight_bits(source) if image.mode.startswith("I") else None)[1]
+
+
 def _split_alpha(
     strip: Image.Image, source: Source, eight: Callable[[Image.Image], Image.Image] | None
 ) -> tuple[Image.Image, Image.Image]:

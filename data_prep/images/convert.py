@@ -5,13 +5,11 @@ Everything a bad image can do ends in BadImage (skip_reasons.py) with a short re
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +18,19 @@ from PIL import Image, ImageOps
 
 from data_prep.images import color, corruption, decoder_warnings
 from data_prep.images.buckets import Placement
-from data_prep.images.header import TURNS, Header, ImageOptions, header_of, judge, looks_copied, open_image
+from data_prep.images.header import (
+    TURNS,
+    Header,
+    ImageOptions,
+    Turn,
+    at_once,
+    header_of,
+    judge,
+    loaded_header,
+    looks_copied,
+    open_image,
+)
+from data_prep.images.masks import StoredMask, store_alpha
 from data_prep.images.resizing import resize
 from data_prep.images.skip_reasons import BadImage, of_decoder
 
@@ -42,13 +52,8 @@ class Stored:
     warnings: tuple[str, ...] = ()  # of the decoder
     sha256: str = ""  # of the source's bytes; where it is set, of a source image of a pair
     sources: tuple[Stored, ...] = ()  # of the target of a pair
-
-
-Turn = Callable[[int], AbstractContextManager[object]]  # entered, with the bytes that it takes, to decode an image
-
-
-def at_once(_memory: int) -> AbstractContextManager[object]:
-    return contextlib.nullcontext()
+    orientation: int = 1  # EXIF's, of the source
+    mask: StoredMask | None = None
 
 
 def store(data: bytes, options: ImageOptions, turn: Turn = at_once) -> Stored:
@@ -66,18 +71,20 @@ def store(data: bytes, options: ImageOptions, turn: Turn = at_once) -> Stored:
         ):
             header = header_of(image)
             with turn(header.memory):
-                if header.format == "PNG" and "exif" not in image.info:
-                    image.load()
-                    header = header_of(image)
+                header = loaded_header(image, header)
                 placement = judge(header.width, header.height, header.frames, options)
                 # A file that was cut off has no end mark; one with something behind it is encoded anew, to be sure.
                 copied = looks_copied(header, placement, options) and data.endswith(END_OF_JPEG)
                 pixels, later = _decode(data, image, header, options, warned)
                 copied = copied and not warned
                 encoded = data if copied else encode(_fit(pixels, later, header, placement, options), options)
+                alpha = options.mask_from_alpha and header.alpha
+                mask = store_alpha(data, header, placement, options) if alpha else None
     except BaseException as error:
         raise of_decoder(error) from None
-    return Stored(encoded, placement, header.width, header.height, header.frames, copied, tuple(warned))
+    size = header.width, header.height
+    orientation = header.orientation
+    return Stored(encoded, placement, *size, header.frames, copied, tuple(warned), orientation=orientation, mask=mask)
 
 
 def perceptual_hash(data: bytes, options: ImageOptions) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import IO, Any
@@ -11,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_prep.images import decoder_warnings, formats
 from data_prep.images.buckets import BucketOptions, Placement, place
+from data_prep.images.color import ALPHA_MODES
 from data_prep.images.skip_reasons import (
     ANIMATED,
     CANNOT_DECODE,
@@ -47,6 +51,13 @@ BYTES_A_PIXEL = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "HEIF": 16, "JXL":
 OTHER_BYTES_A_PIXEL = 8
 
 
+Turn = Callable[[int], AbstractContextManager[object]]  # entered, with the bytes that it takes, to decode an image
+
+
+def at_once(_memory: int) -> AbstractContextManager[object]:
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class ImageOptions:
     """How images are judged, resized and encoded."""
@@ -61,6 +72,7 @@ class ImageOptions:
     on_corrupt: str = "fail"  # fail | keep: what a forgiving decoder makes of damaged data
     resize: str = "torch"  # torch | pillow
     source_pixels: int = SOURCE_AREA  # area of the source images of pairs; the default is inference's
+    mask_from_alpha: bool = False  # the alpha channel is the mask of an image that has no other
 
     def __post_init__(self) -> None:
         for flag, value, low, high in (("quality", self.quality, 1, 100), ("min_pixels", self.min_pixels, 0, 10**12)):
@@ -87,7 +99,7 @@ class ImageOptions:
             max_upscale=Fraction(MAX_SIDE_PIXELS),
             every_area=False,
         )
-        return replace(self, buckets=buckets, min_pixels=0)
+        return replace(self, buckets=buckets, min_pixels=0, mask_from_alpha=False)
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,7 @@ class Header:
     orientation: int  # EXIF, 1..8
     frames: int
     profile: bytes | None  # ICC
+    alpha: bool = False  # pixels may be transparent
 
     @property
     def memory(self) -> int:
@@ -178,7 +191,16 @@ def header_of(image: Image.Image) -> Header:
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo with its depth map or preview
     width, height = image.size if TURNS[orientation][0] % 2 == 0 else image.size[::-1]
     profile = image.info.get("icc_profile") or None
-    return Header(width, height, image.format or "", image.mode, orientation, frames, profile)
+    alpha = image.mode in ALPHA_MODES or "transparency" in image.info
+    return Header(width, height, image.format or "", image.mode, orientation, frames, profile, alpha)
+
+
+def loaded_header(image: Image.Image, header: Header) -> Header:
+    """The header of an image that is about to be decoded; a PNG is, because its EXIF data may stand behind the pixels."""
+    if header.format != "PNG" or "exif" in image.info:
+        return header
+    image.load()
+    return header_of(image)
 
 
 def _orientation(image: Image.Image) -> int:

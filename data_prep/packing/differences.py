@@ -83,10 +83,10 @@ def check_edits(
 
 def sha256s(rows: Path) -> list[str]:
     """Of each row of a shard, as `workers.digest` spells them; "" where nothing was packed."""
-    names = ["sha256", *({"source_sha256"} & set(pq.read_schema(rows).names))]
+    there = set(pq.read_schema(rows).names)
+    names = [name for name in ("sha256", "source_sha256", "mask_sha256") if name in there]
     columns = pq.read_table(rows, columns=names).to_pydict()
-    partners = columns.get("source_sha256") or [""] * len(columns["sha256"])
-    return [",".join(filter(None, pair)) for pair in zip(columns["sha256"], partners, strict=True)]
+    return [",".join(filter(None, each)) for each in zip(*(columns[name] for name in names), strict=True)]
 
 
 def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, source: Iterable[Input]) -> str:
@@ -111,4 +111,5 @@ def describe_difference(plan: Plan, options: dict[str, Any], folder: Path, sourc
 def _identity(item: Input) -> tuple[object, ...]:
     """What the plan keeps of it."""
     captions = item.caption or "", *item.more_captions
-    return item.size, captions, item.weight, tuple((partner.path, partner.size) for partner in item.sources)
+    partners = tuple((partner.path, partner.size) for partner in item.sources)
+    return item.size, captions, item.weight, partners, item.mask and (item.mask.path, item.mask.size)

@@ -14,6 +14,8 @@ from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import (
     CAPTION_ROWS,
     INDEX,
+    MASK_INDEX_ROWS,
+    NO_MASK,
     PAIR_INDEX_ROWS,
     SIZES,
     WEIGHT_ROWS,
@@ -56,10 +58,10 @@ def finalize(
     buckets = [Bucket(id, *size, counts[names[id]], tuple(others)) for id, (size, *others) in enumerate(sizes)]
     ids = {name: id for id, name in enumerate(names)}
     paired = any(bucket.sources for bucket in buckets)
-    several = any(stats[number].get("several_captions") for number in numbers)
-    weighted = any(stats[number].get("weighted") for number in numbers)
+    kinds = {"several_captions": CAPTION_ROWS, "weighted": WEIGHT_ROWS, "masked": MASK_INDEX_ROWS}
+    used = [rows for name, rows in kinds.items() if any(stats[number].get(name) for number in numbers)]
     variants = (encoding or {}).get("captions", {}).get("variants", 1)
-    optional = [*[PAIR_INDEX_ROWS] * paired, *[CAPTION_ROWS] * several, *[WEIGHT_ROWS] * weighted]
+    optional = [*[PAIR_INDEX_ROWS] * paired, *used]
     schema = index_schema([field.name for each in optional for field in each], variants)
     write_row_groups(folder / INDEX, _index_batches(folder, numbers, ids, schema.names), schema)
     shards = [
@@ -95,8 +97,8 @@ def _index_batches(folder: Path, numbers: list[int], ids: dict[str, int], names:
         table = table.filter(np.asarray(table["status"].to_numpy() == "ok"))
         sources = table["sources"].to_pylist() if "sources" in there else [""] * len(table)
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), sources, strict=True)
-        columns: dict[str, Any] = {name: np.zeros(len(table), np.int64) for name in names}
-        columns |= {"weight": np.ones(len(table))} if "weight" in names else {}
+        absent = {"weight": 1.0} | NO_MASK
+        columns: dict[str, Any] = {name: np.full(len(table), absent.get(name, 0)) for name in names}
         columns |= {name: table[name].combine_chunks() for name in wanted}
         columns["shard"] = np.full(len(table), position, np.int32)
         columns["bucket"] = [ids[bucket_name(width, height, sizes_of(others))] for width, height, others in sizes]

@@ -9,11 +9,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from data_prep.images.masks import StoredMask
 from data_prep.images.skip_reasons import BadImage
 from data_prep.packing.plan import Row, file_sha256
 from data_prep.packing.workers import Job, Workers, store
 from data_prep.shard_format.shards import (
     CAPTION_ROWS,
+    MASK_ROWS,
+    MASK_SUFFIX,
+    NO_MASK,
     PAIR_ROWS,
     SHARD_ROWS,
     WEIGHT_ROWS,
@@ -32,6 +36,7 @@ from files.atomic_files import json_bytes, write_file
 
 STORE_CHUNK = 4  # images a task: small, because a shard ends when its last task does
 WARNED = "warned"  # among the first inputs of each reason: of the samples whose decoder warned
+BLACK, TURNED = "black mask", "turned mask"  # likewise
 _MEMBERS = ("payload", "json", "txt")
 
 
@@ -98,11 +103,8 @@ def pack_shard(
     """
     (folder / stats_name(shard)).unlink(missing_ok=True)
     payload = job.options.format
-    paired, several = (any(getattr(row.item, name) for row in rows) for name in ("sources", "more_captions"))
-    weighted = any(row.item.weight != 1 for row in rows if row.status == "ok")
-    optional = [*[PAIR_ROWS] * paired, *[CAPTION_ROWS] * several, *[WEIGHT_ROWS] * weighted]
-    schema = with_more(SHARD_ROWS, *optional)
-    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    everything = with_more(SHARD_ROWS, PAIR_ROWS, CAPTION_ROWS, WEIGHT_ROWS, MASK_ROWS)
+    columns: dict[str, list[Any]] = {name: [] for name in everything.names}
     counts: Counter[str] = Counter(samples=0, filtered=0, failed=0, copied=0, animated=0, empty_captions=0, warned=0)
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -121,13 +123,15 @@ def pack_shard(
                     text = (row.item.caption or "").encode()
                     body = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
                     members = [(payload, stored.data), ("json", body), ("txt", text)]
+                    members += [] if stored.mask is None else [(MASK_SUFFIX, stored.mask.data)]
                     members += [(f"{source_suffix(i)}.{payload}", each.data) for i, each in enumerate(stored.sources)]
                     places = list(tar.add(record["key"], members).values())
-                    for member, (offset, size) in zip(_MEMBERS, places[:3], strict=True):
+                    for member in _MEMBERS if stored.mask is None else (*_MEMBERS, "mask"):
+                        offset, size = places.pop(0)
                         record |= {f"{member}_offset": offset, f"{member}_size": size}
                     place = stored.placement
                     sources = [(each.placement.width, each.placement.height) for each in stored.sources]
-                    record |= _of_pair(sources, stored, places[3:])
+                    record |= _of_pair(sources, stored, places)
                     record |= {name: getattr(place, name) for name in _PLACEMENT}
                     record |= {"original_width": stored.original_width, "original_height": stored.original_height}
                     record |= {"copied": stored.copied, "frames": stored.frames, "sha256": sha256}
@@ -139,6 +143,9 @@ def pack_shard(
                         counts["several_captions"] += 1
                     if row.item.weight != 1:
                         counts["weighted"] += 1
+                    if stored.mask is not None:
+                        record |= {"mask_share": stored.mask.share, "mask_sha256": stored.mask.sha256}
+                        _count_mask(counts, first, row, stored.mask)
                     if sources:
                         counts["pairs"] += 1
                         counts["reshaped"] += _is_reshaped(stored)
@@ -155,7 +162,11 @@ def pack_shard(
             progress.failed(counts["failed"])
     if not counts["samples"]:
         tar.path.unlink()
-    write_rows(folder / rows_name(shard), columns, schema)
+    paired, several = (any(getattr(row.item, name) for row in rows) for name in ("sources", "more_captions"))
+    weighted = any(row.item.weight != 1 for row in rows if row.status == "ok")
+    optional = [*[PAIR_ROWS] * paired, *[CAPTION_ROWS] * several, *[WEIGHT_ROWS] * weighted]
+    optional += [MASK_ROWS] * bool(counts["masked"])
+    write_rows(folder / rows_name(shard), columns, with_more(SHARD_ROWS, *optional))
     stats = {
         "fingerprint": fingerprint,
         "inputs": len(rows),
@@ -182,7 +193,7 @@ def _blank(key: str, row: Row) -> dict[str, Any]:
     record |= {"caption_length": len(row.item.caption or ""), "prompt_tokens": 0}
     captions = [row.item.caption or "", *row.item.more_captions]
     record |= {"captions": len(captions), "longest_caption": max(map(len, captions)), "weight": row.item.weight}
-    return record | dict.fromkeys(PAIR_ROWS.names, 0) | {"sources": "", "source_sha256": ""}
+    return record | dict.fromkeys(PAIR_ROWS.names, 0) | {"sources": "", "source_sha256": ""} | NO_MASK
 
 
 def _of_pair(sources: list[tuple[int, int]], stored: Any, places: list[tuple[int, int]]) -> dict[str, Any]:
@@ -196,6 +207,16 @@ def _of_pair(sources: list[tuple[int, int]], stored: Any, places: list[tuple[int
         "sources_offset": start,
         "sources_size": end - start,
     }
+
+
+def _count_mask(counts: Counter[str], first: dict[str, str], row: Row, mask: StoredMask) -> None:
+    counts["masked"] += 1
+    if mask.share == 0:
+        counts["black_masks"] += 1
+        first.setdefault(BLACK, row.item.path)
+    if mask.turned:
+        counts["turned_masks"] += 1
+        first.setdefault(TURNED, row.item.path)
 
 
 def _is_reshaped(stored: Any) -> bool:
@@ -223,6 +244,9 @@ def _sample_fields(key: str, row: Row, stored: Any, sha256: str) -> dict[str, An
         fields["captions"] = [row.item.caption, *row.item.more_captions]
     if row.item.weight != 1:
         fields["weight"] = row.item.weight
+    if stored.mask is not None:
+        path = row.item.mask.path if row.item.mask is not None else "the alpha channel"
+        fields["mask"] = {"path": path, "sha256": stored.mask.sha256}
     if stored.sources:
         fields["sources"] = [
             {

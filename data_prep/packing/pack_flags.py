@@ -57,6 +57,18 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
         "edit_image or control_path, where there are any, and folders target/ and source/, source_2/ … with equal names)",
     )
     add("--allow_links", action="store_true", help="follow links that lead out of the folder")
+    add = parser.add_argument_group("masks (for train_lora.py --masked_loss)").add_argument
+    add(
+        "--masks",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: x-masklabel.png or x.mask.png beside x.jpg (in tars too), and a column mask or mask_path of metadata; off: "
+        "none, such files are pictures like others",
+    )
+    add("--mask_folder", type=Path, help="folder of masks with the stems and subfolders of the images; white: learn")
+    add("--mask_column", help="of metadata; none: no column is read for masks")
+    add("--mask_from_alpha", action="store_true", help="the alpha channel is the mask of images that have no other")
+    add("--on_missing_mask", choices=("whole", "skip", "error"), default="whole", help="whole: all of the image counts")
     add = parser.add_argument_group("output").add_argument
     add("--output_path", type=Path, required=True, help="folder for the shards; made if it isn't there")
     add("--image_format", choices=("jpg", "png"), default="jpg")
@@ -151,6 +163,7 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
         on_animation=args.on_animation,
         on_corrupt=args.on_corrupt,
         source_pixels=_source_pixels(args.source_pixels),
+        mask_from_alpha=args.mask_from_alpha,
     )
 
 
@@ -168,6 +181,7 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
         raise ValueError("--remove_duplicates perceptual needs ImageHash: pip install ImageHash")
     return PlanOptions(
         on_missing_caption=args.on_missing_caption,
+        on_missing_mask=args.on_missing_mask,
         remove_duplicates=args.remove_duplicates,
         duplicate_distance=args.duplicate_distance,
         samples_per_shard=args.samples_per_shard,
@@ -179,6 +193,11 @@ def sources(args: argparse.Namespace) -> Sources:
     """Where the images come from. Raises FileNotFoundError or ValueError."""
     from data_prep.sources.find_inputs import Sources
 
+    if args.masks == "off":
+        flags = ("mask_folder", "mask_column", "mask_from_alpha", "on_missing_mask")
+        given = [flag for flag in flags if getattr(args, flag) not in (None, False, "whole")]
+        if given:
+            raise ValueError(f"--masks off and --{given[0]} contradict each other: give one of them")
     return Sources(
         args.dataset_base_path,
         args.dataset_metadata_path,
@@ -191,6 +210,9 @@ def sources(args: argparse.Namespace) -> Sources:
         on_duplicate_stem=args.on_duplicate_stem,
         source_columns=_source_columns(args.source_columns),
         caption_lines=args.caption_lines,
+        mask_names=args.masks == "auto",
+        mask_folder=args.mask_folder,
+        mask_column=args.mask_column if args.masks == "auto" else "none",
     )
 
 
@@ -214,6 +236,9 @@ def manifest_options(images: ImageOptions, planning: PlanOptions) -> dict[str, A
         options["each_image"] = "all"
     if options["source_pixels"] == SOURCE_AREA:
         options.pop("source_pixels")
+    for name, default in (("mask_from_alpha", False), ("on_missing_mask", "whole")):
+        if options[name] == default:  # as plans were before there were masks
+            options.pop(name)
     ratios = {name: float(buckets.pop(name)) for name in ("max_upscale", "max_aspect_ratio")}
     buckets = {name: list(value) if isinstance(value, tuple) else value for name, value in buckets.items()}
     options["background"] = list(options["background"])

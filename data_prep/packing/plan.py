@@ -21,13 +21,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.images.skip_reasons import DUPLICATE, FAILED, FILTERED, NO_CAPTION, NO_READER, NO_WEIGHT, BadImage
+from data_prep.images.skip_reasons import (
+    DUPLICATE,
+    FAILED,
+    FILTERED,
+    NO_CAPTION,
+    NO_MASK,
+    NO_READER,
+    NO_WEIGHT,
+    BadImage,
+)
 from data_prep.packing.duplicates import Duplicates
 from data_prep.packing.workers import Job, Probe, Workers, probe
 from data_prep.shard_format.row_groups import write_row_groups
 from data_prep.shard_format.shards import bucket_name
 from data_prep.sources.find_inputs import Sources
-from data_prep.sources.found_input import Input, Partner
+from data_prep.sources.found_input import Input, MaskFile, Partner
 from data_prep.sources.regular_files import open_regular, read_regular
 from files.atomic_files import commit, json_bytes, partial_path, write_file
 from files.shown import shown
@@ -38,12 +47,14 @@ MAX_EXAMPLES = 10  # failures that are shown
 MAX_ROWS_PER_SAMPLE = 4
 # Bytes a pixel of photographs, by which the size of a shard is foreseen (bench/packing.py).
 BYTES_PER_PIXEL = {"jpg": 0.5, "png": 2.0}
+MASK_BYTES_PER_PIXEL = 0.05  # of soft shapes; drawn ones take less
 PLAN_ROWS = pa.schema(
     [("path", pa.string()), ("file", pa.binary()), ("offset", pa.int64()), ("size", pa.int64())]
     + [(name, pa.string()) for name in ("caption", "kind", "status", "reason", "detail")]
     + [("sources", pa.string())]  # of a pair: JSON of its source images; else empty
     + [("more_captions", pa.string())]  # JSON of the captions behind the first; empty where there are none
     + [("weight", pa.float64()), ("area", pa.int64())]
+    + [("mask", pa.string())]  # JSON of the file of its mask; empty where it has none
 )
 ITEM_COLUMNS = ("path", "file", "offset", "size", "caption", "kind", "weight", "area")
 
@@ -53,6 +64,7 @@ class PlanOptions:
     """What the plan needs beyond the images' own options."""
 
     on_missing_caption: str = "skip"  # skip | empty | error
+    on_missing_mask: str = "whole"  # whole | skip | error
     remove_duplicates: str = "none"  # none | exact | perceptual
     duplicate_distance: int = 4
     samples_per_shard: int = 10_000
@@ -96,6 +108,7 @@ class Plan:
     versions: dict[str, str]
     rows_sha256: str  # of plan.parquet
     images: int = 0  # that have several rows, one for each size that they are stored at
+    masked: int = 0  # samples that have a mask
 
     @property
     def inputs(self) -> int:
@@ -139,6 +152,8 @@ def digest_of(item: Input) -> bytes:
         fields.append({"more_captions": item.more_captions})
     if item.weight != 1:
         fields.append({"weight": item.weight})
+    if item.mask is not None:
+        fields.append({"mask": [item.mask.path, item.mask.offset, item.mask.size]})
     return hashlib.sha256(json.dumps(fields).encode()).digest()
 
 
@@ -153,7 +168,7 @@ class _Tally:
         self.buckets: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self.examples: list[str] = []
-        self.memory = 0
+        self.memory = self.masked = 0
         self.shard_rows: list[int] = []
         self.shard_samples: list[int] = []
         self.bytes = 0.0
@@ -196,6 +211,7 @@ def make_plan(
         versions,
         file_sha256(rows_file(folder)),
         tally.images,
+        tally.masked,
     )
     write_file(plan_file(folder), json_bytes(dataclasses.asdict(plan)))
     return plan
@@ -216,10 +232,13 @@ def _decide(
                 row = Row(row.item, found.status, found.reason, found.detail)
             elif first := duplicates.find(found.digest, row.item.path):
                 row = Row(row.item, FILTERED, DUPLICATE, f"of {first}")
+            elif not found.masked and options.on_missing_mask != "whole":
+                row = _without_mask(row.item, options.on_missing_mask)
             else:
                 tally.memory = max(tally.memory, found.memory)
                 tally.images += bool(found.others)
                 for size in (found, *found.others):
+                    tally.masked += size.masked
                     yield dataclasses.replace(row, item=dataclasses.replace(row.item, area=size.area)), size
                 continue
         why = f"{row.status}: {row.reason}"
@@ -249,6 +268,12 @@ def _captioned(inputs: Iterable[Input], on_missing: str) -> Iterator[Row]:
             )
 
 
+def _without_mask(item: Input, on_missing: str) -> Row:
+    if on_missing == "error":
+        raise ValueError(f"{shown(item.path)} has no mask: make one, or choose --on_missing_mask whole or skip")
+    return Row(item, FILTERED, NO_MASK, "")
+
+
 def _shards(
     rows: Iterable[tuple[Row, Probe | None]], payload: str, options: PlanOptions, tally: _Tally
 ) -> Iterator[dict[str, list[Any]]]:
@@ -264,6 +289,7 @@ def _shards(
         columns: dict[str, list[Any]] = {name: [getattr(row.item, name) for row in shard] for name in ITEM_COLUMNS}
         columns["sources"] = [write_partners(row.item.sources) for row in shard]
         columns["more_captions"] = [write_captions(row.item.more_captions) for row in shard]
+        columns["mask"] = [write_mask(row.item.mask) for row in shard]
         return columns | {name: [getattr(row, name) for row in shard] for name in ("status", "reason", "detail")}
 
     for row, found in rows:
@@ -275,7 +301,9 @@ def _shards(
             given = row.item.size + sum(partner.size for partner in row.item.sources)
             # 4 kB: three tar headers with padding, json and text.
             pixels = sum(width * height for width, height in sizes)
-            expected = 4096 + 1024 * len(found.sources) + (given if found.copied else bytes_per_pixel * pixels)
+            headers = 4096 + 1024 * len(found.sources)
+            mask = MASK_BYTES_PER_PIXEL * found.masked * sizes[0][0] * sizes[0][1]
+            expected = headers + mask + (given if found.copied else bytes_per_pixel * pixels)
         full = samples >= options.samples_per_shard or (samples and size + expected > options.shard_bytes)
         if (found is not None and full) or len(shard) >= MAX_ROWS_PER_SAMPLE * options.samples_per_shard:
             yield close()
@@ -304,6 +332,19 @@ def write_captions(more: tuple[str, ...]) -> str:
 def read_captions(text: str | None) -> tuple[str, ...]:
     """The inverse; plans of earlier versions have none."""
     return tuple(json.loads(text or "[]"))
+
+
+def write_mask(mask: MaskFile | None) -> str:
+    """An image's mask as the plan keeps it."""
+    return json.dumps([mask.path, os.fsdecode(mask.file), mask.offset, mask.size, mask.kind]) if mask else ""
+
+
+def read_mask(text: str | None) -> MaskFile | None:
+    """The inverse."""
+    if not text:
+        return None
+    path, file, offset, size, kind = json.loads(text)
+    return MaskFile(path, os.fsencode(file), offset, size, kind)
 
 
 # ── reading it ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -391,6 +432,7 @@ class PlanRows:
                     **_item(values),
                     more_captions=read_captions(values.get("more_captions")),
                     sources=read_partners(values.get("sources")),
+                    mask=read_mask(values.get("mask")),
                 ),
                 values["status"],
                 values["reason"],

@@ -19,6 +19,12 @@ def lines(plan: Plan) -> list[str]:
     failures = [example for example in plan.examples if not _is_first(plan, example)]
     said += [f"            {shown(example, 400)}" for example in failures]
     said += [f"  warning: {shown(remark, 500)}" for remark in plan.remarks]
+    if plan.masked:
+        rest = plan.samples - plan.masked
+        without = f"; {rest} have none: all of the image counts" * (rest > 0)
+        said.append(
+            f"  {plan.masked:>8}  samples have a mask (--masks off packs files of such names as pictures){without}"
+        )
     if plan.ignored:
         shown_ones = list(plan.ignored.items())[:IGNORED_SHOWN]
         kinds = ", ".join(f"{count} {shown(extension) or 'without an extension'}" for extension, count in shown_ones)

@@ -22,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import IO, Any, Self
 
-from data_prep.images import convert, header, resizing
+from data_prep.images import convert, header, masks, resizing
 from data_prep.images.buckets import Placement, places
 from data_prep.images.convert import Stored
 from data_prep.images.header import ImageOptions
@@ -30,6 +30,7 @@ from data_prep.images.skip_reasons import (
     CHANGED,
     FAILED,
     KILLED,
+    MASK_UNUSABLE,
     NOT_REGULAR,
     SOURCE_UNUSABLE,
     UNREADABLE,
@@ -37,7 +38,7 @@ from data_prep.images.skip_reasons import (
     of_decoder,
 )
 from data_prep.shard_format.tar_members import sparse_content
-from data_prep.sources.found_input import ROW, SPARSE, Input, Partner
+from data_prep.sources.found_input import ROW, SPARSE, Input, MaskFile, Partner
 from data_prep.sources.parquet_images import with_bytes
 from data_prep.sources.regular_files import NotRegular, open_regular
 
@@ -58,6 +59,9 @@ class Probe:
     sources: tuple[Placement, ...] = ()  # of a pair
     others: tuple[Probe, ...] = ()  # further sizes that the same image is stored at
     area: int = 0  # of the target that this size is for (buckets.places)
+    masked: bool = False
+    size: tuple[int, int] = (0, 0)  # width and height, upright
+    orientation: int = 1  # EXIF's
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ def probe(job: Job, item: Input) -> Probe | BadImage:
         else:
             with open_regular(os.path.join(job.base, item.file), buffering=1 << 13) as file:
                 found = _probe(job, options, file, b"")
+        if item.mask is not None:
+            found = _masked(found, _check_mask(job, item, found))
         if not sources:
             return found
         memory = max(found.memory, *(each.memory for each in sources))
@@ -110,6 +116,50 @@ def _probe_partner(job: Job, partner: Partner) -> Probe:
         raise _of_partner(error, partner) from None
 
 
+def _check_mask(job: Job, item: Input, image: Probe) -> int:
+    """Whether the mask is of its image, by their headers; bytes that decoding it takes. Raises BadImage, which names it."""
+    mask = item.mask
+    assert mask is not None
+    try:
+        if mask.kind or mask.offset:
+            found = header.read_header(io.BytesIO(_content_of_mask(job, mask)), job.options)
+        else:
+            with open_regular(os.path.join(job.base, mask.file), buffering=1 << 13) as file:
+                found = header.read_header(file, job.options)
+        try:
+            masks.orientation_of(found, image.size, image.orientation)
+        except BadImage:  # for good, if it isn't that EXIF data stands behind the pixels
+            masks.check_decoded(_content_of_mask(job, mask), _content(job, item), job.options)
+        return found.memory
+    except BaseException as error:
+        raise _of_mask(error, mask) from None
+
+
+def _masked(found: Probe, memory: int) -> Probe:
+    """The image as one with a mask, which takes so much to decode, at all its sizes."""
+    others = tuple(_masked(other, memory) for other in found.others)
+    return replace(found, masked=True, memory=max(found.memory, memory), others=others)
+
+
+def _store_mask(job: Job, mask: MaskFile, stored: Stored, options: ImageOptions) -> masks.StoredMask:
+    try:
+        data = _content_of_mask(job, mask)
+        size = stored.original_width, stored.original_height
+        found = masks.store_mask(data, size, stored.orientation, stored.placement, options, _turn)
+        return replace(found, sha256=hashlib.sha256(data).hexdigest())
+    except BaseException as error:
+        raise _of_mask(error, mask) from None
+
+
+def _of_mask(error: BaseException, mask: MaskFile) -> BadImage:
+    bad = _failure(error)
+    return BadImage(bad.status, MASK_UNUSABLE, f"{mask.path}: {bad}")
+
+
+def _content_of_mask(job: Job, mask: MaskFile) -> bytes:
+    return _content(job, Input(mask.path, mask.file, mask.offset, mask.size, None, kind=mask.kind))
+
+
 def _of_partner(error: BaseException, partner: Partner) -> BadImage:
     bad = _failure(error)
     return BadImage(bad.status, SOURCE_UNUSABLE, f"{partner.path}: {bad}")
@@ -128,9 +178,11 @@ def _probe(job: Job, options: ImageOptions, file: Any, data: bytes, perceptual: 
     elif job.duplicates == "perceptual" and perceptual:
         with _turn(found.memory):
             digest = convert.perceptual_hash(data, options)
+    size, masked = (found.width, found.height), options.mask_from_alpha and found.alpha
+    facts = found.memory, digest
     sizes = [
-        Probe(each, header.looks_copied(found, each, options), found.memory, digest, area=area)
-        for area, each in places(found.width, found.height, options.buckets)
+        Probe(each, header.looks_copied(found, each, options), *facts, (), (), area, masked, size, found.orientation)
+        for area, each in places(*size, options.buckets)
     ]
     return replace(sizes[0], others=tuple(sizes[1:]))
 
@@ -141,6 +193,8 @@ def store(job: Job, item: Input) -> tuple[Stored, str] | BadImage:
         data = _content(job, item)
         options = (job.options.of_target() if item.sources else job.options).at(item.area)
         stored = convert.store(data, options, _turn)
+        if item.mask is not None:
+            stored = replace(stored, mask=_store_mask(job, item.mask, stored, options))
         sources = tuple(_store_partner(job, partner) for partner in item.sources)
         return replace(stored, sources=sources) if sources else stored, hashlib.sha256(data).hexdigest()
     except BaseException as error:
@@ -157,9 +211,11 @@ def _store_partner(job: Job, partner: Partner) -> Stored:
 
 
 def digest(job: Job, item: Input) -> str | BadImage:
-    """sha256 of one input's source bytes; of a pair those of all its images, with commas between them."""
+    """sha256 of one input's source bytes; of a pair those of all its images, and that of a mask's, with commas between them."""
     try:
         contents = [_content(job, item), *(_content_of_partner(job, partner) for partner in item.sources)]
+        if item.mask is not None:
+            contents.append(_content_of_mask(job, item.mask))
         return ",".join(hashlib.sha256(content).hexdigest() for content in contents)
     except BaseException as error:
         return _failure(error)

@@ -13,6 +13,8 @@ from typing import Any
 from data_prep.shard_format.shards import (
     CAPTION_ROWS,
     INDEX_ROWS,
+    MASK_INDEX_ROWS,
+    MASK_SUFFIX,
     SIZES,
     Bucket,
     Manifest,
@@ -90,6 +92,7 @@ def build_index(folder: str | Path) -> Manifest:
     columns: dict[str, list[Any]] = {name: [] for name in INDEX_ROWS.names}
     formats, sizes = Counter[str](), list[tuple[int, int]]()
     several: list[tuple[int, int]] = []  # captions of each sample, characters of the longest
+    masks: list[tuple[int, int, float]] = []  # of each sample the mask's columns
     shards: list[Shard] = []
     for path in paths:
         draft = Manifest("", "", {}, [], {}, [*shards, Shard(path.name, 0, 0, "")], {})
@@ -108,6 +111,7 @@ def build_index(folder: str | Path) -> Manifest:
             for name, member in places.items():
                 columns[f"{name}_offset"].append(member.offset if member else 0)
                 columns[f"{name}_size"].append(member.size if member else 0)
+            masks.append(_mask(reader, position, named.get(MASK_SUFFIX), sizes[-1]))
             columns["key"].append(key)
             columns["path"].append(str(record.get("path") or record.get("url") or f"{path.name}/{key}.{suffix}"))
             columns["shard"].append(position)
@@ -121,6 +125,8 @@ def build_index(folder: str | Path) -> Manifest:
         raise ValueError(f"{folder}: no sample of {len(paths)} tars has an image (.jpg, .jpeg or .png)")
     if any(count > 1 for count, _ in several):
         columns |= dict(zip(CAPTION_ROWS.names, zip(*several, strict=True), strict=True))
+    if any(share >= 0 for *_, share in masks):
+        columns |= dict(zip(MASK_INDEX_ROWS.names, zip(*masks, strict=True), strict=True))
     if len(formats) > 1:
         counts = ", ".join(f"{count} {name}" for name, count in formats.items())
         raise ValueError(f"{folder} mixes image formats ({counts}): pack it again with data_prep/make_shards.py")
@@ -139,6 +145,8 @@ def _write(
     totals = {"samples": len(sizes), "bytes": sum(shard.bytes for shard in shards)}
     if several := sum(count > 1 for count in columns.get("captions", ())):
         totals["several_captions"] = several
+    if masked := sum(share >= 0 for share in columns.get("mask_share", ())):
+        totals["masked"] = masked
     fingerprint = hashlib.sha256(json_bytes([shard.sha256 for shard in shards])).hexdigest()
     manifest = Manifest(payload, fingerprint, {"indexed_by": "scan"}, buckets, totals, shards, {})
     write_manifest(folder, manifest)
@@ -179,6 +187,19 @@ def _size(data: bytes, path: Path, key: str) -> tuple[int, int]:
             f" pack the shards again (data_prep/make_shards.py --dataset_base_path {path.parent})"
         )
     return width, height
+
+
+def _mask(reader: ShardReader, shard: int, member: Member | None, size: tuple[int, int]) -> tuple[int, int, float]:
+    """Offset, size and mean of a sample's mask (MASK_INDEX_ROWS); a member that isn't one of ours is as if not there."""
+    from data_prep.images.stored_pixels import decode_mask, latent_mask, mask_share
+
+    if member is not None:
+        try:
+            mask = decode_mask(reader.read(shard, member.offset, member.size), *size)
+            return member.offset, member.size, mask_share(latent_mask(mask))
+        except ValueError:
+            pass
+    return 0, 0, -1.0
 
 
 def _sha256(path: Path) -> str:

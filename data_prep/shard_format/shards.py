@@ -3,7 +3,8 @@
 A data set is a folder:
 
     000000.tar              members KEY.jpg KEY.json KEY.txt (or .safetensors .json .txt), adjacent, in this order; of a pair
-                            (target and source images of an edit) also KEY.source_image.jpg, KEY.source_image_2.jpg …
+                            (target and source images of an edit) also KEY.source_image.jpg, KEY.source_image_2.jpg …;
+                            where the image has a mask, KEY.mask.png before those: grey, 8 bits, of the image's size, 255: learn
     000000.parquet          one row an INPUT of this shard, failed and filtered ones with their reason (SHARD_ROWS)
     000000_stats.json       counts, bytes and hashes; written last: a shard without it does not exist
     index.parquet           one row a SAMPLE of the whole set (INDEX_ROWS)
@@ -11,9 +12,10 @@ A data set is a folder:
     sizes.json              {"000000.tar": samples}, which open_clip reads
 
 In a set with pairs the bucket of a sample tells the sizes of its source images too, and rows and index have PAIR_ROWS and
-PAIR_INDEX_ROWS besides. Where a sample has several captions, KEY.txt holds the first and `captions` in KEY.json all of them;
-rows and index have CAPTION_ROWS. Where any sample's weight isn't 1, they have WEIGHT_ROWS, and such samples a `weight` in their
-json.
+PAIR_INDEX_ROWS besides; in one with masks MASK_ROWS and MASK_INDEX_ROWS. Encoded sets hold the mask, averaged onto the latent
+grid, as the tensor `mask` of the payload (uint8 [H/8, W/8]). Where a sample has several captions, KEY.txt holds the first and
+`captions` in KEY.json all of them; rows and index have CAPTION_ROWS. Where any sample's weight isn't 1, they have WEIGHT_ROWS,
+and such samples a `weight` in their json.
 
 In an encoded set with caption variants KEY.safetensors holds the first one's embedding, and members KEY.variant_2.safetensors …
 behind KEY.txt those of the others. `variants` in KEY.json tells of each its caption, its tokens, which draws it is the outcome
@@ -82,7 +84,14 @@ VARIANT_TOKENS = "variant_tokens"  # in encoded sets with caption variants: vari
 PAIR_ROWS = pa.schema([("sources", pa.string()), ("source_sha256", pa.string()), *PAIR_INDEX_ROWS])
 # Repeats of a sample in an epoch of training, above 0; 1 in sets without the column.
 WEIGHT_ROWS = pa.schema([("weight", pa.float64())])
-OPTIONAL_INDEX_ROWS = (PAIR_INDEX_ROWS, CAPTION_ROWS, WEIGHT_ROWS)
+# Besides, in sets with masks. mask_offset, mask_size: of the member (encoded sets have none); mask_share: the mask's mean on
+# the latent grid, 0 (all black) … 1, and -1 for a sample without; mask_sha256: of the mask's file ("" where it is the alpha
+# channel).
+MASK_INDEX_ROWS = pa.schema([("mask_offset", pa.int64()), ("mask_size", pa.int64()), ("mask_share", pa.float32())])
+MASK_ROWS = pa.schema([("mask_sha256", pa.string()), *MASK_INDEX_ROWS])
+NO_MASK = {"mask_sha256": "", "mask_offset": 0, "mask_size": 0, "mask_share": -1.0}
+MASK_SUFFIX = "mask.png"
+OPTIONAL_INDEX_ROWS = (PAIR_INDEX_ROWS, CAPTION_ROWS, WEIGHT_ROWS, MASK_INDEX_ROWS)
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,6 +260,9 @@ class ShardIndex:
         np.ndarray
     )  # int32 [N, variants]: the tokens of each draw, 0 behind the last; no column without variants
     weight: np.ndarray  # float64: repeats an epoch; 1 in sets without weights
+    mask_offset: np.ndarray  # int64; this and the next: 0 in sets without masks, and in encoded ones
+    mask_size: np.ndarray  # int64
+    mask_share: np.ndarray  # float32, mean of the mask, from 0 to 1; -1 without a mask
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -321,7 +333,7 @@ def read_index(folder: str | Path, *, strings: bool = True) -> ShardIndex:
     columns.setdefault("path", blank)
     columns.setdefault("weight", np.ones(len(table)))
     for field in with_more(*OPTIONAL_INDEX_ROWS):
-        columns.setdefault(field.name, np.zeros(len(table), field.type.to_pandas_dtype()))
+        columns.setdefault(field.name, np.full(len(table), NO_MASK.get(field.name, 0), field.type.to_pandas_dtype()))
     return ShardIndex(**columns)
 
 
@@ -342,7 +354,7 @@ def check_index(index: ShardIndex, manifest: Manifest, folder: object) -> None:
     wrong = ~np.isin(index.bucket, bucket_ids) | (index.shard < 0) | (index.shard >= len(manifest.shards))
     known = np.clip(index.shard, 0, max(len(manifest.shards) - 1, 0))
     ends = np.array([shard.bytes for shard in manifest.shards] or [0], dtype=np.int64)[known]
-    for name in ("payload", "json", "txt", "sources"):
+    for name in ("payload", "json", "txt", "sources", "mask"):
         offset, size = (getattr(index, f"{name}_{field}") for field in ("offset", "size"))
         inside = (size >= 0) & (offset >= tarfile.BLOCKSIZE) & (size <= ends) & (offset <= ends - size)
         wrong |= ~inside & ((size != 0) | (name == "payload"))

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.images.formats import IMAGE_EXTENSIONS, unread
+from data_prep.images.mask_files import MaskFiles
+from data_prep.images.mask_files import split as _split
 from data_prep.images.skip_reasons import (
     BAD_CAPTION,
     BAD_METADATA,
@@ -24,6 +26,8 @@ from data_prep.images.skip_reasons import (
     BAD_WEIGHT,
     BROKEN_PARQUET,
     FILE_MISSING,
+    MASK_MISSING,
+    MASK_UNUSABLE,
     NO_IMAGE_PATH,
     NOT_REGULAR,
     OUTSIDE,
@@ -36,7 +40,7 @@ from data_prep.sources import caption_map, captions, missing_files, parquet_imag
 from data_prep.sources import metadata_files as metadata
 from data_prep.sources.caption_map import CaptionMap
 from data_prep.sources.captions import Found
-from data_prep.sources.found_input import Input, Partner
+from data_prep.sources.found_input import Input, MaskFile, Partner
 from data_prep.sources.pair_folders import PairFolders
 from data_prep.sources.regular_files import NotRegular, check_regular, open_regular
 from data_prep.sources.remarks import Remarks
@@ -72,6 +76,9 @@ class Sources:
     caption_lines: bool = False  # each line of a caption file is a caption
     weight_column: str | None = None  # of repeats an epoch; None: those that are known by name; "none": none
     kohya_folders: bool = True  # the images of a folder 10_name come ten times an epoch
+    mask_names: bool = True  # x-masklabel.png and x.mask.png beside x.jpg are its mask, no pictures of their own
+    mask_folder: Path | None = None  # of masks with the stems (and subfolders) of the images
+    mask_column: str | None = None  # of metadata; None: one that is known by name; "none": none
     files_seen: int = 0
     ignored: Counter[str] = field(default_factory=Counter)  # by extension
     remarks: Remarks = field(default_factory=Remarks)
@@ -91,6 +98,14 @@ class Sources:
         self.base = Path(os.path.abspath(self.base))
         self._real_base = os.path.realpath(self.base)
         self._excluded = os.path.realpath(self.exclude) if self.exclude else None
+        folder = None if self.mask_folder is None else os.path.abspath(self.mask_folder)
+        if folder is not None and not os.path.isdir(folder):
+            raise FileNotFoundError(f"--mask_folder {shown(self.mask_folder)}: no such folder")
+        if folder is not None and _contains(os.path.realpath(folder), self._real_base):
+            raise ValueError(
+                f"--mask_folder {shown(self.mask_folder)} holds the images: masks of equal stems need their own"
+            )
+        self._masks = MaskFiles(str(self.base), folder, self.mask_names)
 
     def __iter__(self) -> Iterator[Input]:
         self.files_seen, self.ignored, self.remarks, self.empty_listings = 0, Counter(), Remarks(), []
@@ -108,6 +123,8 @@ class Sources:
                 if caption:
                     self._remark_caption(item.path, caption)
             yield item
+        for lonely in self._masks.lonely():
+            self.remarks.add(remarks.LONELY_MASKS, self._relative(lonely))
 
     def _remark_caption(self, path: str, caption: str) -> None:
         if "\ufffd" in caption:
@@ -170,7 +187,7 @@ class Sources:
             path = os.path.join(folder, name)
             if below is not None and path in below.sources:
                 continue
-            if os.path.realpath(path) == self._excluded:
+            if os.path.realpath(path) == self._excluded or self._masks.is_folder(path):
                 continue
             if os.path.islink(path):
                 if self._outside(path):
@@ -252,6 +269,21 @@ class Sources:
             changed = max(changed, found.changed)
         return dataclasses.replace(item, sources=tuple(partners), changed=changed)
 
+    def _masked(self, item: Input, path: str, named: str | None = None) -> Input:
+        """The image at `path` with its mask, if it has one: that `named` by its row, else what its name leads to."""
+        places = [named] if named is not None else self._masks.of(path)
+        if not places or item.problem is not None:
+            return item
+        if len(places) > 1:
+            self.remarks.add(remarks.SEVERAL_MASKS, self._relative(places[1]))
+        found = self._input(places[0], Found(), unread(_split(places[0])[1]))
+        if found.problem is not None:
+            reason, detail = found.problem
+            kind = MASK_MISSING if reason == FILE_MISSING else MASK_UNUSABLE
+            return dataclasses.replace(item, problem=(kind, f"{found.path}: {reason}: {detail}".rstrip(": ")))
+        mask = MaskFile(found.path, found.file, 0, found.size)
+        return dataclasses.replace(item, mask=mask, changed=max(item.changed, found.changed))
+
     def _found_listing(self, folder: str, names: list[str]) -> Iterator[Input]:
         """Rows of a folder's metadata file. One that can't be read is an error in the base folder, and counted elsewhere."""
         path = os.path.join(folder, names[0])
@@ -284,12 +316,17 @@ class Sources:
         tars = {stem for stem, extension in map(_split, names) if extension == "tar"}
         last_stem = None
         used: set[str] = set()
+        masks, lonely_masks = self._masks.enter(folder, names)
         for name in sorted(names, key=lambda name: (os.fsencode(_split(name)[0]), os.fsencode(name))):
             stem, extension = _split(name)
             self.files_seen += 1
             path = os.path.join(folder, name)
             if extension == "tar":
                 yield from self._tar(path)
+            elif name in masks:
+                pass  # read with its image
+            elif name in lonely_masks and not near.sidecar(stem, CAPTION_EXTENSIONS):
+                self.remarks.add(remarks.LONELY_MASKS, self._relative(path))
             elif extension in IMAGE_EXTENSIONS:
                 if stem == last_stem:
                     self._same_stem(path)
@@ -303,7 +340,7 @@ class Sources:
                     found, problem = self._mapped(path, maps)
                 if found is None:
                     hint = near.hint(stem, name, CAPTION_EXTENSIONS)
-                yield self._input(path, found or Found(), unread(extension) or problem, hint)
+                yield self._masked(self._input(path, found or Found(), unread(extension) or problem, hint), path)
             elif extension == "parquet":
                 yield from self._parquet(path, stem in tars)
             elif extension in ARCHIVES:
@@ -321,7 +358,7 @@ class Sources:
             yield self._link_out(path)
             return
         changed = _changed(os.stat(path)) if os.path.isfile(path) else 0
-        options = self.caption_column, self.caption_lines, self.remarks, self.weight_column
+        options = self.caption_column, self.caption_lines, self.remarks, self.weight_column, self.mask_names
         found = tar_files.members(path, self._relative(path), self._file(path), *options)
         for item in found:
             yield dataclasses.replace(item, changed=changed)
@@ -399,14 +436,15 @@ class Sources:
         listed: set[int] = set()  # hashes, of 10 M paths still no more than half a GB
         empty = True
         try:
-            columns = (self.image_column, self.caption_column, self.remarks, self.source_columns, self.weight_column)
-            for cells in metadata.rows(path, *columns):
+            columns = self.image_column, self.caption_column, self.remarks, self.source_columns
+            for cells in metadata.rows(path, *columns, self.weight_column, self.mask_column):
                 empty = False
                 item, place = self._row(cells, roots)
                 if place is not None and cells.sources:
                     item, partners = self._row_of_pair(item, cells, roots)
                     listed.update(map(hash, partners))
                 if place is not None:
+                    item = self._masked_row(item, cells, place, roots, listed)
                     if hash(place) in listed:
                         self.remarks.add(remarks.LISTED_TWICE, f"{cells.where}: {item.path}")
                     listed.add(hash(place))
@@ -416,7 +454,7 @@ class Sources:
         if empty:
             self.empty_listings.append(str(path))
         for unlisted in missing_files.unlisted(folder, listed, self._excluded):
-            if unlisted != str(path):
+            if unlisted != str(path) and not self._masks.is_mask(unlisted):
                 self.remarks.add(_unlisted_kind(unlisted), self._relative(unlisted))
 
     def _row(self, row: metadata.MetadataRow, roots: list[str]) -> tuple[Input, str | None]:
@@ -475,10 +513,27 @@ class Sources:
             chosen.append(found[0])
         return self._pair(item, chosen), chosen
 
-    def _named(self, cell: Any, where: str, roots: list[str]) -> tuple[str, list[str]]:
+    def _masked_row(
+        self, item: Input, row: metadata.MetadataRow, place: str, roots: list[str], listed: set[int]
+    ) -> Input:
+        """The input of a row with the mask that it names, or that lies where masks do; a named one is added to `listed`."""
+        if item.problem is not None or row.mask is None or row.mask == "":
+            return self._masked(item, place)
+        try:
+            name, places = self._named(row.mask, row.where, roots, "mask")
+        except _BadCell as error:
+            return dataclasses.replace(item, problem=(MASK_UNUSABLE, f"mask of {row.where}: {error.problem[1]}"))
+        found = next((path for path in places if os.path.exists(path)), None)
+        if found is None:
+            detail = f"{shown(name)}, the mask of {row.where}; {missing_files.advice(name, places)}"
+            return dataclasses.replace(item, problem=(MASK_MISSING, detail))
+        listed.add(hash(found))
+        return self._masked(item, place, found)
+
+    def _named(self, cell: Any, where: str, roots: list[str], what: str = "image") -> tuple[str, list[str]]:
         """The file name in a cell and the places where it may lie. Raises _BadCell for what is no name within the base."""
         if not isinstance(cell, str) or not cell.strip():
-            raise _BadCell(NO_IMAGE_PATH, f"the image column holds {shown(repr(cell))}")
+            raise _BadCell(NO_IMAGE_PATH, f"the {what} column holds {shown(repr(cell))}")
         name = cell.strip()
         try:
             if b"\0" in os.fsencode(name):
@@ -489,7 +544,7 @@ class Sources:
         places = [os.path.normpath(os.path.join(root, spelling)) for spelling in spellings for root in roots]
         place = next((place for place in places if os.path.exists(place)), places[0])
         if not _contains(str(self.base), place):
-            detail = f"{where}: image {shown(repr(name))} lies outside of --dataset_base_path {shown(self.base)}"
+            detail = f"{where}: {what} {shown(repr(name))} lies outside of --dataset_base_path {shown(self.base)}"
             raise _BadCell(OUTSIDE, detail)
         return name, places
 
@@ -517,7 +572,11 @@ class Sources:
         return os.fsencode(os.path.relpath(path, self.base))
 
     def _outside(self, path: str) -> bool:
-        return not self.allow_links and not _contains(self._real_base, os.path.realpath(path))
+        """Whether a path leads out of the folders that were given: the images', and for masks theirs."""
+        own = self._masks.folder if self._masks.is_folder(path) else None
+        real = os.path.realpath(path)
+        inside = _contains(self._real_base, real) or (own is not None and _contains(os.path.realpath(own), real))
+        return not self.allow_links and not inside
 
     def _link_out(self, path: str) -> Input:
         """A link that leads out of the base folder: an input that is left out, whatever lies there."""
@@ -563,12 +622,6 @@ def _has_keys(path: str | Path, keys: tuple[str, ...]) -> bool:
 def _changed(status: os.stat_result) -> int:
     """ctime too: a file that was put in another's place may bring its old mtime along."""
     return max(status.st_mtime_ns, status.st_ctime_ns)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """'photo v1.2.JPG' -> ('photo v1.2', 'jpg')."""
-    stem, dot, extension = name.rpartition(".")
-    return (stem, extension.lower()) if dot else (name, "")
 
 
 def _contains(folder: str, path: str) -> bool:

@@ -20,6 +20,17 @@ class Partner:
 
 
 @dataclass(frozen=True)
+class MaskFile:
+    """A picture that tells which part of an image is to be learned."""
+
+    path: str  # this and what follows: as Input's
+    file: bytes
+    offset: int
+    size: int
+    kind: str = PLAIN
+
+
+@dataclass(frozen=True)
 class Input:
     """An image and its caption. `problem` is (reason, detail) when it is known already that it cannot be used."""
 
@@ -37,3 +48,4 @@ class Input:
     area: int = 0  # of the target it is stored for, where there are several; no part of a data set's identity
     weight: float = 1.0  # repeats an epoch; 0: left out
     sources: tuple[Partner, ...] = ()  # the image is then the target of an edit, the caption its instruction
+    mask: MaskFile | None = None

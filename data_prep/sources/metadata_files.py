@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from data_prep.sources import captions, weights
 from data_prep.sources.regular_files import open_regular
-from data_prep.sources.remarks import SEVERAL_COLUMNS, Remarks
+from data_prep.sources.remarks import SEVERAL_COLUMNS, UNREAD_MASKS, Remarks
 from files.shown import shown
 
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
@@ -27,6 +27,7 @@ CAPTION_COLUMNS = ("prompt", "text", "caption", "captions")  # whose cells may b
 # Of the source images of edits, with a number for the second and further ones: ours; DiffSynth's, whose cell may be a list;
 # musubi-tuner's, which begins with _0. The first kind that a row has is taken.
 SOURCE_COLUMNS = ("source_image", "edit_image", "control_path")
+MASK_COLUMNS = ("mask", "mask_path", "mask_image", "mask_file")
 MOST_SOURCES = 3  # what any model takes
 REPEATED = object()  # in the cells of a column whose name the header holds more than once
 LONGEST_CELL = 1 << 24  # characters: long captions; the csv module's own limit is 128 KiB
@@ -43,6 +44,7 @@ class MetadataRow:
     sources: tuple[Any, ...] = ()  # cells of source images; a pair if there are any
     weight: Any = None
     weight_column: str = ""  # as the file spells it
+    mask: Any = None  # cell of the image's mask
 
 
 class BadRow(ValueError):
@@ -59,6 +61,7 @@ def rows(
     remarks: Remarks | None = None,
     source_columns: tuple[str, ...] | None = (),
     weight_column: str | None = None,
+    mask_column: str | None = "none",
 ) -> Iterator[MetadataRow]:
     """Yield the rows; the columns are found by name (in any case, spaces around them aside) where they aren't given.
 
@@ -74,7 +77,7 @@ def rows(
     objects = path.suffix.lower() in (".jsonl", ".json")
     names: list[str] = []
     missing: set[str] | None = None  # of the caption columns that were asked for; None: no row has any yet
-    images = several = pairs = weighted = False
+    images = several = pairs = weighted = masked = False
     with open_regular(path) as file:
         for where, cells in reader(file, path):
             if isinstance(cells, BadRow):
@@ -99,11 +102,20 @@ def rows(
             pairs = pairs or bool(sources)
             captions_found = tuple(cells[name] for name in texts)
             told = {} if weight is None else {"weight": cells[weight], "weight_column": weight}
-            yield MetadataRow(where, cells.get(image or ""), captions_found, sources=sources, **told)
+            others = {
+                name: cells[name] for name in cells if str(name).lower() not in map(str.lower, source_columns or ())
+            }
+            mask, there = mask_cell(others, mask_column, where, remarks)
+            masked = masked or there
+            yield MetadataRow(where, cells.get(image or ""), captions_found, sources=sources, mask=mask, **told)
     if names and source_columns and not pairs:
         raise ValueError(
             f"{shown(path)} has no column {' or '.join(map(shown, source_columns))} (--source_columns), only "
             f"{shown(', '.join(names))}"
+        )
+    if names and mask_column not in (None, "none") and not masked:
+        raise ValueError(
+            f"{shown(path)} has no column {shown(mask_column)} (--mask_column), only {shown(', '.join(names))}"
         )
     if names and weight_column not in (None, "none") and not weighted:
         raise ValueError(
@@ -165,6 +177,21 @@ def source_cells(cells: Mapping[str, Any], wanted: tuple[str, ...] | None) -> tu
     while len(found) > 1 and (found[-1] is None or found[-1] == ""):
         found.pop()
     return tuple(found)
+
+
+def mask_cell(cells: Mapping[str, Any], wanted: str | None, where: str, remarks: Remarks | None) -> tuple[Any, bool]:
+    """The cell of a row's mask, None where it has none, and whether there is a column of masks.
+
+    Under a name that nobody gave, what is no text (polygons, numbers, bytes) is something else's mask: told, not read.
+    """
+    name = None if wanted == "none" else find_column(wanted, MASK_COLUMNS, cells)
+    if name is None:
+        return None, False
+    if wanted is None and not isinstance(cells[name], str | None):
+        if remarks is not None:
+            remarks.add(UNREAD_MASKS, f"{where}: {name}")
+        return None, True
+    return cells[name], True
 
 
 def _number(column: str) -> int:

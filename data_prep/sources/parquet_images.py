@@ -19,13 +19,14 @@ from data_prep.sources.found_input import ROW, Input
 from data_prep.sources.metadata_files import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
+    MASK_COLUMNS,
     ambiguous,
     caption_columns,
     cells_of,
     find_column,
 )
 from data_prep.sources.regular_files import open_regular
-from data_prep.sources.remarks import BAD_AMONG_SEVERAL, SEVERAL_COLUMNS, WEIGHTS, Remarks
+from data_prep.sources.remarks import BAD_AMONG_SEVERAL, SEVERAL_COLUMNS, UNREAD_MASKS, WEIGHTS, Remarks
 
 BYTE_COLUMNS = (*IMAGE_COLUMNS, "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 BATCH_ROWS = 16  # images that are read at once
@@ -87,6 +88,8 @@ def rows(
             texts, absent = caption_columns(caption_column, dict.fromkeys(names))
             if remarks is not None and (said := ambiguous(names, column.bytes, caption_column)):
                 remarks.add(SEVERAL_COLUMNS, f"{relative}: {said}")
+            if remarks is not None and (masks := find_column(None, MASK_COLUMNS, dict.fromkeys(names))):
+                remarks.add(UNREAD_MASKS, f"{relative}: {masks}")
             hint = ""
             if absent:
                 looked = ", ".join(sorted(absent) if caption_column else CAPTION_COLUMNS)

@@ -50,6 +50,10 @@ PAIRS_FOUND = (
     "images are packed as targets of edits, with their source images (--source_columns none packs them without)"
 )
 
+SEVERAL_MASKS = "images have several masks: the first of --mask_folder, x.mask.png and x-masklabel.png is taken"
+LONELY_MASKS = "pictures are named like masks but belong to no image, and are left out (--masks off packs them)"
+UNREAD_MASKS = "sources have a column of masks that holds no paths, which is not read (give the masks as files)"
+
 
 class Remarks:
     """Counts by text, each with its first example."""

@@ -1,8 +1,9 @@
 """Existing WebDataset tars as a source: images with their captions, read in place by offset.
 
 A member's caption is the .txt, .caption or .json with the same name before its last dot (`photo v1.2.jpg`,
-`photo v1.2.txt`), else, as webdataset groups members, before its first dot (`000.img.jpg`, `000.txt`). The members of a
-sample need not stand side by side. A name that comes again begins a new sample: nothing replaces anything.
+`photo v1.2.txt`), else, as webdataset groups members, before its first dot (`000.img.jpg`, `000.txt`). Masks are known by
+their names as in folders (mask_files.py). The members of a sample need not stand side by side. A name that comes again
+begins a new sample: nothing replaces anything.
 """
 
 from __future__ import annotations
@@ -11,25 +12,35 @@ import dataclasses
 import json
 import posixpath
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO
 
 from data_prep.images.formats import IMAGE_EXTENSIONS, unread
-from data_prep.images.skip_reasons import BAD_CAPTION, BAD_WEIGHT, BROKEN_LINK, BROKEN_TAR, NOT_REGULAR
+from data_prep.images.mask_files import mask_order, mask_stem
+from data_prep.images.skip_reasons import (
+    BAD_CAPTION,
+    BAD_WEIGHT,
+    BROKEN_LINK,
+    BROKEN_TAR,
+    MASK_UNUSABLE,
+    NOT_REGULAR,
+)
 from data_prep.shard_format.tar_members import BrokenTar, readable, sparse_content, tar_members
 from data_prep.sources import captions, weights
 from data_prep.sources.captions import Found
-from data_prep.sources.found_input import PLAIN, SPARSE, Input
+from data_prep.sources.found_input import PLAIN, SPARSE, Input, MaskFile
 from data_prep.sources.metadata_files import caption_columns
 from data_prep.sources.regular_files import open_regular
 from data_prep.sources.remarks import (
     BAD_AMONG_SEVERAL,
     HIDDEN,
     LONELY_CAPTIONS,
+    LONELY_MASKS,
     NAMED_TWICE,
     OTHER_MEMBERS,
+    SEVERAL_MASKS,
     WEIGHTS,
     Remarks,
 )
@@ -67,20 +78,23 @@ def members(
     caption_lines: bool,
     remarks: Remarks,
     weight_column: str | None = None,
+    mask_names: bool = True,
 ) -> Iterator[Input]:
     """Inputs of one uncompressed tar, in the order of its images. `caption_lines`: each line of a text is a caption;
-    `weight_column` as in metadata_files.rows.
+    `weight_column` as in metadata_files.rows; `mask_names`: masks are known by their names.
 
     What can't be read of the archive is one more input, with the problem, behind those that can.
     """
     try:
         with open_regular(path) as source:
             found, broken = _listed(source, relative, remarks)
-            asked = caption_column, caption_lines, weight_column
-            for item in _inputs(source, found, relative, file, asked, remarks):
+            masks, asked = Masks({}), (caption_column, caption_lines, weight_column)
+            if mask_names:
+                found, masks = _apart(found, relative, file, remarks)
+            for key, item in _inputs(source, found, relative, file, asked, remarks):
                 if item.weight != 1:
                     remarks.add(WEIGHTS, item.path)
-                yield item
+                yield masks.put(item, key)
     except OSError as error:
         broken = error.strerror or str(error)
     if broken:
@@ -154,6 +168,56 @@ def _split(name: str) -> tuple[str, str, str]:
     return folder + slash + stem, folder + slash + base.partition(".")[0], suffix.lower()
 
 
+Mask = tuple[MaskFile, tuple[str, str] | None]  # and why it can't be read
+
+
+@dataclass
+class Masks:
+    """By the name of their image before its last dot, then by their own; a name may come several times, as the image's may."""
+
+    found: dict[str, dict[str, list[Mask]]]
+    _taken: Counter[str] = field(default_factory=Counter)
+
+    def put(self, item: Input, key: str) -> Input:
+        """The image of this name with its mask; of images of one name each has the mask of its turn."""
+        number = self._taken[key]
+        self._taken[key] += 1
+        if key not in self.found or item.problem is not None:
+            return item
+        masks = min(self.found[key].items(), key=lambda named: mask_order(named[0]))[1]
+        mask, problem = masks[min(number, len(masks) - 1)]
+        if problem is not None:
+            return replace(item, problem=(MASK_UNUSABLE, f"{mask.path}: {': '.join(problem)}"))
+        return replace(item, mask=mask)
+
+
+def _apart(found: list[Member], relative: str, file: bytes, remarks: Remarks) -> tuple[list[Member], Masks]:
+    """The members that are no masks, and the masks."""
+    pictures, named = set[str](), set[str]()
+    for member in found:
+        key, _, suffix = _split(member.name)
+        if suffix in IMAGE_EXTENSIONS and mask_stem(key) is None:
+            pictures.add(key)
+        elif suffix in TEXT_SUFFIXES:
+            named.add(key)
+    others: list[Member] = []
+    masks: dict[str, dict[str, list[Mask]]] = defaultdict(lambda: defaultdict(list))
+    for member in found:
+        key, _, suffix = _split(member.name)
+        image = mask_stem(key) if suffix in IMAGE_EXTENSIONS else None
+        path = f"{relative}/{readable(member.name)}"
+        if image in pictures:
+            mask = MaskFile(path, file, member.offset, member.size, member.kind)
+            masks[image][key].append((mask, member.problem or unread(suffix)))
+            if len(masks[image]) > 1:
+                remarks.add(SEVERAL_MASKS, path)
+        elif image is not None and key not in named:
+            remarks.add(LONELY_MASKS, path)
+        else:
+            others.append(member)
+    return others, Masks(masks)
+
+
 def _inputs(
     source: IO[bytes],
     found: list[Member],
@@ -161,7 +225,8 @@ def _inputs(
     file: bytes,
     asked: tuple[str | None, bool, str | None],
     remarks: Remarks,
-) -> Iterator[Input]:
+) -> Iterator[tuple[str, Input]]:
+    """Each image with its name before its last dot."""
     groups: dict[str, list[Group]] = defaultdict(lambda: [Group()])
     images: list[tuple[Member, str, Group]] = []
     seen: set[str] = set()
@@ -191,7 +256,8 @@ def _inputs(
         item, bad = _input(source, member, suffix, texts, relative, file, asked[:2])
         for why in bad:
             remarks.add(BAD_AMONG_SEVERAL, f"{item.path}: {why}")
-        yield _weighted(item, source, texts, asked[2]) if "json" in texts else item
+        item = _weighted(item, source, texts, asked[2]) if "json" in texts else item
+        yield _split(member.name)[0], item
     for name, several in groups.items():
         for group in several:
             if not group.used and group.texts and not group.images:

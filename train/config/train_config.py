@@ -191,6 +191,10 @@ class TrainConfig:
     loss_weighting: Annotated[
         Literal["none", "bsmntw", "sigma_sqrt", "cosmap"], "weight of the loss as a function of sigma"
     ] = "none"
+    masked_loss: Annotated[
+        bool, "weight the loss by the samples' masks (make_shards.py packs them), also in validation; docs/levers.md"
+    ] = False
+    mask_min_weight: Annotated[Share, "of the masked loss where a mask is black; where it is white it is 1"] = 0.1
     caption_dropout: Annotated[Share, "share of samples trained with the empty caption"] = 0.0
     prior_prompt: Annotated[
         tuple[str, ...],

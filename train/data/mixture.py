@@ -65,6 +65,7 @@ class Mixture:
         self.name = " + ".join(member.name for member in self.members if not member.prior)
         self.encoded, self.prompt_width = first.encoded, first.prompt_width
         self.paired, self.empty_prompt = first.paired, first.empty_prompt
+        self.masked = sum(member.dataset.masked for member in self.members)
         self.max_prompt_tokens, self.captions = first.max_prompt_tokens, first.captions
         self._starts = np.cumsum([0, *(len(member.dataset) for member in self.members)]).tolist()
         self.manifest, self.index = joined(self.members)

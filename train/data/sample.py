@@ -9,9 +9,10 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from data_prep.images.stored_pixels import decode_mask, latent_mask
 from data_prep.shard_format.shards import Manifest, ShardIndex, StoredVariant
 from files.shown import shown
-from qwen_image.model.sizes import LATENT_CHANNELS
+from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 
 
 class BrokenSample(ValueError):
@@ -55,6 +56,7 @@ class Encoded(NamedTuple):
     picture_tokens: int = 0  # so many of T are source images', and stand first
     sources: tuple[torch.Tensor, ...] = ()  # [16, h, w] each
     empty_prompt: torch.Tensor | None = None  # [T, D] of the empty caption with the source images
+    mask: torch.Tensor | None = None  # uint8 [H/8, W/8]
 
     def cut(self, max_prompt_tokens: int) -> "Encoded":
         """With at most so many tokens of the caption, the pictures' not counted."""
@@ -68,6 +70,7 @@ def read_encoded(payload: bytes, prompt_width: int) -> Encoded:
     something else would train all the same.
     """
     tensors = safetensors.torch.load(payload)
+    mask = tensors.pop("mask", None)
     names = [f"source_latent_{number + 1}" for number in range(sum(n.startswith("source_latent") for n in tensors))]
     wanted = {"latent", "prompt_embeds", *names, *(["picture_tokens"] if names else [])}
     if set(tensors) - ({"empty_prompt_embeds"} if names else set()) != wanted:
@@ -88,11 +91,14 @@ def read_encoded(payload: bytes, prompt_width: int) -> Encoded:
         embeds = tensors[name]
         if embeds.ndim != 2 or len(embeds) == 0 or embeds.shape[1] != prompt_width:
             raise ValueError(f"{name} has shape {tuple(embeds.shape)}, must be (T, {prompt_width}) with T at least 1")
+    if mask is not None and (mask.dtype != torch.uint8 or mask.shape != tensors["latent"].shape[1:]):
+        kind = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
+        raise ValueError(f"mask is {kind}, must be uint8 {tuple(tensors['latent'].shape[1:])}")
     embeds = tensors["prompt_embeds"]
     if pictures.shape != (1,) or pictures.dtype != torch.int32 or not bool(names) <= int(pictures) < len(embeds):
         raise ValueError(f"picture_tokens says {pictures.tolist()} of {len(embeds)} tokens")
     sources = tuple(tensors[name] for name in names)
-    return Encoded(tensors["latent"], embeds, int(pictures), sources, tensors.get("empty_prompt_embeds"))
+    return Encoded(tensors["latent"], embeds, int(pictures), sources, tensors.get("empty_prompt_embeds"), mask)
 
 
 def read_variant(payload: bytes, prompt_width: int, tokens: int) -> torch.Tensor:
@@ -132,6 +138,16 @@ def read_empty_prompt(path: Path) -> torch.Tensor:
     return embeds
 
 
+def read_mask(data: bytes, width: int, height: int) -> torch.Tensor:
+    """uint8 [H/8, W/8] of a shard's mask member, as encoding stores it. Raises ValueError."""
+    return torch.from_numpy(latent_mask(decode_mask(data, width, height)))
+
+
+def white_mask(width: int, height: int) -> torch.Tensor:
+    """Of a sample that has none: all of it counts."""
+    return torch.full((height // VAE_FACTOR, width // VAE_FACTOR), 255, dtype=torch.uint8)
+
+
 class DataSet(Protocol):
     """What a run knows of its data before it reads a sample: of indexed shards (ShardDataset) or a stream (StreamedSet).
 
@@ -143,6 +159,7 @@ class DataSet(Protocol):
             samples have their own.
         index: each sample's place, bucket and lengths; None for a stream, of which nothing is known but the buckets.
         training: int64 indices of the samples that are not held out; none for a stream.
+        masked: how many samples have a mask; of a stream as far as its manifest, or its first samples, tell.
         paired: the samples are pairs, of a target and its source images.
         prompt_width: D of an encoded set's embeddings.
     """
@@ -153,6 +170,7 @@ class DataSet(Protocol):
     empty_prompt: torch.Tensor | None
     training: np.ndarray
     paired: bool
+    masked: int
     prompt_width: int
 
     @property

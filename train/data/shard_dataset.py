@@ -52,7 +52,9 @@ from train.data.sample import (
     draw_variant,
     read_empty_prompt,
     read_encoded,
+    read_mask,
     read_variant,
+    white_mask,
 )
 from train.data.sample_order import WINDOW, Order, Tail
 
@@ -81,6 +83,7 @@ class ShardDataset:
         say: where notes go (one line each).
         cache_folder: where the local copies of a remote set go.
         captions: what becomes of the captions of image shards; encoded ones have their form.
+        masks: samples come with their masks; white ones where they have none.
 
     Attributes:
         name: `folder` as it was given, for messages.
@@ -89,6 +92,7 @@ class ShardDataset:
         empty_prompt: [5, D] embedding of the empty caption for caption dropout; None for image shards and for pairs, whose
             samples have their own.
         paired: the samples are pairs, of a target and its source images.
+        masked: so many samples have a mask.
 
     Raises:
         FileNotFoundError: no such folder, no shards, a shard or the empty prompt is missing.
@@ -103,13 +107,14 @@ class ShardDataset:
         say: Callable[[str], None] = print,
         cache_folder: Path = Path("~/.cache/qwen_image_lora"),
         captions: CaptionOptions = PLAIN,
+        masks: bool = False,
     ) -> None:
         self.name = str(folder)
         remote = open_remote(str(folder), cache_folder.expanduser()) if is_remote(folder) else None
         self.folder = remote[0] if remote else Path(folder)
         self.manifest, self.index = open_folder(self.folder, say, local=remote is None)
-        self.max_prompt_tokens = max_prompt_tokens
-        self.captions = captions
+        self.max_prompt_tokens, self.captions, self.masks = max_prompt_tokens, captions, masks
+        self.masked = int((self.index.mask_share >= 0).sum())
         self.encoded = self.manifest.payload == "safetensors"
         self._sizes = {bucket.id: (bucket.width, bucket.height) for bucket in self.manifest.buckets}
         self._sources = {bucket.id: bucket.sources for bucket in self.manifest.buckets}
@@ -194,6 +199,10 @@ class ShardDataset:
             key = members["key"].decode(errors="replace")
             width, height = self.size(index)
             sample = Sample(int(index), key, width, height, members["txt"].decode("utf-8"))
+            if self.masks:
+                sample = replace(sample, mask=white_mask(width, height))
+            if "mask" in members:
+                sample = replace(sample, mask=read_mask(members["mask"], width, height))
             if not self.encoded:
                 several = self.index.captions[index] > 1
                 caption = self._caption(self._captions(int(index)) if several else [sample.caption], chance)
@@ -213,6 +222,10 @@ class ShardDataset:
             tokens = int(draws[0] if len(draws) else self.index.prompt_tokens[index])
             if tokens not in (0, len(found.prompt_embeds)):
                 raise ValueError(f"prompt_embeds has {len(found.prompt_embeds)} tokens, the index says {tokens}")
+            if (found.mask is None) != (self.index.mask_share[index] < 0):
+                raise ValueError(f"it has {'no mask' if found.mask is None else 'a mask'}, the index says otherwise")
+            if self.masks and found.mask is not None:
+                sample = replace(sample, mask=found.mask)
             if len(draws) and chance is not None:
                 sample, found = self._variant(sample, found, int(index), chance())
             embeds = found.cut(self.max_prompt_tokens).prompt_embeds
@@ -287,16 +300,29 @@ class ShardDataset:
         return (int(other) for other in np.roll(members, -start))
 
     def _members(self, index: int) -> dict[str, bytes]:
-        """payload, txt and key, with one read where they are adjacent (the key stands in the payload's tar header)."""
+        """payload, txt and key, with one read where they are adjacent (the key stands in the payload's tar header); mask where
+        there is one and masks are wanted."""
         i, shard = self.index, int(self.index.shard[index])
-        payload, payload_size = int(i.payload_offset[index]), int(i.payload_size[index])
-        txt, txt_size = int(i.txt_offset[index]), int(i.txt_size[index])
-        start, end = payload - tarfile.BLOCKSIZE, payload + payload_size
-        one_read = txt_size > 0 and 0 <= txt - end <= _GAP
-        data = self.reader.read(shard, start, (txt + txt_size if one_read else end) - start)
-        caption = data[txt - start :] if one_read else self.reader.read(shard, txt, txt_size) if txt_size else b""
+
+        def place(name: str) -> tuple[int, int]:
+            return int(getattr(i, f"{name}_offset")[index]), int(getattr(i, f"{name}_size")[index])
+
+        payload, size = place("payload")
+        others = {name: place(name) for name in ("txt", *["mask"] * self.masks)}
+        start, end = payload - tarfile.BLOCKSIZE, payload + size
+        last = end
+        for offset, length in others.values():
+            if length and 0 <= offset - last <= _GAP:
+                last = offset + length
+        data = self.reader.read(shard, start, last - start)
         name = data[: data.index(b"\0")].rpartition(b"/")[2] if data[0] else b""
-        return {"key": name.split(b".")[0], "payload": data[payload - start : end - start], "txt": caption}
+        found = {"key": name.split(b".")[0], "payload": data[payload - start : end - start], "txt": b""}
+        for member, (offset, length) in others.items():
+            if length:
+                within = end <= offset and offset + length <= last
+                run = data[offset - start : offset - start + length] if within else None
+                found[member] = self.reader.read(shard, offset, length) if run is None else run
+        return found
 
 
 def pixels_of(image: bytes, width: int, height: int) -> torch.Tensor:

@@ -74,6 +74,8 @@ class RunData:
     def from_config(cls, config: TrainConfig, ranks: Ranks) -> "RunData":
         """Open the data set and count. Raises FileNotFoundError, ValueError or another OSError with one line."""
         dataset = open_data(config, ranks.say)
+        if line := check_masks(dataset, config.masked_loss, config.mask_min_weight):
+            ranks.say(line)
         order = make_order(config, dataset)
         member = TEXT_TO_IMAGE
         if dataset.paired:
@@ -94,6 +96,7 @@ class RunData:
             num_workers=config.num_workers,
             device=ranks.device,
             text_padding=text_padding,
+            masks=config.masked_loss,
             on_broken_sample=config.on_broken_sample,
         )
         return cls(
@@ -194,7 +197,7 @@ def open_data(config: TrainConfig, say: Callable[[str], None]) -> ShardDataset |
             if number >= len(sources):
                 told = without_subject(captions)
             with named_packages(source):
-                found = ShardDataset(place, held_out, tokens, say, cache, told)
+                found = ShardDataset(place, held_out, tokens, say, cache, told, config.masked_loss)
             found.name = source.address
             if found.encoded:
                 refuse_in_training(found.name, told, found.manifest.encoding)
@@ -252,6 +255,26 @@ def check_empty_captions(dataset: DataSet, caption_dropout: float) -> None:
             f"caption_dropout {caption_dropout:g}: {dataset.name} lacks the embeddings of the empty caption with each sample's "
             "source images: encode it again with encode_shards.py --empty_captions, or train without"
         )
+
+
+def check_masks(dataset: DataSet, masked_loss: bool, minimum: float) -> str | None:
+    """What to say of the masks of the data, if there are any. Raises ValueError where the loss shall be masked by none."""
+    if not masked_loss:
+        unused = f"{dataset.masked} samples have masks, which are not used without --masked_loss"
+        return unused if dataset.masked else None
+    if not dataset.masked:
+        again = ", and encode that with encode_shards.py" if dataset.encoded else ""
+        raise ValueError(
+            f"masked_loss: {shown(dataset.name)} has no masks. python data_prep/make_shards.py --dataset_base_path PHOTOS "
+            "--output_path SHARDS packs x-masklabel.png and x.mask.png beside x.jpg as its mask, --mask_folder MASKS takes "
+            f"files of equal stems, --mask_from_alpha the alpha channel{again}"
+        )
+    line = f"masked loss: {dataset.masked} samples have masks, outside of which the loss weighs {minimum:g}"
+    if dataset.index is not None:
+        whole, black = len(dataset.index) - dataset.masked, int((dataset.index.mask_share == 0).sum())
+        line += f"; {whole} have none and count as a whole" * (whole > 0)
+        line += f"; warning: {black} masks are all black, and count as if they were not there" * (black > 0)
+    return line
 
 
 def cut_captions(dataset: ShardDataset | Mixture, max_prompt_tokens: int) -> str | None:

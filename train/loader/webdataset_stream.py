@@ -30,6 +30,7 @@ from data_prep.images.stored_pixels import decode_stored
 from data_prep.shard_format.shards import (
     EMPTY_PROMPT,
     MANIFEST,
+    MASK_SUFFIX,
     Bucket,
     Manifest,
     captions_of,
@@ -41,7 +42,16 @@ from qwen_image.model.sizes import LATENT_CHANNELS, VAE_FACTOR
 from train.data.batch import Batch, collate
 from train.data.draws import sample_draws
 from train.data.remote_shards import Remote, is_remote, write_whole
-from train.data.sample import BrokenSample, Sample, draw_variant, read_empty_prompt, read_encoded, read_variant
+from train.data.sample import (
+    BrokenSample,
+    Sample,
+    draw_variant,
+    read_empty_prompt,
+    read_encoded,
+    read_mask,
+    read_variant,
+    white_mask,
+)
 from train.data.sample_order import places
 from train.flow.timestep_sampling import SigmaSampling
 from train.loader.worker_loader import DEFAULTS, Batches, Reading
@@ -91,6 +101,7 @@ class StreamedSet:
                 f"data: {data} holds pairs (source images), which loader webdataset does not read: use indexed"
             )
         self.fingerprint = self.manifest.fingerprint
+        self.masked = int(self.manifest.totals.get("masked", 0))
         self.index = None
         self.training = np.array([], dtype=np.int64)
         self.empty_prompt: torch.Tensor | None = None
@@ -123,7 +134,7 @@ def look(urls: list[str] | str) -> Manifest:
     """A manifest made of the first samples: the kind of payload and one bucket of the largest width and height."""
     import webdataset
 
-    width = height = 0
+    width = height = masked = 0
     for raw in itertools.islice(webdataset.WebDataset(urls, shardshuffle=False), LOOK):
         if "safetensors" in raw:
             raise ValueError(
@@ -132,12 +143,13 @@ def look(urls: list[str] | str) -> Manifest:
             )
         if "source_image.jpg" in raw or "source_image.png" in raw:
             raise ValueError(f"{raw['__url__']} holds pairs (source images), which loader webdataset does not read")
+        masked += MASK_SUFFIX in raw
         size = image_size(next(raw[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in raw))
         width, height = max(width, size[0]), max(height, size[1])
     if not width:
         raise ValueError(f"{urls} holds no samples")
     fingerprint = hashlib.sha256(repr(urls).encode()).hexdigest()
-    return Manifest("jpg", fingerprint, {}, [Bucket(0, width, height, 0)], {}, [], {})
+    return Manifest("jpg", fingerprint, {}, [Bucket(0, width, height, 0)], {"masked": masked}, [], {})
 
 
 class StreamLoader(Batches):
@@ -209,7 +221,7 @@ class StreamedBatches(IterableDataset[Any]):
         self.urls, self.batch_size, self.buffer, self.shuffle_seed = urls, batch_size, buffer, shuffle_seed
         self.seed, self.sampling, self.caption_dropout = seed, sampling, reading.caption_dropout
         self.empty_prompt, self.max_prompt_tokens = empty_prompt, max_prompt_tokens
-        self.text_padding, self.attempts = reading.text_padding, reading.attempts
+        self.text_padding, self.attempts, self.masks = reading.text_padding, reading.attempts, reading.masks
 
     def __iter__(self) -> Iterator[Batch | BrokenSample]:
         waiting: dict[tuple[int, int], list[Sample]] = defaultdict(list)
@@ -256,18 +268,26 @@ class StreamedBatches(IterableDataset[Any]):
         key, caption = raw["__key__"], raw.get("txt", b"").decode("utf-8")
         if "safetensors" in raw:
             assert self.empty_prompt is not None
-            latent, embeds, *_ = read_encoded(raw["safetensors"], self.empty_prompt.shape[1])
-            embeds = embeds[: self.max_prompt_tokens]
-            height, width = (side * VAE_FACTOR for side in latent.shape[-2:])
+            found = read_encoded(raw["safetensors"], self.empty_prompt.shape[1])
+            embeds = found.prompt_embeds[: self.max_prompt_tokens]
+            height, width = (side * VAE_FACTOR for side in found.latent.shape[-2:])
             variants = tuple(
                 (each, raw[variant_suffix(number)] if number > 1 else b"")
                 for number, each in enumerate(variants_of(raw.get("json", b"{}")) if self.variants else (), start=1)
             )
-            return Sample(0, key, width, height, caption, latent=latent, prompt_embeds=embeds, variants=variants)
+            sample = Sample(
+                0, key, width, height, caption, latent=found.latent, prompt_embeds=embeds, variants=variants
+            )
+            return replace(sample, mask=self.mask_of(found.mask, width, height))
         data = next(raw[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in raw)
         pixels = torch.from_numpy(decode_stored(data, *image_size(data)).copy()).permute(2, 0, 1).contiguous()
-        several = tuple(all_captions(raw, caption))
-        return Sample(0, key, pixels.shape[2], pixels.shape[1], caption, pixels=pixels, captions=several)
+        several, size = tuple(all_captions(raw, caption)), (pixels.shape[2], pixels.shape[1])
+        mask = self.mask_of(read_mask(raw[MASK_SUFFIX], *size) if self.masks and MASK_SUFFIX in raw else None, *size)
+        return Sample(0, key, *size, caption, pixels=pixels, captions=several, mask=mask)
+
+    def mask_of(self, mask: torch.Tensor | None, width: int, height: int) -> torch.Tensor | None:
+        """A sample's mask where masks are wanted: white where it has none."""
+        return (white_mask(width, height) if mask is None else mask) if self.masks else None
 
     def with_caption(self, sample: Sample, chance: Random) -> Sample:
         """The sample with the caption that is trained: drawn of an image's; of an encoded sample's variants one."""

@@ -33,6 +33,7 @@ class Reading:
         consumed: micro-batches that all ranks together had consumed (from `state()` of an earlier run).
         num_workers: reading processes; 0 = read in this one.
         text_padding: pad prompts to a multiple of this many tokens.
+        masks: a stream's samples come with their masks (an indexed set knows it itself).
         on_broken_sample: `skip` names the sample, counts it and goes on with another; `stop` raises BrokenSample.
         say: where a broken sample is named (once for each sample and run).
     """
@@ -45,6 +46,7 @@ class Reading:
     num_workers: int = 0
     device: torch.device | str = "cpu"
     text_padding: int = 1
+    masks: bool = False
     on_broken_sample: Literal["skip", "stop"] = "skip"
     say: Callable[[str], None] = print
 

@@ -30,7 +30,7 @@ def data_summary(run: RunRecord, page_folder: Path) -> dict[str, Any]:
     if not facts and manifest is not None:
         buckets = [[bucket.width, bucket.height, bucket.count] for bucket in manifest.buckets]
         facts = {"fingerprint": manifest.fingerprint, "samples": manifest.totals.get("samples"), "buckets": buckets}
-        facts["encoded"] = manifest.payload == "safetensors"
+        facts |= {"encoded": manifest.payload == "safetensors", "masked": manifest.totals.get("masked", 0)}
     fingerprints = {str(facts.get("fingerprint", ""))}
     if manifest is not None:
         fingerprints |= {manifest.fingerprint, str(manifest.options.get("images", ""))}
@@ -45,6 +45,10 @@ def data_summary(run: RunRecord, page_folder: Path) -> dict[str, Any]:
     rows += [("images × weight", line) for line in lines_by_source(sources if isinstance(sources, list) else [])]
     if "encoded" in facts:
         rows.append(("kind", "latents and prompt embeddings" if facts["encoded"] else "images, encoded while training"))
+    if facts.get("masked"):
+        weight = run.config.get("mask_min_weight") if run.config.get("masked_loss") else None
+        used = "not used" if weight is None else f"outside of them the loss weighs {weight}"
+        rows.append(("masks", f"{facts['masked']:,} samples, {used}"))
     if facts.get("micro_batches"):
         rows.append(("micro-batches an epoch", f"{facts['micro_batches']:,.6g}"))
     if facts.get("fingerprint"):

@@ -48,10 +48,11 @@ def start_facts(setup: Setup, spec: LoraSpec, data: RunData, memory: MemoryPlan,
 
 
 def data_facts(data: RunData) -> dict[str, Any]:
-    """Name, kind, fingerprint, buckets with the samples in each, and how many are held out."""
+    """Name, kind, fingerprint, buckets with the samples in each, how many are held out, and how many have masks if any do."""
     dataset = data.dataset
     manifest = dataset.manifest
-    return {
+    masked = {"masked": dataset.masked} if dataset.masked else {}
+    return masked | {
         "name": dataset.name,
         "encoded": dataset.encoded,
         "fingerprint": dataset.fingerprint,

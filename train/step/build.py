@@ -68,6 +68,7 @@ class StepOptions:
             seed=config.seed,
             lora_checkpoint=config.lora_checkpoint,
             loss_weighting=config.loss_weighting,
+            mask_min_weight=config.mask_min_weight if config.masked_loss else None,
             float8=float8,
             compile=config.compile == "on" or (config.compile == "auto" and device.type == "cuda"),
             checkpointed_blocks=checkpointed_blocks,

@@ -67,7 +67,13 @@ DAMAGES = {
         safetensors.torch.save({"latents": latent_of(2)}),
         "it holds latents, not latent and prompt_embeds",
     ),
-    "one more": (sample(mask=torch.ones(3)), "it holds latent, mask, prompt_embeds, not"),
+    "one more": (sample(more=torch.ones(3)), "it holds latent, more, prompt_embeds, not"),
+    "a mask of floats": (sample(mask=torch.ones(2, 4)), r"mask is float32 \(2, 4\), must be uint8"),
+    "a mask of another size": (sample(mask=torch.ones(3, dtype=torch.uint8)), r"mask is uint8 \(3,\), must be uint8"),
+    "a mask unknown to the index": (
+        sample(mask=torch.ones(2, 4, dtype=torch.uint8)),
+        "has a mask, the index says otherwise",
+    ),
     "no safetensors": (b"\xff" * 300, "Error"),
 }
 
