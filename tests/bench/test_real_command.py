@@ -153,7 +153,9 @@ def test_a_failed_run_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch):
             if name == "bad":
                 raise RuntimeError("out of memory")
             with Path(options["--results"]).open("a") as file:
-                file.write(json.dumps({"code": 2 if name == "wrong" else 0, "name": name}) + "\n")
+                file.write(
+                    json.dumps({"code": 2 if name == "wrong" else 0, "rank": 0, "host_gib": 1.0, "name": name}) + "\n"
+                )
             if name == "full":
                 break
         return ""
