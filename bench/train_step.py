@@ -35,11 +35,14 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int, int]  # height, width in pixels, batch
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+OPTIMIZERS = ("adafactor", "muon", "prodigy", "schedulefree")
 WORDS = {
     "full": "every block recomputed",
     "half": "half of the blocks recomputed",
     "auto": "as few blocks recomputed as fit",
     "engine": "through DeepSpeed's engine, ZeRO-2",
+    **{name: f"engine's optimizer: {name}" for name in OPTIMIZERS},
+    "loraplus": "engine's optimizer with two rates",
     "launched": "kernel by kernel, no CUDA graphs",
     "static": "compiled for each length",
     "eager": "not compiled",
@@ -130,7 +133,10 @@ def our_step(
         shape = BatchShape(batch, height, width, text, padding > 0, ((width, height),) * sources)
         plan = plan_checkpointing("auto", module, shape, moments, device)
         print("…", *plan.lines(), flush=True)
-    through_engine = engine_step(module, (latents, noise, sigma, prompt), batch) if "engine" in words else None
+    flags = ["--optimizer", *(words & {*OPTIMIZERS} or {"adamw"})]
+    flags += ["--lora_plus_ratio", "16"] if "loraplus" in words else []
+    inputs = latents, noise, sigma, prompt
+    through_engine = engine_step(module, inputs, batch, flags) if "engine" in words else None
     if device.type == "cuda" and "launched" not in words:
         module.use_graphs()
     if through_engine is not None:
@@ -158,22 +164,24 @@ def peer_step(name: str, layers: int, size: Size, text: int, device: torch.devic
         yield peer.step
 
 
-def engine_step(module: FlowMatchingModule, arguments: tuple[Any, ...], batch: int) -> Callable[[], torch.Tensor]:
+def engine_step(
+    module: FlowMatchingModule, arguments: tuple[Any, ...], batch: int, more: list[str]
+) -> Callable[[], torch.Tensor]:
     """The same through DeepSpeed's engine, ZeRO-2, as train_lora.py runs it."""
     import torch
 
     from train.config.command_line import parse
     from train.config.zero_plan import ZeroPlan
     from train.engine.deepspeed_engine import initialize
-    from train.engine.optimizer import AdamW
+    from train.engine.optimizer import Optimizer
     from train.process.ranks import join_process_group
 
     settings = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     flags = f"--model - --data - --output_path - --batch_size {batch} --dtype {dtype}".split()
-    config = parse(["--deepspeed", str(settings), *flags])
+    config = parse(["--deepspeed", str(settings), *flags, *more])
     ranks = join_process_group()
-    engine = initialize(module, AdamW.from_config(config), ZeroPlan.from_config(config, ranks.world))
+    engine = initialize(module, Optimizer.from_config(config), ZeroPlan.from_config(config, ranks.world))
 
     def step() -> torch.Tensor:
         loss = engine(*arguments).mean()

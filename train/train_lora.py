@@ -181,7 +181,6 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     """Run the training that `config` describes, to its end or to a signal; returns the process's exit code."""
     from train.base_model.load_pipeline import load_pipeline
     from train.engine.deepspeed_engine import initialize
-    from train.engine.optimizer import AdamW
     from train.fit.cheapest_change import check_memory
     from train.fit.fit_step import fit_step
     from train.flow.timestep_sampling import SigmaSampling
@@ -202,7 +201,9 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     zero, data, spec, setup = plan(config, ranks)
     if config.dry_run:
         return dry_run(config, spec, setup, data, ranks, partial(check_room, config, setup.trainable, data.steps))
+    optimizer = setup.optimizer
     identity = setup.base.identity() | spec.identity() | data.identity() | config.identity(**data.decided)
+    identity |= optimizer.identity()
     checkpoints = Checkpoints.from_config(config, ranks.say)
     found = checkpoints.find(config.resume)
     if checkpoints.is_finished(found, data.steps, identity, config.resume_ignore_data):
@@ -220,7 +221,7 @@ def train(config: TrainConfig, leaving: ExitStack) -> int:
     options = StepOptions.from_config(config, setup.base.float8, ranks.device, setup.checkpointed_blocks)
     assert pipeline.transformer is not None
     step = build_step(pipeline.transformer, spec, options, ranks.say)
-    engine = initialize(step.module, AdamW.from_config(config), zero, config.ema_decay)
+    engine = initialize(step.module, optimizer, zero, config.ema_decay)
     export = LoraExport.from_config(config, spec, pipeline.files, data.dataset.fingerprint, ranks)
     validation = Validation.from_config(config, data.dataset, encoder, ranks)
 
@@ -280,6 +281,7 @@ class Loop:
         watchdog: Watchdog,
     ) -> None:
         from train.engine.lr_scheduler import LearningRate
+        from train.engine.optimizer import Optimizer
         from train.engine.optimizer_state import ema_of
         from train.lora.spec import LoraSpec
         from train.process.preemption import how_to_stop
@@ -300,7 +302,8 @@ class Loop:
         self.statistics = StepStatistics(engine.module.transformer.config, engine.device)
         self.norms = LoraNorms(engine.module.transformer, LoraSpec.from_config(config).scale)
         self.began, self.first_step, self.no_data = time.monotonic(), self.step, ""
-        for line in [*self.learning_rate.warnings(), *self.learning_rate.lines_on_resuming(self.step, resumed.client)]:
+        warnings = Optimizer.from_config(config).warnings()
+        for line in [*warnings, *self.learning_rate.lines_on_resuming(self.step, resumed.client)]:
             metrics.say(line)
         metrics.say(f"run folder: {shown(config.output_path)} ({how_to_stop()})")
         if self.step >= total_steps:
@@ -310,6 +313,7 @@ class Loop:
 
     def run(self, outputs: Outputs) -> int:
         """Train until the last step is done, one is not finite, or the run is asked to leave; returns the exit code."""
+        from train.engine.optimizer import applied_rate
         from train.process.preemption import Agreed, AskedToLeave, NoData
 
         config, metrics, watch = self.config, self.metrics, self.watch
@@ -344,7 +348,7 @@ class Loop:
             self.loader.stepped()
             metrics.advance()
             if self.due(config.log_steps):
-                rate, norm = self.learning_rate.at(self.step - 1), self.engine.get_global_grad_norm()
+                rate, norm = applied_rate(self.engine), self.engine.get_global_grad_norm()
                 parts = self.parts()
                 metrics.log(self.step, parts, loss=watch.mean(), lr=rate, grad_norm=norm, epoch=self.loader.epoch)
             if writes:
@@ -356,7 +360,7 @@ class Loop:
         return self.end(outputs, code)
 
     def optimizer_step(self, batches: Iterator[Batch]) -> None:
-        """Forward and backward pass of each micro-batch, then AdamW. Waits for nothing."""
+        """Forward and backward pass of each micro-batch, then the optimizer. Waits for nothing, if it is AdamW."""
         import torch
 
         split = self.metrics.split
@@ -390,9 +394,12 @@ class Loop:
 
     def parts(self) -> list[Part]:
         """What a row tells besides: statistics of the steps' samples, a collective, and on the main rank norms of the LoRA."""
+        from train.engine.averaged_weights import lora_weights
+
         found = [self.statistics.row(self.watch.skipped, self.loader.broken)]
         if self.metrics.active:
-            was_off, norms = self.norms.off, self.norms.row()
+            with lora_weights(self.engine):
+                was_off, norms = self.norms.off, self.norms.row()
             if norms is not None:
                 found.append(norms)
             elif not was_off:
@@ -415,13 +422,13 @@ class Loop:
 
     def write(self, outputs: Outputs, checkpoint: bool) -> None:
         """What is due at this step, in this order; a checkpoint also when `checkpoint` (the run leaves, or time is up)."""
-        from train.engine.averaged_weights import averaged_weights
+        from train.engine.averaged_weights import averaged_weights, lora_weights
 
         if self.due(self.config.validate_every):
             self.validate(outputs)
         if self.due(self.config.sample_every):
             averaged = None if self.ema is None else partial(averaged_weights, self.engine)
-            with self.metrics.paused(), self.peak.apart():
+            with self.metrics.paused(), self.peak.apart(), lora_weights(self.engine):
                 sheet = outputs.preview.write(self.step, averaged)
                 if sheet is not None:
                     self.metrics.images(self.step, sheet.grid, sheet.images)
@@ -451,13 +458,14 @@ class Loop:
 
     def validate(self, outputs: Outputs) -> None:
         """Measure, and keep the LoRA if it is the best so far."""
-        from train.engine.averaged_weights import averaged_weights
+        from train.engine.averaged_weights import averaged_weights, lora_weights
 
         validation, module = outputs.validation, self.engine.module
         if not len(validation):
             return
         with self.metrics.paused():
-            found = validation.measure(module)
+            with lora_weights(self.engine):
+                found = validation.measure(module)
             if self.ema is not None and self.step > 0:  # before the first step it is the weights
                 with averaged_weights(self.engine):
                     found |= validation.measure(module, "ema_")
@@ -481,7 +489,9 @@ class Loop:
         elif code == BAD_INPUT:
             line = last_lines.no_data(self.no_data, self.step, self.saved)
         elif code == NOT_FINITE:
-            line = last_lines.not_finite(self.watch.spoiled, self.saved, self.config.learning_rate, self.watch.gave_up)
+            line = last_lines.not_finite(
+                self.watch.spoiled, self.saved, self.config.peak_learning_rate, self.watch.gave_up
+            )
         else:
             self.peak.tell()
             path = export.write_final(self.engine, self.step)

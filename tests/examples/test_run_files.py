@@ -19,6 +19,7 @@ MACHINES = {  # ranks, and the ZeRO stage
     "edit": (1, 2),
     "eight_gpus_zero2": (8, 2),
     "zero3": (4, 3),
+    "prodigy": (1, 2),
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers.training_run import train
-from train.engine.lr_scheduler import LearningRate
+from train.engine.optimizer import Optimizer
 from train.watching.loss_watch import IN_A_ROW, SHARE, WINDOW, LossWatch
 
 NO_TRIALS = ("--activation_checkpointing", "full", "--cuda_graphs", "off")
@@ -68,7 +68,7 @@ def test_a_share_of_the_last_steps_is_too_much_as_well():
 
 @pytest.mark.parametrize("rate,warned", [(1e-4, False), (0.1, False), (0.5, True)])
 def test_a_learning_rate_that_cannot_be_meant(rate, warned):
-    assert bool(LearningRate(rate, "constant", 0, 10).warnings()) == warned
+    assert bool(Optimizer(rate).warnings()) == warned
 
 
 def test_what_a_run_says_at_its_start_at_each_save_and_at_its_end(small_model, small_data, tmp_path, capsys):

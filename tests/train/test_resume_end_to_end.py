@@ -115,6 +115,37 @@ def test_a_lokr_that_was_killed_equals_an_uninterrupted_one(
     assert killed.lora() == whole.lora()
 
 
+OPTIMIZERS = {
+    "schedulefree": ["--optimizer", "schedulefree", "--learning_rate", "1e-2"],
+    "prodigy": ["--optimizer", "prodigy", "--optimizer_args", "d0=1e-3", "--lr_scheduler", "cosine"],
+    "muon": ["--optimizer", "muon", "--learning_rate", "1e-3", "--ema_decay", "0.9"],
+    "adafactor": ["--optimizer", "adafactor"],
+    "lora+": ["--lora_plus_ratio", "8"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_killed_under_another_optimizer_equals_uninterrupted(
+    small_model: Path, small_data: Path, tmp_path: Path, name: str
+) -> None:
+    more = ["--max_steps", "40", "--save_steps", "1", "--keep_checkpoints", "2", *OPTIMIZERS[name]]
+    whole, killed = (Run(small_model, small_data, tmp_path / n, "zero2", *more) for n in ("whole", "killed"))
+    assert whole.finish()[0] == 0
+    chance = random.Random(name)
+    for _ in range(2):
+        process = killed.start()
+        killed.wait_for(process, max(killed.steps(), default=0) + 3)
+        time.sleep(chance.uniform(0, 0.2))
+        assert process.poll() is None, process.communicate()[0]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    code, said = killed.finish()
+    assert code == 0 and "resumed from" in said, said
+    assert killed.steps() == whole.steps() and len(whole.steps()) == 40
+    assert killed.lora() == whole.lora()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config,kills", [("zero2", 20), ("zero3", 20)])
 def test_killed_at_random_moments_equals_uninterrupted(

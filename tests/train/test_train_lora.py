@@ -223,7 +223,7 @@ def test_only_lora_moves(tiny_model, encoded, tmp_path):
     from train.data.batch import make_batch
     from train.data.shard_dataset import ShardDataset
     from train.engine.deepspeed_engine import initialize
-    from train.engine.optimizer import AdamW
+    from train.engine.optimizer import Optimizer
     from train.flow.timestep_sampling import SigmaSampling
     from train.loader.indexed_loader import draw_sample
     from train.lora.inject import inject_lora
@@ -236,7 +236,7 @@ def test_only_lora_moves(tiny_model, encoded, tmp_path):
     pipeline = QwenImagePipeline.from_pretrained(str(tiny_model), components=("transformer",), dtype=torch.float32)
     inject_lora(pipeline.transformer, LoraSpec.from_config(config))
     module = FlowMatchingModule(pipeline.transformer, "none", torch.float32)
-    engine = initialize(module, AdamW.from_config(config), ZeroPlan.from_config(config, ranks.world))
+    engine = initialize(module, Optimizer.from_config(config), ZeroPlan.from_config(config, ranks.world))
     dataset = ShardDataset(encoded)
     frozen = {name: p for name, p in pipeline.transformer.named_parameters() if not p.requires_grad}
     trained = {name: p.detach().clone() for name, p in pipeline.transformer.named_parameters() if p.requires_grad}

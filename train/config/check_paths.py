@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from files.shown import shown
+from train.config.optimizer_args import check_package
 from train.config.run_files import lora_file
 from train.config.train_config import TrainConfig
 
@@ -45,6 +46,7 @@ def check_paths(config: TrainConfig) -> None:
         raise ValueError(
             "tensorboard: the package is missing: pip install tensorboard (this project's extra [tensorboard])"
         )
+    check_package(config.optimizer)
     check_data(config)
     if config.local_model_copy is not None:
         local_folder(config.local_model_copy)

@@ -35,7 +35,7 @@ ACCEPTED: dict[str, Any] = {
     "disable_python_gc": "",
 }
 REFUSED = {
-    "optimizer": "the trainer's AdamW is used: --learning_rate, --weight_decay, --adam_beta1, --adam_beta2",
+    "optimizer": "use --optimizer, --learning_rate, --weight_decay, --adam_beta1, --adam_beta2",
     "scheduler": "use --lr_scheduler and --lr_warmup_steps",
     "activation_checkpointing": "use --activation_checkpointing (the block alone does nothing)",
     "fp16": "training is bfloat16 or float32: use --dtype",
@@ -53,7 +53,7 @@ REFUSED_ZERO = {
     "zero_quantized_nontrainable_weights": "it turns the frozen bf16 weights into noise without a word",
     "round_robin_gradients": "LoRA files written under it are wrong",
     "leaf_module": "its hooks need block inputs with gradients, which the first block of a frozen model has not",
-    "zenflow": "it replaces the optimizer; the trainer's AdamW is used",
+    "zenflow": "it replaces the optimizer, which --optimizer names",
     "cpu_offload": 'say "offload_optimizer": {"device": "cpu"}',
     "cpu_offload_param": 'say "offload_param": {"device": "cpu"}',
     "cpu_offload_use_pin_memory": 'say "pin_memory" in offload_param or offload_optimizer',
@@ -147,7 +147,7 @@ class Settings:
         if stage == 2 and zero.get("offload_param", {}).get("device", "none") != "none":
             self.refuse("zero_optimization.offload_param needs stage 3: stage 2 keeps all weights on the GPU")
         if zero.get("offload_optimizer", {}).get("super_offload"):
-            self.refuse("zero_optimization.offload_optimizer.super_offload replaces the trainer's AdamW")
+            self.refuse("zero_optimization.offload_optimizer.super_offload replaces the trainer's optimizer")
         group = zero.get("zero_hpz_partition_size", 1)
         if group > 1 and world_size % group:
             self.refuse(f"zero_optimization.zero_hpz_partition_size ({group}) must divide the {world_size} ranks")
@@ -172,7 +172,7 @@ class Settings:
         # bf16 mode is about what is trained: it would round float32 LoRA weights, and needs nothing of the frozen ones
         trained = config.trained_dtype
         self.agree("bf16.enabled", trained == "bfloat16", f"LoRA weights are {trained} (--lora_dtype, --dtype)")
-        self.agree("zero_force_ds_cpu_optimizer", False, "the trainer's own AdamW")
+        self.agree("zero_force_ds_cpu_optimizer", False, "the trainer's own optimizer")
         for key in ("data_types.grad_accum_dtype", "communication_data_type"):
             if self.default(key, "fp32") not in ("fp32", "bf16"):
                 self.refuse(f"{key} must be fp32 or bf16")

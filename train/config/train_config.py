@@ -19,6 +19,7 @@ from annotated_types import Ge, Interval
 from data_prep.encoding.caption_variants import CAPTION_HELP, CaptionOptions
 from qwen_image.loading.model_flags import MODEL_HELP
 from train.config.data_sources import DataSource, read_sources
+from train.config.optimizer_args import OPTIMIZERS, Name, read_arguments
 from train.config.sample_prompts import SamplePrompt, read_prompts
 from train.config.typed_fields import (
     MOST,
@@ -207,11 +208,27 @@ class TrainConfig:
     max_steps: Annotated[Count | None, "stop after this many optimizer steps (instead of num_epochs)"] = None
     num_epochs: Annotated[Count | None, "passes over the data; 1 when max_steps is not given either"] = None
     gradient_accumulation_steps: Annotated[Count, "micro-batches of one optimizer step on each rank"] = 1
-    learning_rate: Annotated[Annotated[float, Interval(gt=0.0, le=1000.0)], "peak learning rate of AdamW"] = 1e-4
-    weight_decay: Annotated[Annotated[float, Interval(ge=0.0, le=1000.0)], "decoupled weight decay of AdamW"] = 0.01
-    adam_beta1: Annotated[Annotated[float, Interval(ge=0.0, le=0.9999999)], "decay of AdamW's first moment"] = 0.9
-    adam_beta2: Annotated[Annotated[float, Interval(ge=0.0, le=0.9999999)], "decay of AdamW's second moment"] = 0.999
-    adam_epsilon: Annotated[Annotated[float, Interval(gt=0.0, le=1000.0)], "added to the denominator of AdamW"] = 1e-8
+    optimizer: Annotated[
+        Name,
+        "prodigy and schedulefree need their packages, extras of these names; docs/levers.md says what each is for",
+    ] = "adamw"
+    optimizer_args: Annotated[
+        tuple[str, ...], "the optimizer's own arguments, each key=value (repeat the flag); docs/levers.md lists them"
+    ] = ()
+    learning_rate: Annotated[
+        Annotated[float, Interval(gt=0.0, le=1000.0)] | None,
+        "peak learning rate; not given: 1e-4, of adafactor 0.01 (relative to each matrix), of prodigy 1 (times its estimate)",
+    ] = None
+    lora_plus_ratio: Annotated[
+        Annotated[float, Interval(gt=0.0, le=1000.0)] | None,
+        "LoRA+: lora_B has so many times the learning rate, 16 for instance; not given: the same",
+    ] = None
+    weight_decay: Annotated[
+        Annotated[float, Interval(ge=0.0, le=1000.0)] | None, "decoupled weight decay; not given: 0.01, of adafactor 0"
+    ] = None
+    adam_beta1: Annotated[Annotated[float, Interval(ge=0.0, le=0.9999999)], "decay of Adam's first moment"] = 0.9
+    adam_beta2: Annotated[Annotated[float, Interval(ge=0.0, le=0.9999999)], "decay of Adam's second moment"] = 0.999
+    adam_epsilon: Annotated[Annotated[float, Interval(gt=0.0, le=1000.0)], "added to the denominator of Adam"] = 1e-8
     max_grad_norm: Annotated[NotNegative, "clip the global gradient norm to this; 0 = no clipping"] = 1.0
     lr_scheduler: Annotated[
         Literal["constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear"],
@@ -375,6 +392,10 @@ class TrainConfig:
             object.__setattr__(self, "num_epochs", 1)
         if self.max_steps is not None and self.lr_warmup_steps > self.max_steps:
             raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must not be above max_steps ({self.max_steps})")
+        for name in ("learning_rate", "weight_decay"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(OPTIMIZERS[self.optimizer], name))
+        self._check_optimizer()
         self._check_schedule()
         if self.lora_dtype == "bfloat16" and self.dtype == "float32":
             raise ValueError("lora_dtype bfloat16 needs dtype bfloat16, got dtype float32")
@@ -411,6 +432,29 @@ class TrainConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
 
+    def _check_optimizer(self) -> None:
+        """Raise ValueError for options that do not go with the optimizer, by name; no package is looked for."""
+        read_arguments(self.optimizer, self.optimizer_args)
+        if self.optimizer == "prodigy" and self.lora_plus_ratio is not None:
+            raise ValueError(
+                "lora_plus_ratio does not go with optimizer prodigy, which estimates one rate for all weights: leave it out"
+            )
+        if self.lora_plus_ratio is not None and self.lora_type != "lora":
+            raise ValueError("lora_plus_ratio is about lora_A and lora_B, which only lora_type lora has: leave it out")
+        if self.optimizer != "schedulefree":
+            return
+        if not self.lr_scheduler.startswith("constant"):
+            raise ValueError(
+                f"lr_scheduler {self.lr_scheduler} does not go with optimizer schedulefree: it averages its steps in place of "
+                "a rate that comes down, and weighs them by the highest rate so far; use constant"
+            )
+        if self.adam_beta1 == 0:
+            raise ValueError("adam_beta1 0 does not go with optimizer schedulefree, which averages by it: say 0.9")
+        if self.ema_decay is not None:
+            raise ValueError(
+                "ema_decay does not go with optimizer schedulefree: what it saves and validates is an average already"
+            )
+
     def _check_schedule(self) -> None:
         """Raise ValueError for options of a learning rate's course that contradict each other, or do nothing."""
         if self.lr_scheduler == "constant_with_warmup" and self.lr_warmup_steps == 0:
@@ -425,7 +469,7 @@ class TrainConfig:
             raise ValueError(
                 f"lr_min ({self.lr_min:g}) is where a rate ends that comes down, and lr_scheduler {self.lr_scheduler} doesn't"
             )
-        if self.lr_min > self.learning_rate:
+        if self.lr_min > self.peak_learning_rate:
             raise ValueError(f"lr_min ({self.lr_min:g}) must not be above learning_rate ({self.learning_rate:g})")
 
     def _check_lokr(self) -> None:
@@ -455,6 +499,18 @@ class TrainConfig:
     def prior_sources(self) -> list[DataSource]:
         """`prior_data` with its weights."""
         return read_sources("prior_data", self.prior_data)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, which has its optimizer's default by now."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
+    @property
+    def decoupled_weight_decay(self) -> float:
+        """`weight_decay`, which has its optimizer's default by now."""
+        assert self.weight_decay is not None
+        return self.weight_decay
 
     @property
     def alpha(self) -> float:

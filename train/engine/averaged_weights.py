@@ -1,19 +1,28 @@
-"""The model with the moving average in the place of its weights, for validation and sample images."""
+"""The model with an average in the place of its weights, for validation and sample images: the moving one, or the one that
+schedule-free's optimizer trains towards."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from train.engine.ema import EMA
-from train.engine.optimizer_state import fragments, held, trainable_parameters, trainable_shapes
+from train.engine.optimizer_state import (
+    WEIGHT,
+    fragments,
+    held,
+    lora_kind,
+    trainable_parameters,
+    trainable_shapes,
+    whole_of,
+)
 
 
 @contextmanager
-def averaged_weights(engine: Any) -> Iterator[None]:
-    """Inside, the model of a ZeRO-2 engine computes with the averages, rounded to its weights' type. A collective.
+def averaged_weights(engine: Any, kind: str = EMA) -> Iterator[None]:
+    """Inside, the model of a ZeRO-2 engine computes with the averages, rounded to its weights' type. A collective (for EMA).
 
     Takes memory for the weights once more, and for float32 ones besides while it begins; then every bit is as before.
     """
@@ -21,7 +30,7 @@ def averaged_weights(engine: Any) -> Iterator[None]:
     assert not any(hasattr(parameter, "ds_id") for parameter in parameters), "the weights must be whole on every rank"
     with torch.no_grad():
         before = [parameter.detach().clone() for parameter in parameters]
-        for parameter, average in zip(parameters, whole_averages(engine), strict=True):
+        for parameter, average in zip(parameters, whole_averages(engine, kind), strict=True):
             parameter.data.copy_(average)
     try:
         yield
@@ -30,9 +39,21 @@ def averaged_weights(engine: Any) -> Iterator[None]:
             parameter.data.copy_(own)
 
 
-def whole_averages(engine: Any) -> list[torch.Tensor]:
-    """The averages of all trained weights, float32 on the device, on every rank; a collective."""
+def lora_weights(engine: Any) -> AbstractContextManager[None]:
+    """Inside, the model computes with what the run's LoRA file would hold: its weights, under schedule-free their average."""
+    kind = lora_kind(engine)
+    return nullcontext() if kind == WEIGHT else averaged_weights(engine, kind)
+
+
+def whole_averages(engine: Any, kind: str = EMA) -> list[torch.Tensor]:
+    """The averages of all trained weights, float32 on the device, on every rank; a collective for EMA."""
     sizes = {name: torch.Size(shape) for name, shape in trainable_shapes(engine).items()}
+    if kind != EMA:
+        optimizer = whole_of(engine)
+        average = None if optimizer is None else optimizer.averages()
+        assert optimizer is not None and average is not None, f"this engine has no {kind}"
+        parts = optimizer.split(average.to(engine.device))
+        return [part.view(size) for part, size in zip(parts, sizes.values(), strict=True)]
     first, total = {}, 0
     for name, size in sizes.items():
         first[name] = total

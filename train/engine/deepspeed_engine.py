@@ -8,15 +8,16 @@ from torch import nn
 
 from train.config.zero_plan import ZeroPlan
 from train.engine.ema import Ema
-from train.engine.optimizer import AdamW
+from train.engine.optimizer import Optimizer
 from train.engine.optimizer_state import WEIGHT, flat_masters, gather, trainable_shapes
+from train.engine.whole_optimizer import WholeOptimizer
 from train.engine.zero2_step import can_judge_on_device, judge_on_device, lighten
 from train.process import start_clock
 from train.step.flat_parameter import link
 from train.step.flow_matching_module import FlowMatchingModule
 
 
-def initialize(module: nn.Module, adamw: AdamW, zero: ZeroPlan, ema_decay: float | None = None) -> Any:
+def initialize(module: nn.Module, optimizer: Optimizer, zero: ZeroPlan, ema_decay: float | None = None) -> Any:
     """Wrap `module` into a DeepSpeed engine that trains its parameters with requires_grad; returns the engine.
 
     The engine runs stage 2: what is trained is small, and where the frozen weights lie is not its matter. Its optimizer gets
@@ -28,12 +29,19 @@ def initialize(module: nn.Module, adamw: AdamW, zero: ZeroPlan, ema_decay: float
     together = None
     if isinstance(module, FlowMatchingModule):
         together = module
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
     parameters = [together.use_flat()] if together else [p for p in module.parameters() if p.requires_grad]
+    settings, client = zero.engine_settings, None
+    if optimizer.whole:
+        assert together is not None, "whole matrices are those of a FlowMatchingModule"
+        names = {name.replace("_orig_mod.", ""): shape for name, shape in shapes.items()}
+        client = WholeOptimizer(parameters[0], names, optimizer, zero.offload_optimizer)
+        settings = settings | {"zero_allow_untested_optimizer": True}
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=adamw.build(parameters, zero.offload_optimizer),
+        optimizer=client or optimizer.build(parameters, zero.offload_optimizer),
         model_parameters=parameters,
-        config=zero.engine_settings,
+        config=settings,
         dist_init_required=False,
     )
     if together is not None:

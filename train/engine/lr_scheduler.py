@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 from train.config.train_config import TrainConfig
 
-HIGHEST = 0.1  # AdamW's step is about the learning rate in every weight
-
 
 @dataclass(frozen=True)
 class LearningRate:
@@ -28,7 +26,7 @@ class LearningRate:
     @classmethod
     def from_config(cls, config: TrainConfig, total_steps: int) -> "LearningRate":
         course = config.lr_scheduler, config.lr_warmup_steps, total_steps, config.lr_min, config.lr_num_cycles
-        return cls(config.learning_rate, *course)
+        return cls(config.peak_learning_rate, *course)
 
     def at(self, step: int) -> float:
         """Of optimizer step `step`, counted from 0."""
@@ -42,14 +40,6 @@ class LearningRate:
             done = since * self.cycles % span / span  # in whole numbers: rounding would move a restart by a step
         remaining = 1 - done if self.course == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.lowest + (self.peak - self.lowest) * remaining
-
-    def warnings(self) -> list[str]:
-        """For people: a rate at which AdamW moves every weight by more in a step than LoRA's weights are large."""
-        if self.peak <= HIGHEST:
-            return []
-        return [
-            f"warning: learning rate {self.peak:g} is far above AdamW's usual 1e-5 … 1e-3: LoRAs break at such rates"
-        ]
 
     def lines_on_resuming(self, step: int, before: dict[str, Any]) -> list[str]:
         """For people: what the schedule does from optimizer step `step` on, where that is not what the earlier run would

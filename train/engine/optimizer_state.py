@@ -1,4 +1,4 @@
-"""The trainable weights' float32 masters and AdamW moments: read whole from, and put back into, a ZeRO-2 engine.
+"""The trainable weights' float32 masters and the optimizer's state: read whole from, and put back into, a ZeRO-2 engine.
 
 ZeRO spreads them over the ranks in flat buffers. For a LoRA they are small (rank 32 on q, k, v: 0.3 GB each), so a
 checkpoint holds them whole, by name, and any number of ranks takes its pieces from it. Values travel as bytes: what is
@@ -7,16 +7,22 @@ restored is bit-equal to what was saved.
 DeepSpeed's own ways were read (0.19.8) and not taken: its checkpoints load at the same world size only;
 `safe_get_full_*` sums zeros in (−0.0 becomes 0.0) with one collective a tensor; `safe_set_full_*` fails under ZeRO-3 when a
 tensor doesn't divide by the ranks, needs optimizer state that only the first step creates, and leaves the model's weights.
+
+An optimizer that is whole on every rank (train/engine/whole_optimizer.py) has its state in whole_state.py; its masters
+and their moving average are here as AdamW's are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from train.engine import whole_state
 from train.engine.ema import EMA, Ema
+from train.engine.optimizer import restore_counters
+from train.engine.whole_optimizer import WholeOptimizer
 
 WEIGHT = "weight"  # the kind of tensor that is the master weight; others are EMA and the optimizer's (exp_avg, …)
 CHUNK_BYTES = 16 << 20  # of all ranks together, in one gather
@@ -64,7 +70,7 @@ def fragments(engine: Any) -> list[Fragment]:
         raise ValueError(
             "checkpoints don't support a part of the optimizer on the CPU: set offload_optimizer's ratio to 1"
         )
-    if not isinstance(zero.optimizer, torch.optim.AdamW):
+    if not isinstance(zero.optimizer, torch.optim.AdamW | WholeOptimizer):
         raise ValueError(f"checkpoints know torch.optim.AdamW, this engine runs {type(zero.optimizer).__name__}")
     if getattr(engine.module, "flat", None) is not None:
         return _fragments_of_flat(engine)
@@ -93,7 +99,9 @@ def _fragments_of_flat(engine: Any) -> list[Fragment]:
 
 
 def read_counters(engine: Any) -> dict[str, float]:
-    """AdamW's counters (its step); empty before the first step."""
+    """The optimizer's counters (AdamW's step); empty before the first step."""
+    if (whole := whole_of(engine)) is not None:
+        return whole_state.counters(whole)
     states = engine.optimizer.optimizer.state.values()
     return {key: float(v) for state in states for key, v in state.items() if torch.as_tensor(v).numel() == 1}
 
@@ -101,6 +109,8 @@ def read_counters(engine: Any) -> dict[str, float]:
 def read_kinds(engine: Any) -> list[str]:
     """WEIGHT and the optimizer's kinds of tensor, the same list on all ranks."""
     here = {WEIGHT} if ema_of(engine) is None else {WEIGHT, EMA}
+    if (whole := whole_of(engine)) is not None:
+        here |= set(whole_state.regular_kinds(whole))
     for flat, state in engine.optimizer.optimizer.state.items():
         here |= {key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape}
     everywhere: list[Any] = [None] * dist.get_world_size()
@@ -111,6 +121,18 @@ def read_kinds(engine: Any) -> list[str]:
 def ema_of(engine: Any) -> Ema | None:
     """The moving average that `initialize` gave the engine, if the run keeps one."""
     return vars(engine).get("ema")
+
+
+def whole_of(engine: Any) -> WholeOptimizer | None:
+    """The engine's optimizer, if it is whole on every rank."""
+    optimizer = engine.optimizer.optimizer
+    return optimizer if isinstance(optimizer, WholeOptimizer) else None
+
+
+def lora_kind(engine: Any) -> str:
+    """The kind of tensor that is the run's LoRA: the weights, but schedule-free's average."""
+    whole = whole_of(engine)
+    return whole_state.AVERAGE if whole is not None and whole.name == "schedulefree" else WEIGHT
 
 
 def held(engine: Any, flat: torch.Tensor, kind: str) -> torch.Tensor:
@@ -141,6 +163,9 @@ def gather(engine: Any, kinds: list[str]) -> Iterator[torch.Tensor | None]:
     covered = sum(numel for rank in places for _, numel in rank)
     assert covered == total, f"the ranks hold {covered} of {total} elements"
     for kind in kinds:
+        if (optimizer := whole_of(engine)) is not None and kind not in (WEIGHT, EMA):
+            yield whole_state.flat_kind(optimizer, kind).cpu() if dist.get_rank() == 0 else None
+            continue
         pieces = [f.of(held(engine, f.flat, kind)) for f in mine]
         local = torch.cat(pieces) if pieces else torch.empty(0)
         assert local.dtype == torch.float32, f"{kind} is {local.dtype}: master weights and moments must be float32"
@@ -182,16 +207,25 @@ def gather_into(
 
 
 def restore(
-    engine: Any, read: Callable[[str, str], torch.Tensor], kinds: list[str], counters: dict[str, float]
+    engine: Any,
+    read: Callable[[str, str], torch.Tensor],
+    kinds: list[str],
+    counters: dict[str, float],
+    others: Mapping[str, torch.Tensor] | None = None,
+    groups: Sequence[Mapping[str, float]] = (),
 ) -> None:
     """Put a whole state back, at any number of ranks: masters, moments, counters, and the model's own weights.
 
-    `read(kind, name)` gives the whole float32 tensor of a parameter. No collectives. A moving average that the engine keeps
-    and `kinds` lacks begins anew, at the weights.
+    `read(kind, name)` gives the whole float32 tensor of a parameter; `others`, `groups`: of train/engine/whole_state.py. No
+    collectives. A moving average that the engine keeps and `kinds` lacks begins anew, at the weights.
     """
     optimizer, ema = engine.optimizer.optimizer, ema_of(engine)
     if ema is None:
         kinds = [kind for kind in kinds if kind != EMA]
+    if (whole := whole_of(engine)) is not None:
+        own = [kind for kind in kinds if kind not in (WEIGHT, EMA, whole_state.AVERAGE)]
+        whole_state.load(whole, read, own, others or {}, counters, groups)
+        kinds, counters = [kind for kind in kinds if kind in (WEIGHT, EMA)], {}
     for flat in flat_masters(engine):
         for kind in kinds:
             if kind not in (WEIGHT, EMA) and kind not in optimizer.state[flat]:  # AdamW creates them in its first step
@@ -210,11 +244,3 @@ def restore(
 def flat_masters(engine: Any) -> list[torch.Tensor]:
     """This rank's flat float32 buffers."""
     return engine.optimizer.single_partition_of_fp32_groups
-
-
-def restore_counters(optimizer: torch.optim.Optimizer, flat: torch.Tensor, counters: dict[str, float]) -> None:
-    """Set AdamW's step; where it doesn't exist yet, create it as AdamW itself would."""
-    on_device = optimizer.param_groups[0].get("fused") or optimizer.param_groups[0].get("capturable")
-    for key, value in counters.items():
-        device = flat.device if on_device else torch.device("cpu")
-        optimizer.state[flat][key] = torch.tensor(value, dtype=torch.float32, device=device)

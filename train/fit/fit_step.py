@@ -41,7 +41,8 @@ def fit_step(
     """
     start_clock.reached("resuming")
     zero, accumulation = setup.zero, data.reading.accumulation
-    added = engine_bytes(zero, setup.trainable, setup.lora_dtype, setup.world, accumulation, resumed=steps_done > 0)
+    sizes = zero, setup.trainable, setup.lora_dtype, setup.world, accumulation
+    added = engine_bytes(*sizes, resumed=steps_done > 0, optimizer=setup.optimizer)
     with_graphs = added + (graphs_bytes(setup) if graphs_policy(config) != "off" else 0)
     policy = config.activation_checkpointing
 
@@ -53,6 +54,7 @@ def fit_step(
     start_clock.reached("trial steps")
     batches = (data.steps - steps_done) * accumulation
     to_come = added + setup.trainable * (setup.lora_dtype.itemsize + 4)  # gradients, and the same in float32
+    to_come += setup.optimizer.step_bytes(setup.trainable)
     graphs = start_graphs(graphs_policy(config), module, data.largest, data.shapes, batches, device, to_come)
     start_clock.reached("graphs")
     return Fit(checkpointing, data.largest, device, [*checkpointing.lines(), *graphs])

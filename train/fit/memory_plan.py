@@ -4,12 +4,12 @@
     plan = plan_memory(setup, Machine.of(ranks.device))
     plan.excess()
 
-Weights, gradients and AdamW's state are counted; activations are an estimate from one measurement, which a trial step before
-step 0 replaces (train/fit/activation_checkpointing.py). What can't work is refused with numbers; what is only likely to
-fail is said.
+Weights, gradients and the optimizer's state are counted; activations are an estimate from one measurement, which a trial step
+before step 0 replaces (train/fit/activation_checkpointing.py). What can't work is refused with numbers; what is only likely
+to fail is said.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from train.base_model.base_plan import BasePlan
 from train.base_model.online_encoder import EncoderPlace
 from train.config.train_config import TrainConfig
 from train.config.zero_plan import ZeroPlan
+from train.engine.optimizer import Optimizer
 from train.fit.activation_checkpointing import checkpointed_blocks
 from train.loader.from_config import RunData
 from train.lora.lokr import shapes
@@ -128,6 +129,7 @@ class Setup:
         world, local_world: ranks in all, and on this host.
         encoders: those that encode during training; None: the shards are encoded.
         averaged: a moving average of the LoRA's weights is kept.
+        optimizer: what trains the LoRA.
     """
 
     base: BasePlan
@@ -145,6 +147,7 @@ class Setup:
     encoder_device: Literal["auto", "device", "swap", "cpu"] = "auto"
     cuda_graphs: bool = False
     averaged: bool = False
+    optimizer: Optimizer = field(default_factory=Optimizer)
 
     @classmethod
     def from_config(cls, config: TrainConfig, zero: ZeroPlan, spec: LoraSpec, data: RunData, ranks: Ranks) -> "Setup":
@@ -172,6 +175,7 @@ class Setup:
             config.encoder_device,
             config.cuda_graphs != "off" and ranks.device.type == "cuda",
             config.ema_decay is not None,
+            Optimizer.from_config(config),
         )
 
 
@@ -233,11 +237,13 @@ def plan_memory(setup: Setup, machine: Machine) -> MemoryPlan:
     kept = base.blocks - setup.checkpointed_blocks
 
     on_device["LoRA and gradients"] = setup.trainable * (setup.lora_dtype.itemsize + 4)
-    state = 3 * 4 * -(-setup.trainable // world)  # master weights and two moments
+    state, label = setup.optimizer.bytes(setup.trainable, world), setup.optimizer.label
     if zero.offload_optimizer:
-        on_host["AdamW"] = (state + 4 * -(-setup.trainable // world)) * setup.local_world  # and the gradients
+        on_host[label] = (state + 4 * -(-setup.trainable // world)) * setup.local_world  # and the gradients
+        if setup.optimizer.whole and world > 1:
+            on_device["whole gradient"] = 4 * setup.trainable  # of a step, on its way to the host
     else:
-        on_device["AdamW"] = state
+        on_device[label] = state
     if setup.averaged:
         average = 4 * -(-setup.trainable // world)
         if zero.offload_optimizer:
@@ -256,7 +262,7 @@ def plan_memory(setup: Setup, machine: Machine) -> MemoryPlan:
     if machine.device_total is not None:
         on_device["CUDA graphs"] = graphs_bytes(setup)
         on_device["context"] = CONTEXT_BYTES
-    certain = ("base", "arriving blocks", "LoRA and gradients", "AdamW", "EMA")
+    certain = ("base", "arriving blocks", "LoRA and gradients", label, "EMA")
     return MemoryPlan(on_device, on_host, certain, machine.device_total, machine.host_free, where)
 
 
@@ -289,16 +295,23 @@ def place_encoders(setup: Setup, machine: Machine, on_device: dict[str, int], on
 
 
 def engine_bytes(
-    zero: ZeroPlan, trainable: int, lora_dtype: torch.dtype, world: int, accumulation: int, resumed: bool
+    zero: ZeroPlan,
+    trainable: int,
+    lora_dtype: torch.dtype,
+    world: int,
+    accumulation: int,
+    resumed: bool,
+    optimizer: Optimizer | None = None,
 ) -> int:
     """What DeepSpeed's ZeRO-2 engine will yet allocate on the device when it trains `trainable` parameters.
 
-    Read in DeepSpeed 0.19.8: AdamW's moments come with the first step (a checkpoint brings them), reduction buffers with
-    each backward pass, and float32 gradients stay from one micro-batch to the next. Other gradients are small where
-    activations are at their peak: when the backward pass begins.
+    Read in DeepSpeed 0.19.8: the optimizer's state comes with the first step (a checkpoint brings it), reduction buffers with
+    each backward pass, and float32 gradients stay from one micro-batch to the next. Other gradients, and what an optimizer
+    needs during a step alone, are small where activations are at their peak: when the backward pass begins.
     """
     share = 4 * -(-trainable // world)
-    moments = 0 if resumed or zero.offload_optimizer else 2 * share
+    state = (optimizer or Optimizer()).state_bytes(trainable, world)
+    moments = 0 if resumed or zero.offload_optimizer else state
     gradients = share if accumulation > 1 and not zero.offload_optimizer else 0
     buffers = zero.reduce_bucket_size * lora_dtype.itemsize * (2 if zero.overlap_comm else 1)
     return moments + gradients + (buffers if zero.contiguous_gradients else 0)

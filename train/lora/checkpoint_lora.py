@@ -1,7 +1,8 @@
 """The LoRA in a checkpoint, which is read as a LoRA file: of a run that was stopped, or is still going on.
 
-Its tensors are weight/NAME in float32, without the scale, and AdamW's moments, which nobody needs here; the scale follows
-from what the checkpoint remembers of the run's LoRA. So all it lacks of a LoRA file is the header.
+Its tensors are weight/NAME in float32, without the scale, and the optimizer's state, which nobody needs here (but that of
+schedule-free, whose run means its average/NAME by its LoRA); the scale follows from what the checkpoint remembers of the run's
+LoRA. So all it lacks of a LoRA file is the header.
 """
 
 import hashlib
@@ -45,4 +46,5 @@ def checkpoint_spelling(path: Path) -> Spelling | None:
                 "by its path"
             )
     header = {KEY: json.dumps({f"transformer.{name}": value for name, value in own.items()}), "step": str(step)}
-    return Spelling("weight/", header, (f"the LoRA is that of step {step}, from the checkpoint {shown(path.parent)}",))
+    prefix = "average/" if "average" in facts.get("kinds", []) else "weight/"
+    return Spelling(prefix, header, (f"the LoRA is that of step {step}, from the checkpoint {shown(path.parent)}",))

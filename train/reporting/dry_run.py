@@ -75,6 +75,7 @@ def dry_run(
     if setup.base.here:
         check_data(source, data.dataset, setup.base)
         identity = setup.base.identity() | spec.identity() | data.identity() | config.identity(**data.decided)
+        identity |= setup.optimizer.identity()
         checkpoints = Checkpoints.from_config(config, ranks.say)
         found = checkpoints.find(config.resume)
         if checkpoints.is_finished(found, data.steps, identity, config.resume_ignore_data):
@@ -83,7 +84,7 @@ def dry_run(
     ranks.say("dry run: no weights are read, nothing is written", *data_lines(data), *data.lines())
     if steps_done:
         ranks.say(f"goes on from the checkpoint of step {steps_done}: {data.steps - steps_done} steps are left")
-    ranks.say(*lora_lines(spec, setup))
+    ranks.say(*lora_lines(spec, setup), f"optimizer: {setup.optimizer.line()}", *setup.optimizer.warnings())
     memory = check_memory(setup, ranks)
     ranks.say(*without_gpu(setup, ranks))
     needed = check_room()

@@ -44,7 +44,7 @@ def expected_time(output: Path, facts: dict[str, Any], setup: Setup, accumulatio
             run = read_run(folder, rows=False)
         except OSError:
             continue
-        if not alike(run.facts, facts):
+        if not alike(run.facts, facts) or run.config.get("optimizer", "adamw") != setup.optimizer.name:
             continue
         run = read_run(folder)
         seconds = run.series.get("seconds_per_step")
@@ -63,6 +63,7 @@ def measured(facts: dict[str, Any], setup: Setup, tokens: float) -> Expectation 
     if MEASURED_ON not in str(facts["hardware"]["device"]) or not full_size:
         return None
     besides = "" if setup.encoders is None else "; encoding comes on top"
+    besides += f"; with AdamW: {setup.optimizer.label} takes longer" if setup.optimizer.name != "adamw" else ""
     seconds = step_seconds(setup) * tokens / MEASURED_TOKENS
     return Expectation(seconds, None, f"from this project's measurements on H100s{besides}")
 

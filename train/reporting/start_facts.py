@@ -22,7 +22,7 @@ def device_name(device: torch.device) -> str:
 
 
 def start_facts(setup: Setup, spec: LoraSpec, data: RunData, memory: MemoryPlan, ranks: Ranks) -> dict[str, Any]:
-    """JSON: `hardware`, `data`, `lora`, `base`, `memory` (bytes by part), `steps`, `global_batch`."""
+    """JSON: `hardware`, `data`, `lora`, `optimizer`, `base`, `memory` (bytes by part), `steps`, `global_batch`."""
     base = setup.base
     return {
         "hardware": {
@@ -34,6 +34,7 @@ def start_facts(setup: Setup, spec: LoraSpec, data: RunData, memory: MemoryPlan,
         },
         "data": data_facts(data),
         "lora": {"trainable": setup.trainable, "groups": trainable_groups(setup, spec)},
+        "optimizer": setup.optimizer.line(),
         "base": {
             "precision": "float8" if base.float8 else "int8" if base.int8 else str(base.dtype).removeprefix("torch."),
             "blocks": base.blocks,

@@ -68,6 +68,8 @@ class StartTable:
             yield "", line
         layers = sum(group["layers"] for group in lora["groups"].values())
         yield "LoRA", f"{lora['trainable']:,} parameters on {layers} layers ({'; '.join(lora['groups'])})"
+        if "optimizer" in self.facts:
+            yield "by", self.facts["optimizer"]
         yield "steps", f"{left:,} of {self.facts['global_batch']:,} samples each; {self.written()}"
         yield "memory", self.memory()
         yield "time", self.time

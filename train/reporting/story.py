@@ -191,13 +191,15 @@ def differences(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
 
 def chosen_options(run: RunRecord) -> list[tuple[str, str]]:
     """Options that differ from the trainer's defaults; those that have none always."""
+    from train.config.optimizer_args import OPTIMIZERS
     from train.config.train_config import DEFAULTS
 
-    found = []
+    found, optimizer = [], OPTIMIZERS.get(str(run.config.get("optimizer")), OPTIMIZERS["adamw"])
+    defaults = DEFAULTS | {name: getattr(optimizer, name) for name in ("learning_rate", "weight_decay")}
     for name, value in run.config.items():
-        default = DEFAULTS.get(name)
+        default = defaults.get(name)
         plain = list(default) if isinstance(default, tuple) else default
-        if name not in DEFAULTS or shown_option(plain) != shown_option(value):
+        if name not in defaults or shown_option(plain) != shown_option(value):
             found.append((name, shown_option(value)))
     return found
 

@@ -1,8 +1,8 @@
 """One checkpoint on disk: write it whole or not at all, verify and read it, find the newest, remove old ones.
 
     checkpoints/
-        step-00000500/state.safetensors     weight/NAME, exp_avg/NAME, exp_avg_sq/NAME: float32, whole
-        step-00000500/state.json            step, AdamW's counters, the client's state, sha256 of both files
+        step-00000500/state.safetensors     weight/NAME, exp_avg/NAME, exp_avg_sq/NAME …: float32, whole
+        step-00000500/state.json            step, the optimizer's counters, the client's state, sha256 of both files
         latest                              step-00000500
 
 A checkpoint is written under a temporary name, flushed to the disk, then renamed: whatever happens, the ones that exist
@@ -13,8 +13,9 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,22 @@ class Checkpoint:
     kinds: list[str]
     shapes: dict[str, tuple[int, ...]]
     client: dict[str, Any]  # whatever `save` was given: JSON
+    groups: list[dict[str, float]] = field(default_factory=list)  # train/engine/whole_state.py
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_checkpoint(folder: Path, facts: dict[str, Any], wholes: Iterable[torch.Tensor | None]) -> None:
-    """Write one checkpoint folder, durably, all or nothing; `wholes` gives a float32 [total] for each of facts["kinds"]."""
+def write_checkpoint(
+    folder: Path,
+    facts: dict[str, Any],
+    wholes: Iterable[torch.Tensor | None],
+    others: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write one checkpoint folder, durably, all or nothing.
+
+    `wholes` gives a float32 [total] for each of facts["kinds"]; `others`: more tensors, with shapes of their own.
+    """
     root = folder.parent
     require_owned(folder)  # what is removed below may be a successor's
     root.mkdir(parents=True, exist_ok=True)
@@ -55,17 +65,24 @@ def write_checkpoint(folder: Path, facts: dict[str, Any], wholes: Iterable[torch
             shutil.rmtree(left_over, ignore_errors=True)
         else:
             left_over.unlink(missing_ok=True)
+    what = facts["kinds"], facts["shapes"], wholes
     with whole_folder(folder) as partial:  # replaces a step that is trained again after going back to an earlier one
-        facts = facts | {"sha256": write_tensors(partial / TENSORS, facts["kinds"], facts["shapes"], wholes)}
+        facts = facts | {"sha256": write_tensors(partial / TENSORS, *what, others or {})}
         write_file(partial / FACTS, facts_bytes(facts))
     write_file(root / LATEST, f"{folder.name}\n")
 
 
 def write_tensors(
-    path: Path, kinds: list[str], shapes: dict[str, list[int]], wholes: Iterable[torch.Tensor | None]
+    path: Path,
+    kinds: list[str],
+    shapes: dict[str, list[int]],
+    wholes: Iterable[torch.Tensor | None],
+    others: Mapping[str, torch.Tensor],
 ) -> str:
-    """Write a safetensors file kind by kind, as they arrive; returns its sha256."""
+    """Write a safetensors file kind by kind, as they arrive, then the `others`; returns its sha256."""
     layout = {f"{kind}/{name}": (torch.float32, shape) for kind in kinds for name, shape in shapes.items()}
+    assert all(value.dtype == torch.float32 for value in others.values()), "optimizer state must be float32"
+    layout |= {key: (torch.float32, list(value.shape)) for key, value in others.items()}
     size, free = data_bytes(layout), shutil.disk_usage(path.parent).free
     if free < size + SPARE_BYTES:
         raise OSError(
@@ -74,7 +91,7 @@ def write_tensors(
         )
     digest = hashlib.sha256()
     with whole_file(path) as file:
-        for block in safetensors_blocks(layout, only_rank_0s(wholes), {"format": "pt"}):
+        for block in safetensors_blocks(layout, chain(only_rank_0s(wholes), others.values()), {"format": "pt"}):
             file.write(block)
             digest.update(block)
     return digest.hexdigest()
@@ -141,7 +158,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
             raise ValueError(f"checkpoint {folder} is damaged: {TENSORS} doesn't match its checksum")
     shapes = {name: tuple(shape) for name, shape in facts["shapes"].items()}
-    return Checkpoint(folder, facts["step"], facts["counters"], facts["kinds"], shapes, facts["client"])
+    known = facts["counters"], facts["kinds"], shapes, facts["client"]
+    return Checkpoint(folder, facts["step"], *known, facts.get("groups", []))
 
 
 # ── small things ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

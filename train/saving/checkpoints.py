@@ -6,7 +6,7 @@
     …
     checkpoints.save(engine, step, identity | progress)         # JSON; its parts model, lora, data, order are compared
 
-LoRA weights, AdamW's moments and the client's state are in it; the frozen base is not, only its fingerprint. What lies
+LoRA weights, the optimizer's state and the client's state are in it; the frozen base is not, only its fingerprint. What lies
 on the disk, and how it stays whole: train/saving/checkpoint_folder.py. How ZeRO's pieces become whole tensors and pieces again:
 train/engine/optimizer_state.py.
 """
@@ -22,8 +22,17 @@ import torch.distributed as dist
 from files.folder_lock import FolderLost
 from files.shown import shown
 from train.config.train_config import DEFAULTS, TrainConfig
+from train.engine import whole_state
 from train.engine.ema import EMA
-from train.engine.optimizer_state import ema_of, gather, read_counters, read_kinds, restore, trainable_shapes
+from train.engine.optimizer_state import (
+    ema_of,
+    gather,
+    read_counters,
+    read_kinds,
+    restore,
+    trainable_shapes,
+    whole_of,
+)
 from train.saving.checkpoint_folder import (
     FORMAT_VERSION,
     TENSORS,
@@ -97,11 +106,14 @@ class Checkpoints:
         folder = self.folder / f"step-{step:08d}"
         facts = {"format_version": FORMAT_VERSION, "step": step, "counters": counters, "kinds": kinds, "client": client}
         facts |= {"shapes": {name: list(shape) for name, shape in shapes.items()}, "world": dist.get_world_size()}
+        others: dict[str, torch.Tensor] = {}
+        if (optimizer := whole_of(engine)) is not None:
+            others, facts["groups"] = whole_state.irregular(optimizer), whole_state.progress(optimizer)
         wholes = gather(engine, kinds)
         problem: OSError | None = None
         if dist.get_rank() == 0:
             try:
-                write_checkpoint(folder, facts, wholes)
+                write_checkpoint(folder, facts, wholes, others)
                 prune(folder, self.keep, self.keep_every, self.say)
             except OSError as error:
                 problem = error
@@ -200,7 +212,10 @@ class Checkpoints:
                 else f"the moving average in checkpoint {checkpoint.path} is left out: this run has no --ema_decay"
             )
         with safe_open(checkpoint.path / TENSORS, framework="pt") as file:
-            restore(engine, lambda kind, name: file.get_tensor(f"{kind}/{name}"), checkpoint.kinds, checkpoint.counters)
+            regular = {f"{kind}/{name}" for kind in checkpoint.kinds for name in there}
+            others = {key: file.get_tensor(key) for key in [*file.keys()] if key not in regular}
+            found = checkpoint.kinds, checkpoint.counters, others, checkpoint.groups
+            restore(engine, lambda kind, name: file.get_tensor(f"{kind}/{name}"), *found)
         engine.global_steps = checkpoint.step
         engine.micro_steps = checkpoint.step * engine.gradient_accumulation_steps()
         engine.global_samples = checkpoint.step * engine.train_batch_size()
@@ -224,6 +239,12 @@ def check_same(checkpoint: Checkpoint, current: dict[str, Any], ignore_data: boo
     fatal = [d for part in ("model", "lora") for d in differences(checkpoint.client.get(part), current.get(part), part)]
     if fatal:
         raise ValueError(f"checkpoint {checkpoint.path} does not fit this run: {'; '.join(fatal)}")
+    theirs, ours = (str(facts.get("optimizer") or "adamw") for facts in (checkpoint.client, current))
+    if theirs != ours:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} holds the state of optimizer {theirs}, which {ours} can't go on with: go on with "
+            "that one, or begin a new run in another --output_path with its LoRA, by --lora_checkpoint"
+        )
     data = [d for part in ("data", "order") for d in differences(checkpoint.client.get(part), current.get(part), part)]
     if data and not ignore_data:
         other = "on other data" if checkpoint.client.get("data") != current.get("data") else "in another order"

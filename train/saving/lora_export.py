@@ -14,7 +14,7 @@ from qwen_image.model.dtypes import DTYPES
 from train.config.train_config import TrainConfig
 from train.engine.deepspeed_engine import whole_weights
 from train.engine.ema import EMA
-from train.engine.optimizer_state import WEIGHT, ema_of
+from train.engine.optimizer_state import WEIGHT, ema_of, lora_kind
 from train.lora.dora import dora_scale
 from train.lora.inject import short_name
 from train.lora.lora_file import FAMILY, save_lora
@@ -84,6 +84,7 @@ class LoraExport:
             "timestep_sampling": config.timestep_sampling,
             "loss_weighting": config.loss_weighting,
             "learning_rate": str(config.learning_rate),
+            **({"optimizer": config.optimizer} if config.optimizer != "adamw" else {}),
             "seed": str(config.seed),
             "git_commit": str(versions["git_commit"]),
             "versions": ", ".join(f"{name} {versions[name]}" for name in PACKAGES),
@@ -151,6 +152,7 @@ class LoraExport:
         path = self._path = self.output_path / name
         header = {**self.metadata, **(facts or {}), "step": str(step)}
         ema = ema_of(engine)
+        kind = lora_kind(engine) if kind == WEIGHT else kind
         if kind == EMA and ema is not None:
             header |= {"ema_decay": repr(ema.decay)}
         weights = whole_weights(engine, kind)

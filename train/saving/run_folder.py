@@ -14,6 +14,7 @@ from files.atomic_files import write_file
 from files.shown import shown, shown_bytes
 from qwen_image.model.dtypes import DTYPES
 from train.config.train_config import TrainConfig
+from train.engine.optimizer import Optimizer
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy", "pyarrow", "wandb")
 
@@ -92,10 +93,11 @@ def git_commit(folder: Path) -> str | None:
 
 
 def needed_bytes(config: TrainConfig, weights: int, steps: int) -> int:
-    """What the run's LoRA files and checkpoints (weights, their average and two moments in float32) will take on the disk."""
+    """What the run's LoRA files and checkpoints (weights, average, optimizer state in float32) will take on the disk."""
     averages = config.ema_decay is not None
     files = (1 + (steps // config.save_steps if config.save_steps else 0)) * (1 + averages) + config.keep_best
     saved = steps // config.checkpoint_every if config.checkpoint_every else 1
     kept = config.keep_checkpoints + 1 + (steps // config.keep_every if config.keep_every else 0)
     checkpoints = min(saved, kept) if config.keep_checkpoints else saved
-    return weights * (files * DTYPES[config.save_dtype].itemsize + max(1, checkpoints) * (3 + averages) * 4)
+    numbers = max(1, checkpoints) * (Optimizer.from_config(config).saved_tensors + averages)
+    return weights * (files * DTYPES[config.save_dtype].itemsize + numbers * 4)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from train.data.batch import Batch
+from train.engine.optimizer import applied_rate
 from train.engine.zero2_step import step_applied
 
 IN_A_ROW, WINDOW, SHARE = 5, 40, 0.25
@@ -83,7 +84,7 @@ class LossWatch:
             arrived.record()
         norm = engine.get_global_grad_norm()
         norm = norm.detach().clone() if isinstance(norm, torch.Tensor) else norm
-        self._verdicts.append(Verdict(step, seen, engine.optimizer.param_groups[0]["lr"], norm, applied, arrived))
+        self._verdicts.append(Verdict(step, seen, applied_rate(engine), norm, applied, arrived))
         return on_device
 
     def took(self, all_steps: bool) -> bool:

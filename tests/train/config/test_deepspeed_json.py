@@ -107,7 +107,7 @@ REFUSALS: list[tuple[Any, str]] = [
     (zero() | {"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but --max_grad_norm 1.0"),
     (zero() | {"gradient_clipping": True}, "gradient_clipping is true, but --max_grad_norm 1.0"),
     (zero() | {"bf16": {"enabled": False}}, "bf16.enabled is false, but LoRA weights are bfloat16"),
-    (zero() | {"zero_force_ds_cpu_optimizer": True}, "the trainer's own AdamW"),
+    (zero() | {"zero_force_ds_cpu_optimizer": True}, "the trainer's own optimizer"),
     (zero() | {"communication_data_type": "fp16"}, "communication_data_type must be fp32 or bf16"),
 ]
 

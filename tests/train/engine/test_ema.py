@@ -60,7 +60,7 @@ def test_where_a_rank_s_part_begins_changes_no_bit(pieces: int) -> None:
 def make_engine(world: int, dtype: str = "float32", ema_decay: float | None = 0.9) -> Any:
     from train.config.zero_plan import ZeroPlan
     from train.engine.deepspeed_engine import initialize
-    from train.engine.optimizer import AdamW
+    from train.engine.optimizer import Optimizer
     from train.lora.inject import inject_lora
     from train.lora.spec import LoraSpec
     from train.step.flow_matching_module import FlowMatchingModule
@@ -72,7 +72,7 @@ def make_engine(world: int, dtype: str = "float32", ema_decay: float | None = 0.
         model="m", data="d", deepspeed=ROOT / "ds_configs" / "zero2.json", output_path=Path("o"), dtype=dtype
     )
     module = FlowMatchingModule(transformer, "none", kind)
-    return initialize(module, AdamW(1e-2), ZeroPlan.from_config(config, world), ema_decay)
+    return initialize(module, Optimizer(1e-2), ZeroPlan.from_config(config, world), ema_decay)
 
 
 def train_steps(engine: Any, first: int, last: int, rank: int) -> None:

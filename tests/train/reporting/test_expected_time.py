@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.helpers.full_size_setup import setup
 from tests.helpers.run_folders import FACTS, write_run
+from train.engine.optimizer import Optimizer
 from train.reporting.expected_time import expected_time
 
 RUN = setup()
@@ -49,6 +51,19 @@ def test_runs_of_another_kind_tell_nothing(tmp_path: Path, change: dict[str, Any
     write_run(tmp_path / "earlier", samples=0)
     found = expected_time(tmp_path / "run", facts(**{"hardware__device": "NVIDIA L4"} | change), RUN, accumulation=1)
     assert found is None
+
+
+def test_another_optimizer_takes_another_time(tmp_path: Path) -> None:
+    write_run(tmp_path / "earlier", samples=0, optimizer="adafactor")
+    l4 = facts(hardware__device="NVIDIA L4")
+    write_run(tmp_path / "adamw", samples=0)
+    muon = replace(RUN, optimizer=Optimizer(name="muon"))
+    assert expected_time(tmp_path / "run", l4, muon, accumulation=1) is None
+    measured = expected_time(tmp_path / "elsewhere" / "run", facts(tokens=4224), muon, accumulation=1)
+    assert measured is not None and "with AdamW: Muon takes longer" in measured.source
+    adafactor = replace(RUN, optimizer=Optimizer(name="adafactor"))
+    found = expected_time(tmp_path / "run", facts(), adafactor, accumulation=1)
+    assert found is not None and found.source == "as earlier on the same hardware"
 
 
 def test_the_newest_with_enough_rows_is_taken(tmp_path: Path) -> None:
