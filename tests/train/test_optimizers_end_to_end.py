@@ -116,6 +116,27 @@ def test_the_same_losses_wherever_the_base_and_the_state_lie(
             assert losses(tmp_path / f"{name}-{home}") == pytest.approx(expected, rel=1e-4), (name, home)
 
 
+def test_a_lokr_under_each_optimizer(
+    small_model: Path, small_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In halves as whole; LoRA+ is about lora_A and lora_B, and refused."""
+    commands = []
+    for name, flags in FLAGS.items():
+        lokr = [*flags, "--lora_type", "lokr", "--save_steps", "0", "--checkpoint_steps", "1"]
+        commands += [
+            (tmp_path / name, [*lokr, "--max_steps", "3"]),
+            (tmp_path / f"{name}-2", [*lokr, "--max_steps", "2"]),
+        ]
+        commands += [(tmp_path / f"{name}-2", [*lokr, "--max_steps", "3"])]
+    codes = run_ranks(1, train_all, small_model, small_data, commands)
+    assert codes == [2] * 3 + [0] * (len(commands) - 3)
+    assert "lora_plus_ratio is about lora_A and lora_B, which only lora_type lora has" in capfd.readouterr().err
+    for name in list(FLAGS)[1:]:
+        one, two = (load_file(tmp_path / folder / "lora.safetensors") for folder in (name, f"{name}-2"))
+        assert all(torch.equal(tensor, two[key]) for key, tensor in one.items()), name
+        assert any(tensor.any() for key, tensor in one.items() if key.endswith(("lokr_w2", "lokr_w2_b"))), name
+
+
 def test_another_optimizer_can_t_go_on(
     runs: Path, small_model: Path, small_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

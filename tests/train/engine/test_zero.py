@@ -127,7 +127,7 @@ def plain_loop(arguments: list[str], world: int) -> tuple[list[float], dict[str,
     module = FlowMatchingModule(transformer, config.loss_weighting, torch.float32)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    dataset = ShardDataset(config.data)
+    dataset = ShardDataset(config.data[0])
     order = dataset.order(config.batch_size, config.seed, config.shuffle_window, config.tail, config.dataset_repeat)
     losses, micro_batches = [], ACCUMULATION * world
     for step in range(STEPS):
