@@ -423,3 +423,16 @@ def test_encoding_keeps_masks_on_the_latent_grid(
     assert check_shards.main([str(out), "--num_workers", "0"]) == 1
     said = capsys.readouterr().err
     assert "has a mask, the index says none" in said and "the mask's mean is 0.500000" in said
+
+
+def test_at_every_size_and_with_weights(tmp_path: Path) -> None:
+    """An image that is stored at several sizes has its mask at each; in a kohya folder it counts as often."""
+    base, out = tmp_path / "in", tmp_path / "out"
+    image(base, "3_ball/x.jpg", size=(256, 256))
+    save(half(0.25, (256, 256)), base, "3_ball/x.mask.png")
+    flags = ["--dataset_base_path", str(base), "--output_path", str(out), "--num_workers", "0", "--resize", "pillow"]
+    assert make_shards.main([*flags, "--resolutions", "64,128", "--each_image", "all"]) == 0
+    index = read_index(out)
+    assert index.mask_share.tolist() == [0.25, 0.25] and index.weight.tolist() == [3, 3]
+    assert check_shards.main([str(out), "--num_workers", "0"]) == 0
+    assert read_manifest(out).totals["masked"] == 2

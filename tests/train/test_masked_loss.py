@@ -20,6 +20,7 @@ from qwen_image.noise_schedule import SigmaSchedule
 from qwen_image.pipeline import QwenImagePipeline, predict_velocity
 from tests.helpers.forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
 from train import train_lora
+from train.data.mixture import Member, Mixture
 from train.data.sample_order import Order
 from train.data.shard_dataset import ShardDataset
 from train.flow.objective import add_noise
@@ -250,3 +251,14 @@ def test_the_grid_is_that_of_the_vae() -> None:
     mask[17, 40] = 255
     grid = latent_mask(mask)
     assert np.argwhere(grid).tolist() == [[2, 5]] and grid[2, 5] == 4
+
+
+def test_a_mixture_has_the_masks_of_its_sets(small_model: Path, data: Path, tmp_path: Path) -> None:
+    plain = write_random_encoded(tmp_path / "plain", 8, 32, 48, prompt_tokens=6, text_dim=64)
+    mixture = Mixture([Member(ShardDataset(plain, masks=True)), Member(ShardDataset(data, masks=True), 0.5)])
+    own = ShardDataset(data, masks=True)
+    assert mixture.masked == 13 and mixture.read(0).mask.min() == 255
+    assert torch.equal(mixture.read(8 + 1).mask, own.read(1).mask) and own.index.mask_share[1] > 0
+    flags = command(small_model, plain, tmp_path / "run", "--data", f"{data}:0.5", *MASKED, steps=2)
+    flags[flags.index("--validation_samples") + 1] = "0"
+    assert run_ranks(1, train, flags) == 0 and len(curve(tmp_path / "run")) == 2
