@@ -81,4 +81,4 @@ def test_what_a_run_says_at_its_start_at_each_save_and_at_its_end(small_model, s
     for step in (2, 4):
         assert f"checkpoint of step {step}: {run / 'checkpoints' / f'step-0000000{step}'}" in said
     last = said.strip().splitlines()[-1]
-    assert last.startswith("done: 4 steps in 0:00:") and f"--lora {run / 'lora.safetensors'} --prompt" in last
+    assert last.startswith("done: 4 steps in 0:00:") and f"--lora {run} --compare" in said
