@@ -71,6 +71,7 @@ def read_encoded(payload: bytes, prompt_width: int) -> Encoded:
     """
     tensors = safetensors.torch.load(payload)
     mask = tensors.pop("mask", None)
+    tensors.pop("latent_std", None)  # encode_shards.py --latent_std: for other programs, training takes the mode
     names = [f"source_latent_{number + 1}" for number in range(sum(n.startswith("source_latent") for n in tensors))]
     wanted = {"latent", "prompt_embeds", *names, *(["picture_tokens"] if names else [])}
     if set(tensors) - ({"empty_prompt_embeds"} if names else set()) != wanted:

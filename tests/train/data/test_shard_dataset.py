@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from data_prep.shard_format.shards import (
@@ -58,6 +59,15 @@ def test_every_sample_reads_back_as_written(encoded):
         assert torch.equal(sample.latent, latent_of(number)) and torch.equal(sample.prompt_embeds, embeds_of(number))
         assert dataset.source(number) == f"photos/{number}.jpg"
     assert dataset.encoded and dataset.fingerprint == "f" * 64 and dataset.empty_prompt.shape == (5, 8)
+
+
+def test_a_stored_standard_deviation_is_passed_over(encoded):
+    """encode_shards.py --latent_std writes it beside the mode, which is what is trained."""
+    from train.data.sample import read_encoded
+
+    tensors = {"latent": latent_of(0), "prompt_embeds": embeds_of(0), "latent_std": latent_of(0).abs() + 1}
+    found = read_encoded(safetensors.torch.save(tensors), 8)
+    assert torch.equal(found.latent, latent_of(0)) and torch.equal(found.prompt_embeds, embeds_of(0))
 
 
 @pytest.mark.parametrize("payload", ["jpg", "png"])
