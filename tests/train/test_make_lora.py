@@ -134,7 +134,8 @@ def test_pairs_are_sampled_with_their_own_source_images(tiny_edit_models, tmp_pa
     prompts = yaml.safe_load((tmp_path / "made" / "samples.yaml").read_text())
     assert len(prompts) == make_lora.PROMPTS and all(len(each["source_image"]) == 1 for each in prompts)
     assert (tmp_path / "made" / "samples" / "grid.png").is_file()
-    assert "--source_image" in capfd.readouterr().out  # what may come next
+    said = capfd.readouterr()
+    assert "--source_image" in said.out + said.err  # what may come next
 
 
 def test_given_prompts_take_the_samples_pictures_in_turn(tmp_path):
