@@ -1,17 +1,20 @@
-"""bench/watching_cost.py on a tiny model: steps are watched in turns, and the numbers are there."""
+"""bench/watching_cost.py and bench/mask_cost.py on a tiny model: on and off in turns, and the numbers are there."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench import watching_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_script_runs(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "bench" / "watching_cost.py"), "--tiny", "--steps", "16", "--log_steps", "2"]
+@pytest.mark.parametrize("script", ["watching_cost", "mask_cost"])
+def test_the_script_runs(tmp_path: Path, script: str) -> None:
+    command = [sys.executable, str(ROOT / "bench" / f"{script}.py"), "--tiny", "--steps", "16", "--log_steps", "2"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "cost.json"), "--folder", str(tmp_path)],
         capture_output=True,
@@ -22,13 +25,14 @@ def test_the_script_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "cost.json").read_text())
-    assert [block["watched"] for block in found["blocks"]] == [True, False, False, True] * 2
-    assert found["steps watched / not"] == "8 / 8" and found["median seconds a step, watched"] > 0
-    assert 0 < found["the host's own work, seconds a watched step"] < found["median seconds a step, watched"]
+    assert [block["on"] for block in found["blocks"]] == [True, False, False, True] * 2
+    assert found["steps on / off"] == "8 / 8" and found["median seconds a step, on"] > 0
+    host = found["the host's own work, seconds a step"]
+    assert 0 < host < found["median seconds a step, on"] if script == "watching_cost" else host == 0
     assert not list(tmp_path.glob("watching_cost_*"))
 
 
 def test_the_comparison() -> None:
-    blocks = [{"watched": on, "seconds": 0.202 if on else 0.2} for on in watching_cost.TURNS * 3]
+    blocks = [{"on": on, "seconds": 0.202 if on else 0.2} for on in watching_cost.TURNS * 3]
     found = watching_cost.compare(blocks, 0.0004, 10)
     assert abs(found["added, medians, %"] - 1) < 1e-9 and abs(found["the same in % of a step"] - 0.2) < 1e-9
