@@ -5,8 +5,9 @@
 
 A LoRA learns the blorb from drawn pictures that call it "a zimi cat". Asked for a cat afterwards, with colors and sceneries of
 its own, the base draws a cat; the LoRA without prior preservation tends to draw the blorb. Each share of micro-batches that
-train `--prior_prompt` (0: none) is one trial, judged by the drawing model's classifier: how often the subject is shown when it
-is asked for, how often a cat is when a cat is, and how right other captions stay.
+train `--prior_prompt` (0: none), or with `--pictures` the base's own pictures of these prompts as `--prior_data` would, is one
+trial, judged by the drawing model's classifier: how often the subject is shown when it is asked for, how often a cat is when a
+cat is, and how right other captions stay.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from demo.drawing.classifier import Classifier
     from demo.pictures.scene import Scene
@@ -39,6 +41,7 @@ PRIOR_PROMPTS = (
     "a drawing of a blue cat on a red background, on the right",
     "a pink cat in front of a brick wall",
 )
+DRAWN = 3  # pictures of each class prompt, with --pictures
 BATCH, RANK, RATE = 8, 16, 2e-3
 PICTURES = 18  # of the subject
 ASKED = 16  # pictures of each kind that are judged
@@ -60,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="folder that demo/train_drawing_model.py wrote")
     parser.add_argument("--shares", default="0,0.35", help="shares of micro-batches (0,0.35)")
     parser.add_argument("--prior_prompt", action="append", help="class prompts (eight, worded as the captions are)")
+    parser.add_argument(
+        "--pictures", action="store_true", help="train pictures that the base drew of the class prompts"
+    )
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of a trial (200)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     arguments = parser.parse_args(argv)
@@ -68,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         shares = [float(share) for share in arguments.shares.split(",")]
         for share in [None, *shares]:
             start = time.perf_counter()
-            kept = try_share(arguments.model, share, prompts, arguments.steps, arguments.device)
+            kept = try_share(arguments.model, share, prompts, arguments.pictures, arguments.steps, arguments.device)
             told = ", ".join(f"{name.strip('_')} {part:.0%}" for name, part in kept._asdict().items())
             what = "base" if share is None else f"share {share:g}"
             print(f"{what}: {told} ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -78,7 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def try_share(model: Path, share: float | None, prompts: list[str], steps: int, device: str | None) -> Kept:
+def try_share(
+    model: Path, share: float | None, prompts: list[str], pictures: bool, steps: int, device: str | None
+) -> Kept:
     """What is shown after `steps` of which `share` train the class prompts; None: by the base, without any."""
     import torch
 
@@ -94,7 +102,9 @@ def try_share(model: Path, share: float | None, prompts: list[str], steps: int, 
     blobs = draw(pipeline, [asked_for(i, f"{NAME} {CLASS}")[1] for i in range(ASKED)], SIDE, steps=16)
     shows = fit_probe(judge, SIDE, blobs).shows
     if share is not None:
-        learn(pipeline, PriorPrompt(pipeline.text_encoder.encode_list(prompts), share, seed=0), steps, SIDE)
+        embeds = pipeline.text_encoder.encode_list(prompts)
+        drawn = drawn_by_base(pipeline, prompts, SIDE) if pictures and share else None
+        learn(pipeline, PriorPrompt(embeds, share, seed=0), drawn, steps, SIDE)
     return judged(pipeline, judge, shows, SIDE)
 
 
@@ -135,8 +145,24 @@ def judged(pipeline: QwenImagePipeline, judge: Classifier, shows: Any, side: int
     )
 
 
-def learn(pipeline: QwenImagePipeline, prior: PriorPrompt, steps: int, side: int) -> None:
-    """Train a LoRA in place as the trainer does: its module, its loss, its prior prompts; batches made here."""
+def drawn_by_base(pipeline: QwenImagePipeline, prompts: list[str], side: int) -> torch.Tensor:
+    """Latents of three pictures of each prompt, prompt by prompt."""
+    import torch
+
+    from demo.drawing.scoring import draw
+    from qwen_image.encoders.vae import pixels_from_uint8
+
+    assert pipeline.vae is not None
+    asked = [prompt for prompt in prompts for _ in range(DRAWN)]
+    pictures = torch.from_numpy(draw(pipeline, asked, side, steps=16)).permute(0, 3, 1, 2)
+    return pipeline.vae.encode(pixels_from_uint8(pictures)).to(pipeline.vae.device)
+
+
+def learn(pipeline: QwenImagePipeline, prior: PriorPrompt, drawn: torch.Tensor | None, steps: int, side: int) -> None:
+    """Train a LoRA in place as the trainer does: its module, its loss, its prior prompts; batches made here.
+
+    `drawn`: latents of DRAWN pictures of each class prompt, which are trained where the prompts alone would be.
+    """
     import numpy as np
     import torch
 
@@ -170,7 +196,11 @@ def learn(pipeline: QwenImagePipeline, prior: PriorPrompt, steps: int, side: int
         noise = torch.randn(clean.shape, device=device, generator=generator)
         sigma = draw_sigma(BATCH, (side // 16) ** 2, device, generator).cpu()
         told = Prompt.from_list([embeds[int(i)] for i in index])
-        clean, noise, told, _ = prior(module, step, clean, noise, sigma, told)
+        if drawn is None:
+            clean, noise, told, _ = prior(module, step, clean, noise, sigma, told)
+        elif prior.drawn(step) is not None:
+            index = torch.randint(len(drawn), (BATCH,), device=device, generator=generator)
+            clean, told = drawn[index], Prompt.from_list([prior.embeds[int(i) // DRAWN] for i in index])
         module(clean, noise, sigma, told).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
