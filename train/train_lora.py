@@ -286,7 +286,7 @@ class Loop:
         from train.lora.spec import LoraSpec
         from train.process.preemption import how_to_stop
         from train.saving.checkpoint_clock import CheckpointClock
-        from train.saving.keep_best import Best
+        from train.saving.keep_best import Best, measured_otherwise
         from train.watching.lora_norms import LoraNorms
         from train.watching.loss_watch import LossWatch
         from train.watching.step_statistics import StepStatistics
@@ -295,14 +295,15 @@ class Loop:
         self.engine, self.encoder, self.prior, self.loader, self.metrics = engine, encoder, prior, loader, metrics
         self.peak, self.preemption, self.watchdog = peak, preemption, watchdog
         self.ema = ema_of(engine)
-        self.best = Best.resumed(config.keep_best, resumed.best, config.output_path, metrics.say)
+        changed = measured_otherwise(resumed.client.get("config"), config.to_dict())
+        self.best = Best.resumed(config.keep_best, resumed.best, config.output_path, metrics.say, changed)
         self.checkpoint_clock = CheckpointClock(config.checkpoint_minutes)
         self.learning_rate = LearningRate.from_config(config, total_steps)
         self.watch = LossWatch(partial(metrics.say, kind="skip"), engine.device, resumed.loss)
         self.statistics = StepStatistics(engine.module.transformer.config, engine.device)
         self.norms = LoraNorms(engine.module.transformer, LoraSpec.from_config(config).scale)
         self.began, self.first_step, self.no_data = time.monotonic(), self.step, ""
-        warnings = Optimizer.from_config(config).warnings()
+        warnings = [*Optimizer.from_config(config).warnings(), *config.idle_options()]
         for line in [*warnings, *self.learning_rate.lines_on_resuming(self.step, resumed.client)]:
             metrics.say(line)
         metrics.say(f"run folder: {shown(config.output_path)} ({how_to_stop()})")

@@ -490,6 +490,20 @@ class TrainConfig:
         if self.lora_format == "diffsynth":
             raise ValueError("lora_format diffsynth has no name for a LoKr: use diffusers, comfyui or kohya")
 
+    def idle_options(self) -> list[str]:
+        """A warning for each lever's option that was given and does nothing, because the lever itself is off."""
+        levers: tuple[tuple[str, bool, str], ...] = (
+            ("prior_share", bool(self.prior_data), "prior_data"),
+            ("prior_prompt_share", bool(self.prior_prompt), "prior_prompt"),
+            ("prior_weight", bool(self.prior_data or self.prior_prompt), "prior_data or prior_prompt"),
+            ("mask_min_weight", self.masked_loss, "masked_loss"),
+        )
+        return [
+            f"warning: {name} {getattr(self, name):g} does nothing without {lever}"
+            for name, on, lever in levers
+            if not on and getattr(self, name) != DEFAULTS[name]
+        ]
+
     @property
     def data_sources(self) -> list[DataSource]:
         """`data` with its weights; a stream's address has none."""

@@ -85,6 +85,7 @@ def dry_run(
     if steps_done:
         ranks.say(f"goes on from the checkpoint of step {steps_done}: {data.steps - steps_done} steps are left")
     ranks.say(*lora_lines(spec, setup), f"optimizer: {setup.optimizer.line()}", *setup.optimizer.warnings())
+    ranks.say(*config.idle_options())
     memory = check_memory(setup, ranks)
     ranks.say(*without_gpu(setup, ranks))
     needed = check_room()

@@ -4,14 +4,35 @@ What was best is remembered in checkpoints, so that a resumed run chooses as an 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.config.train_config import DEFAULTS
 from train.saving.final_file import lora_facts
 
 BEST = "lora-best.safetensors"
+MEASURED_BY = (
+    "masked_loss",
+    "mask_min_weight",
+    "trigger_word",
+    "caption_prefix",
+    "caption_suffix",
+    "caption_alternatives",
+    "max_prompt_tokens",
+)  # options that validation measures by: under others the same LoRA has another loss
+
+
+def measured_otherwise(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+    """Options of `MEASURED_BY` that differ between a checkpoint's config and a run's; a missing one is as by default."""
+    if not before:
+        return []
+    then, today = ({name: config.get(name, DEFAULTS[name]) for name in MEASURED_BY} for config in (before, now))
+    for values in (then, today):
+        if not values["masked_loss"]:
+            values["mask_min_weight"] = None  # without the masked loss it means nothing
+    return [name for name in MEASURED_BY if then[name] != today[name]]
 
 
 @dataclass
@@ -32,10 +53,26 @@ class Best:
     before: float | None = None
 
     @classmethod
-    def resumed(cls, enabled: bool, state: dict[str, Any] | None, run: Path, say: Callable[[str], None]) -> "Best":
-        """As a checkpoint remembers it. `run`: the folder, whose file may be of a step that is trained again."""
+    def resumed(
+        cls,
+        enabled: bool,
+        state: dict[str, Any] | None,
+        run: Path,
+        say: Callable[[str], None],
+        changed: Sequence[str] = (),
+    ) -> "Best":
+        """As a checkpoint remembers it. `run`: the folder, whose file may be of a step that is trained again.
+
+        changed: options by which validation now measures something else (`measured_otherwise`): what was best is forgotten.
+        """
         best = cls(enabled)
         if not enabled or not state:
+            return best
+        if changed:
+            say(
+                f"validation losses of before can't be compared with those that come ({', '.join(changed)} changed): which "
+                "step is best is decided anew from here on"
+            )
             return best
         best.before = state["before"]
         there = lora_facts(run / BEST).get("step")

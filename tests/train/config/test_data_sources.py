@@ -78,3 +78,17 @@ def test_one_source_stands_in_config_yaml_as_it_did():
 def test_shares_and_weights_have_limits(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_options_of_a_lever_that_is_off_are_told():
+    off = config(prior_share=0.3, prior_weight=0.5, prior_prompt_share=0.2, mask_min_weight=0.25)
+    assert off.idle_options() == [
+        "warning: prior_share 0.3 does nothing without prior_data",
+        "warning: prior_prompt_share 0.2 does nothing without prior_prompt",
+        "warning: prior_weight 0.5 does nothing without prior_data or prior_prompt",
+        "warning: mask_min_weight 0.25 does nothing without masked_loss",
+    ]
+    assert not config().idle_options()
+    assert not config(prior_data=["b"], prior_share=0.3, prior_weight=0.5).idle_options()
+    assert not config(prior_prompt=["a dog"], prior_prompt_share=0.3, prior_weight=0.5).idle_options()
+    assert not config(masked_loss=True, mask_min_weight=0.25).idle_options()
