@@ -77,7 +77,13 @@ class CaptionOptions:
     def from_options(cls, options: Any) -> CaptionOptions:
         """Of a TrainConfig, of parsed flags: of whatever has attributes with these names. None is the default."""
         given = {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        made = cls(**{name: value for name, value in given.items() if value is not None})
+        if made.caption_tag_separator != cls.caption_tag_separator and not (made.varies_tags or made.trigger_word):
+            raise ValueError(
+                f"caption_tag_separator {made.caption_tag_separator!r} changes nothing without caption_shuffle_tags, "
+                "caption_tag_dropout or trigger_word"
+            )
+        return made
 
     @property
     def varies_tags(self) -> bool:

@@ -61,6 +61,10 @@ def test_encoded_captions_are_refused_before_weights_with_the_command_that_makes
     ("flags", "said"),
     [
         (["--caption_keep_tags", "2"], "caption_keep_tags 2 changes nothing without"),
+        (
+            ["--caption_alternatives", "--caption_tag_separator", "|"],
+            "caption_tag_separator '|' changes nothing without",
+        ),
         (["--caption_tag_dropout", "1.5"], "caption_tag_dropout"),
         (["--caption_shuffle_tags", "--caption_tag_separator", " "], "something besides white space"),
         (["--trigger_word", "a\x1bb"], "trigger_word: a control character (code 27)"),
