@@ -57,6 +57,9 @@ def about_training(run: RunRecord) -> str:
     samples = run.fact("data", "samples")
     data = f"the {samples:,} samples" if samples else "the samples"
     sizes = len(run.fact("data", "buckets") or [])
+    names = config.get("data") or "unknown data"
+    if isinstance(names, list):  # of several sets
+        names = " + ".join(str(each) for each in names)
     if sizes:
         data += f" (in {sizes} size{'s' * (sizes > 1)})"
     whole = run.total_steps
@@ -64,7 +67,7 @@ def about_training(run: RunRecord) -> str:
     batch = run.fact("global_batch")
     return (
         f"{what} for “{shown(model)}”{base}, trained for {steps}"
-        f"{f' of {batch:,} samples' if batch else ''} on {data} of “{shown(config.get('data', 'unknown data'))}”."
+        f"{f' of {batch:,} samples' if batch else ''} on {data} of “{shown(names)}”."
     )
 
 

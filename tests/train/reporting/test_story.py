@@ -24,6 +24,11 @@ def test_the_paragraph_names_data_model_lora_hardware_and_result(tmp_path: Path)
     )
 
 
+def test_several_sets_are_named_as_they_were_given(tmp_path: Path) -> None:
+    text = paragraph(read_run(write_run(tmp_path / "cats", data=["cats", "dogs:0.5"])))
+    assert "of “cats + dogs:0.5”." in text
+
+
 def test_little_is_known_of_an_empty_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     run = read_run(tmp_path)
