@@ -300,7 +300,8 @@ class Loop:
         self.checkpoint_clock = CheckpointClock(config.checkpoint_minutes)
         self.learning_rate = LearningRate.from_config(config, total_steps)
         self.watch = LossWatch(partial(metrics.say, kind="skip"), engine.device, resumed.loss)
-        self.statistics = StepStatistics(engine.module.transformer.config, engine.device)
+        has_prior = bool(config.prior_data or config.prior_prompt)
+        self.statistics = StepStatistics(engine.module.transformer.config, engine.device, has_prior)
         self.norms = LoraNorms(engine.module.transformer, LoraSpec.from_config(config).scale)
         self.began, self.first_step, self.no_data = time.monotonic(), self.step, ""
         warnings = [*Optimizer.from_config(config).warnings(), *config.idle_options()]

@@ -28,11 +28,14 @@ class Seen(NamedTuple):
 
 
 class StepStatistics:
-    """Adds up what `saw` is told; `row` begins anew."""
+    """Adds up what `saw` is told; `row` begins anew.
 
-    def __init__(self, config: TransformerConfig, device: torch.device) -> None:
+    has_prior: the run has samples of a prior, so that every row tells the subject's loss, also before the first of them.
+    """
+
+    def __init__(self, config: TransformerConfig, device: torch.device, has_prior: bool = False) -> None:
         self.config, self.device, self.peak = config, device, peak_flops(device)
-        self._has_prior = False  # as far as the rows that were read tell
+        self._has_prior = has_prior
         self._begin()
 
     def _begin(self) -> None:
@@ -93,7 +96,6 @@ class StepStatistics:
                     found[f"loss/sigma_{(2 * place + 1) / (2 * BANDS):g}"] = numbers[6 + place] / samples
             all_sum, all_count = sum(numbers[6 : 6 + BANDS]), sum(numbers[6 + BANDS : 6 + 2 * BANDS])
             prior_sum, prior_count = numbers[6 + 2 * BANDS : 8 + 2 * BANDS]
-            self._has_prior |= prior_count > 0
             if prior_count:
                 found["loss/prior"] = prior_sum / prior_count
             if self._has_prior and (subject := all_count - prior_count):

@@ -33,7 +33,7 @@ def row(statistics: StepStatistics, *more: int) -> dict[str, float]:
 def of_a_rank(world: int) -> dict[str, float]:
     import torch.distributed as dist
 
-    statistics = StepStatistics(TransformerConfig(num_layers=2), CPU)
+    statistics = StepStatistics(TransformerConfig(num_layers=2), CPU, has_prior=True)
     for turn in range(2 // world * 2):  # four micro-batches in all
         place = turn * world + dist.get_rank()
         sigma = torch.tensor([0.1 + 0.2 * place, 0.15 + 0.2 * place])
@@ -58,6 +58,21 @@ def test_of_all_ranks_together(world: int) -> None:
     assert found["skipped_steps"] == 7 and found["skipped_samples"] == world and found["loss"] == 0.5
     each = sum(step_flops.step_flops(TransformerConfig(num_layers=2), 2, 8, 5 + place) for place in range(4))
     assert found[FLOPS] == pytest.approx(each / world)
+
+
+def of_a_subject() -> list[float | None]:
+    found: list[float | None] = []
+    for has_prior in (True, False):
+        statistics = StepStatistics(TransformerConfig(num_layers=2), CPU, has_prior)
+        batch, prompt = SimpleNamespace(sigma=torch.tensor([0.5]), prior=None), Prompt(torch.zeros(1, 5, 8), None)
+        statistics.saw(batch, torch.tensor([3.0]), torch.zeros(1, 16, 1, 4, 8), prompt)  # type: ignore[arg-type]
+        found.append(row(statistics, 0, 0).get("loss/subject"))
+    return found
+
+
+def test_the_subject_is_told_from_the_first_row_on() -> None:
+    """Also in rows before the first sample of the prior, and in those that follow a resume."""
+    assert run_ranks(1, of_a_subject) == [3.0, None]
 
 
 def test_arithmetic_is_that_of_the_full_model() -> None:
