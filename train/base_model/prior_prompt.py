@@ -66,6 +66,13 @@ class PriorPrompt:
         embeds = [each.to(STORED_DTYPE) for each in encoder.encode_prompts(prompts)] if prompts else []
         return cls(embeds, config.prior_prompt_share, config.seed, rank, sharing, encoder.text_padding)
 
+    def lines(self) -> list[str]:
+        """For people, before step 0."""
+        if not self.embeds:
+            return []
+        what = "a class prompt" if len(self.embeds) == 1 else f"one of {len(self.embeds)} class prompts"
+        return [f"prior_prompt: {self.share:.0%} of the micro-batches, whatever they hold, train {what} instead"]
+
     def drawn(self, place: int) -> int | None:
         """Which class prompt the micro-batch at `place` of the global stream trains; None: its own captions."""
         if not self.embeds:

@@ -82,12 +82,15 @@ def about_hardware(run: RunRecord) -> str:
 
 
 def about_loss(run: RunRecord) -> str:
-    series = run.series.get("loss")
+    of_subject = run.series.get("loss/subject")  # the prior's begins near 0, or wherever its pictures lie
+    series = run.series.get("loss") if of_subject is None else of_subject
     if series is None or len(series) < 2:
         return ""
+    whose = "" if of_subject is None else " of the subject"
     part = max(1, len(series) // 10)
     first, last = (math.fsum(values) / part for values in (series.values[:part], series.values[-part:]))
-    return f"The training loss went from {first:.4g} to {last:.4g} (means of the first and the last tenth of its rows)."
+    between = f"from {first:.4g} to {last:.4g} (means of the first and the last tenth of its rows)"
+    return f"The training loss{whose} went {between}."
 
 
 def about_validation(run: RunRecord) -> str:

@@ -54,7 +54,7 @@ class Resumed:
         consumed: micro-batches that all ranks together had consumed.
         loss: `LossWatch.state()`, so that the next row averages over the same steps as if nothing had happened.
         wandb_id: of the W&B run to go on in; None for another run's checkpoint.
-        best: `Best.state()` of the run that goes on; None for another run's checkpoint.
+        best: `Best.state()` of the run that goes on; None for another run's checkpoint, or other data.
         path: of the checkpoint; None at the beginning.
         client: all that the checkpoint remembers of its run.
     """
@@ -186,7 +186,7 @@ class Checkpoints:
             consumed=found.client["consumed"] if same_data else 0,
             loss=found.client.get("loss"),
             wandb_id=found.client.get("wandb_id") if own else None,
-            best=found.client.get("best") if own else None,
+            best=found.client.get("best") if own and same_data else None,  # else other samples may be held out
             path=found.path,
             client=found.client,
         )

@@ -176,3 +176,9 @@ def test_a_share_without_prompts_is_nothing(small_model, small_data, tmp_path: P
     assert train(small_model, small_data, tmp_path / "plain") == 0
     assert train(small_model, small_data, tmp_path / "share", "--prior_prompt_share", "0.9") == 0
     assert losses(tmp_path / "plain") == losses(tmp_path / "share")
+
+
+def test_the_run_says_what_the_share_means():
+    assert PriorPrompt([], 0.5, 0).lines() == []
+    (line,) = PriorPrompt([torch.ones(1, WIDTH)] * 2, 0.35, 0).lines()
+    assert line == "prior_prompt: 35% of the micro-batches, whatever they hold, train one of 2 class prompts instead"

@@ -29,6 +29,15 @@ def test_several_sets_are_named_as_they_were_given(tmp_path: Path) -> None:
     assert "of “cats + dogs:0.5”." in text
 
 
+def test_the_loss_that_is_told_is_the_subject_s(tmp_path: Path) -> None:
+    """Prior samples begin near 0 or wherever their pictures lie: a share of them in the mean reads as progress."""
+    folder = write_run(tmp_path / "cats")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"loss/subject": 3.0, "loss/prior": 0.0} if "loss" in row else row for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "The training loss of the subject went from 3 to 3 (" in paragraph(read_run(folder))
+
+
 def test_little_is_known_of_an_empty_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     run = read_run(tmp_path)

@@ -133,6 +133,17 @@ def test_a_disk_that_is_really_full(tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+def test_what_was_best_on_other_data_is_forgotten(tmp_path, monkeypatch):
+    """Other samples may be held out: their losses can't be compared."""
+    write_one(tmp_path, 10, client=CLIENT | {"consumed": 7, "best": {"loss": 0.5}})
+    checkpoints = Checkpoints(tmp_path, say=lambda line: None)
+    monkeypatch.setattr(checkpoints, "load", lambda engine, checkpoint: None)
+    found = checkpoints.find("auto")
+    assert checkpoints.resume(None, found, CLIENT).best == {"loss": 0.5}
+    other = checkpoints.resume(None, found, CLIENT | {"data": "e"}, ignore_data=True)
+    assert (other.best, other.consumed, other.step) == (None, 0, 10)
+
+
 def test_another_model_lora_or_data_set_is_refused_with_what_differs(tmp_path):
     write_one(tmp_path, 10)
     found, said = Checkpoints(tmp_path).find("auto"), []
