@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -43,3 +44,12 @@ def die_if_deadly(job: object, item: Input) -> str:
     if item.file == b"deadly":
         os.kill(os.getpid(), signal.SIGSEGV)
     return item.path
+
+
+def folder_of(root: Path, files: dict[str, bytes | str]) -> Path:
+    """`root` with these files in it, by their names within it."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root

@@ -9,27 +9,17 @@ from pathlib import Path
 import pytest
 
 from data_prep import encode_shards
-from tests.helpers.data_sets import write_set
+from tests.helpers.caption_levers import LEVERS, TRIGGER, write_captioned
 from tests.helpers.forked_ranks import import_once, run_ranks  # noqa: F401 (a fixture)
 from tests.helpers.training_run import losses
 from train import train_lora
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVERS = [
-    "--caption_shuffle_tags",
-    "--caption_keep_tags",
-    "1",
-    "--caption_tag_dropout",
-    "0.3",
-    "--caption_alternatives",
-]
-TRIGGER = ["--trigger_word", "zwx", "--caption_suffix", "at night"]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("captions") / "images"
-    return write_set(folder, 14, "png", caption=lambda number: f"[trigger] {number}, a, b, {{c|d}}, e")
+    return write_captioned(tmp_path_factory.mktemp("captions") / "images")
 
 
 def command(model: Path, data: Path, output: Path, world: int, steps: int, *more: str) -> list[list[str]]:

@@ -6,24 +6,13 @@ from pathlib import Path
 import pytest
 
 from data_prep import encode_shards
-from tests.helpers.data_sets import write_set
+from tests.helpers.caption_levers import LEVERS, TRIGGER, write_captioned
 from tests.helpers.training_run import train
-
-LEVERS = [
-    "--caption_shuffle_tags",
-    "--caption_keep_tags",
-    "1",
-    "--caption_tag_dropout",
-    "0.3",
-    "--caption_alternatives",
-]
-TRIGGER = ["--trigger_word", "zwx", "--caption_suffix", "at night"]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("captions") / "images"
-    return write_set(folder, 14, "png", caption=lambda number: f"[trigger] {number}, a, b, {{c|d}}, e")
+    return write_captioned(tmp_path_factory.mktemp("captions") / "images")
 
 
 def rows(output: Path, name: str) -> list[float]:

@@ -16,17 +16,9 @@ import pytest
 from data_prep.sources.find_inputs import Sources
 from data_prep.sources.found_input import Input
 from data_prep.sources.remarks import SAME_STEM
-from tests.helpers.photos import encoded, photo
+from tests.helpers.photos import encoded, folder_of, photo
 
 JPEG = encoded(photo(32, 32))
-
-
-def folder_of(root: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
 
 
 def captions_of(inputs: Sources) -> dict[str, str | None]:

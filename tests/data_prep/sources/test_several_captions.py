@@ -21,18 +21,10 @@ from data_prep.shard_format.scan_tars import build_index
 from data_prep.shard_format.shards import read_index, read_manifest
 from data_prep.sources import captions
 from data_prep.sources.find_inputs import Sources
-from tests.helpers.photos import encoded, photo
+from tests.helpers.photos import encoded, folder_of, photo
 from train.data.shard_dataset import ShardDataset
 
 JPEG = encoded(photo(64, 64))
-
-
-def folder_of(root: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
 
 
 def found(source: Sources) -> dict[str, list[str | None]]:
