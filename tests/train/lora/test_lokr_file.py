@@ -16,9 +16,10 @@ from qwen_image.loading.model_files import ModelSource, resolve_model
 from qwen_image.model.conditioning import Prompt
 from qwen_image.pipeline import load_transformer, predict_velocity
 from tests.helpers import comfyui
+from tests.helpers.lora_commands import COMMANDS, give_to
 from tests.helpers.small_transformer import small_transformer
 from tests.helpers.training_run import train
-from train import convert_lora, merge_lora, sample
+from train import convert_lora, merge_lora
 from train.lora.inject import attach_lora, inject_lora, lora_parameters, start_from
 from train.lora.lokr import shapes, update_of
 from train.lora.lora_file import read_lora, write_lora
@@ -158,21 +159,13 @@ def test_refused_for_its_own_reason_and_in_one_line(transformer: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("case", ["NaN", "half w2", "another width", "w2 twice"])
-@pytest.mark.parametrize("command", ["sample", "merge_lora", "convert_lora", "lora_checkpoint", "preset_lora_path"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_it_with_one_line_and_writes_nothing(
     small_model: Path, small_data: Path, tmp_path: Path, capsys: Any, command: str, case: str
 ) -> None:
     path, output = tmp_path / "foreign.safetensors", tmp_path / "out"
     save_file({key: value.contiguous() for key, value in REFUSED[case][0].items()}, path)
-    model = ["--model", str(small_model)]
-    if command == "sample":
-        code = sample.main([*model, "--lora", str(path), "--prompt", "x", "--output_path", str(output)])
-    elif command == "merge_lora":
-        code = merge_lora.main([*model, "--lora", str(path), "--output_path", str(output)])
-    elif command == "convert_lora":
-        code = convert_lora.main([str(path), str(output), "--format", "comfyui", *model])
-    else:
-        code = train(small_model, small_data, output, "--lora_type", "lokr", f"--{command}", str(path))
+    code = give_to(command, path, small_model, small_data, output, "--lora_type", "lokr")
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 2 and str(path) in error
     assert not output.exists() or not any(output.iterdir())

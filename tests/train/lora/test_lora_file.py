@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qwen_image.pipeline import QwenImagePipeline
+from tests.helpers.lora_commands import COMMANDS, give_to
 from tests.helpers.lora_styles import STYLES, write_style
 from tests.helpers.small_transformer import small_transformer
-from tests.helpers.training_run import train
-from train import convert_lora, merge_lora, sample
 from train.lora.inject import attach_lora, inject_lora, lora_parameters, start_from
 from train.lora.lokr import update_of
 from train.lora.lora_file import read_lora
@@ -290,21 +289,13 @@ def test_a_dora_with_plain_layers_beside_it_is_applied_layer_by_layer(transforme
 
 
 @pytest.mark.parametrize("case", ["nothing", "rank 0", "NaN", "integers", "LoHa"])
-@pytest.mark.parametrize("command", ["sample", "merge_lora", "convert_lora", "lora_checkpoint", "preset_lora_path"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_it_with_one_line_and_writes_nothing(
     small_model, small_data, tmp_path, capsys, command, case
 ):
     path, output = tmp_path / "foreign.safetensors", tmp_path / "out"
     save_file({key: value.contiguous() for key, value in REFUSED[case][0].items()}, path)
-    model = ["--model", str(small_model)]
-    if command == "sample":
-        code = sample.main([*model, "--lora", str(path), "--prompt", "x", "--output_path", str(output)])
-    elif command == "merge_lora":
-        code = merge_lora.main([*model, "--lora", str(path), "--output_path", str(output)])
-    elif command == "convert_lora":
-        code = convert_lora.main([str(path), str(output), "--format", "comfyui", *model])
-    else:
-        code = train(small_model, small_data, output, f"--{command}", str(path))
+    code = give_to(command, path, small_model, small_data, output)
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 2 and str(path) in error
     assert not output.exists() or not any(output.iterdir())
